@@ -1,0 +1,1 @@
+"""What a person starts: the terminal chat and the server."""

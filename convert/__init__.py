@@ -1,0 +1,1 @@
+"""Checkpoints in: what people have, turned into mlx-lm folders and stream weights."""

@@ -1,0 +1,87 @@
+"""The command line: finds the module that holds a verb and hands over.
+
+Nothing heavy is imported before the verb is known, so `specstream --help` answers at once. Each verb's module has
+`build_parser() -> argparse.ArgumentParser` and `main(argv) -> int`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+from mlx_specstream import __version__
+from mlx_specstream.errors import SpecStreamError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class Verb(NamedTuple):
+    """Where a verb lives and what it does, in a line for the help."""
+
+    module: str
+    summary: str
+
+
+VERBS: dict[str, Verb] = {}
+"""Every verb of `specstream`; a new one is a line here."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the first word; a verb's own options are its module's business."""
+    width = max((len(name) for name in VERBS), default=0)
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    parser = argparse.ArgumentParser(
+        prog="specstream",
+        usage="specstream [-h] [--version] VERB ...",
+        description="Speculative Streaming on MLX: the same words in fewer passes of the model.",
+        epilog="\n".join(["verbs:", *lines, "", "`specstream VERB --help` explains a verb."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "verb", metavar="VERB", choices=VERBS, nargs="?", help="what to do; listed below"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0 done, 1 the verb's own no, 2 what the user gave is wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except SpecStreamError as error:
+        return _complain(str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _complain("interrupted.", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last flush quiet as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = build_parser()
+    verb = parser.parse_args(arguments[:1]).verb
+    if verb is None:
+        parser.print_help()
+        return EXIT_USER_ERROR
+    module = importlib.import_module(VERBS[verb].module)
+    run = cast(Callable[[list[str]], int], module.main)
+    return run(arguments[1:])
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"specstream: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
