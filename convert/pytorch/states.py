@@ -1,0 +1,105 @@
+"""What the frozen base model computes for a training text, kept on disk.
+
+In lossless mode main rows never depend on the streams, so the base model's part of a training step is the same in every
+epoch: the residual M where the streams start and the main stream's keys and values in the MSA layers [own, method §4].
+`distill.py` has them in its buffers anyway. Two files, both only ever appended to:
+
+    states.bin     one record after another: keys, values (N_s, K, L, D each), hidden (A, h), 16 bit
+    states.jsonl   one line of shapes, then {"source", "index", "offset", "length", "answer"} a record
+
+with L = prompt + A - 1 rows (the last answer token is never fed) and A hidden rows, for the last prompt token and every
+answer token but the last. Later lines replace earlier ones of the same key.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlx_specstream.errors import DataError
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Dimensions that every record of a file shares."""
+
+    num_msa_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class States:
+    """Base states of one text: keys and values (N_s, K, L, D), hidden (A, h)."""
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+
+
+def _paths(prefix: str | Path) -> tuple[Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.jsonl")
+
+
+class StateWriter:
+    """Append states to `prefix`.bin and `prefix`.jsonl."""
+
+    def __init__(self, prefix: str | Path, shape: StateShape) -> None:
+        data, index = _paths(prefix)
+        if index.exists():
+            with index.open() as lines:
+                given = json.loads(lines.readline())
+            if given != asdict(shape):
+                raise DataError(f"{index} holds states of {given}, not of {asdict(shape)}; choose another file")
+        self.shape = shape
+        self.data, self.index = data.open("ab"), index.open("a", encoding="utf-8")
+        if self.index.tell() == 0:
+            self.index.write(json.dumps(asdict(shape)) + "\n")
+
+    def append(self, key: Key, states: States) -> None:
+        offset = self.data.tell()
+        for tensor in (states.keys, states.values, states.hidden):
+            self.data.write(tensor.contiguous().view(torch.int16).numpy().tobytes())
+        self.data.flush()
+        length, answer = states.keys.shape[2], states.hidden.shape[0]
+        line = {"source": key[0], "index": key[1], "offset": offset, "length": length, "answer": answer}
+        self.index.write(json.dumps(line) + "\n")
+        self.index.flush()
+
+
+class StateReader:
+    """Random access to the states that a `StateWriter` wrote; memory-mapped."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        data, index = _paths(prefix)
+        with index.open(encoding="utf-8") as lines:
+            self.shape = StateShape(**json.loads(lines.readline()))
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.entries: dict[Key, tuple[int, int, int]] = {
+            (e["source"], e["index"]): (e["offset"], e["length"], e["answer"]) for e in entries
+        }
+        self.memory = np.memmap(data, dtype=np.int16, mode="r")
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.entries
+
+    def __getitem__(self, key: Key) -> States:
+        offset, length, answer = self.entries[key]
+        shape = self.shape
+        kv_shape = (shape.num_msa_layers, shape.num_kv_heads, length, shape.head_dim)
+        start, tensors = offset // 2, []
+        for dims in (kv_shape, kv_shape, (answer, shape.hidden_size)):
+            size = int(np.prod(dims))
+            flat = torch.from_numpy(np.array(self.memory[start : start + size]))
+            tensors.append(flat.view(getattr(torch, shape.dtype)).view(dims))
+            start += size
+        return States(*tensors)
