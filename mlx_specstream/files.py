@@ -128,7 +128,7 @@ def _exists_already(final: Path) -> OutputError:
 def _move_folder(partial: Path, final: Path, if_exists: IfExists) -> None:
     """Rename `partial` to `final`; on POSIX a rename onto an empty folder succeeds, onto a full one fails."""
     try:
-        os.rename(partial, final)
+        partial.rename(final)
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -138,18 +138,18 @@ def _move_folder(partial: Path, final: Path, if_exists: IfExists) -> None:
     if if_exists == "error":
         raise _exists_already(final)
     old = _partial_sibling(final)
-    os.rename(final, old)
+    final.rename(old)
     try:
-        os.rename(partial, final)
+        partial.rename(final)
     except BaseException:
-        os.rename(old, final)
+        old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _move_file(partial: Path, final: Path, if_exists: IfExists) -> None:
     if if_exists == "replace":
-        os.replace(partial, final)
+        partial.replace(final)
         return
     try:
         os.link(partial, final)  # unlike a rename, fails if somebody made the file meanwhile
@@ -158,7 +158,7 @@ def _move_file(partial: Path, final: Path, if_exists: IfExists) -> None:
             raise _exists_already(final) from None
     except OSError:  # a file system without hard links
         if not final.exists():
-            os.replace(partial, final)
+            partial.replace(final)
         elif if_exists == "error":
             raise _exists_already(final) from None
 

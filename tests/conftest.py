@@ -1,0 +1,48 @@
+"""Fixtures every test may use; the functions behind them are in `tests/tiny.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import mlx.nn as nn
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tests import tiny
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> nn.Module:
+    """A float32 llama: 4 layers, width 64, 4 query heads on 2 key heads, 256 tokens."""
+    return tiny.tiny_model("llama")
+
+
+@pytest.fixture(scope="session", params=tiny.FAMILIES)
+def tiny_family(request: pytest.FixtureRequest) -> nn.Module:
+    """One tiny model of each family in turn."""
+    return tiny.tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., nn.Module]:
+    """The maker of tiny models: `tiny_model("qwen3", num_hidden_layers=2)`."""
+    return tiny.tiny_model
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> TokenizerWrapper:
+    """Ids are bytes; has a chat template and an end-of-turn token."""
+    return tiny.byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny llama and the byte tokenizer that `mlx_lm.load` reads."""
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
