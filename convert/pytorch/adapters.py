@@ -1,0 +1,105 @@
+"""Everything Speculative Streaming trains, as one module; no base weight is in it.
+
+    stream_embeddings (γ, h)            P_j [SS §3.1.1, Eq. 3]
+    stream_init       h -> r -> h       f(M) = M + B·A·M, optional
+    lora              {layer: {module: (A (r, in), B (out, r))}}
+    pruner            h -> r -> h       o(M) = M + B·A·M [SS §3.1.3]
+    conditioner       parent-conditioned candidates, see `condition.py`
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlx_specstream.config import StreamConfig
+from mlx_specstream.convert.pytorch.backbone import Backbone
+from mlx_specstream.convert.pytorch.condition import Conditioner
+
+
+class LowRank(nn.Module):
+    """`scale` · B·A·x with A (r, in) and B (out, r); B starts at zero, so does the map."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.lora_A = nn.Linear(inputs, rank, bias=False)
+        self.lora_B = nn.Linear(rank, outputs, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return self.scale * F.linear(F.linear(x, a), b)
+
+
+class StreamAdapters(nn.Module):
+    """The trained parameters for one base model; float32."""
+
+    def __init__(self, config: StreamConfig, backbone: Backbone, embedding_std: float = 1.0) -> None:
+        """Make untrained adapters.
+
+        Args:
+            embedding_std: scale of the P_j; far below the hidden state's own they are invisible and learn nothing.
+
+        Raises:
+            ValueError: a target module does not exist in the model, or N_s leaves no layer below.
+        """
+        super().__init__()
+        num_layers, h = len(backbone.layers), backbone.hidden_size
+        if config.num_msa_layers >= num_layers:
+            raise ValueError(f"{config.num_msa_layers} MSA layers leave none below; the model has {num_layers} layers")
+        self.config = config
+        self.first_msa_layer = num_layers - config.num_msa_layers
+        self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, h) * embedding_std)
+        self.stream_init = LowRank(h, h, config.stream_init_rank) if config.stream_init_rank else None
+        self.pruner = LowRank(h, h, config.pruner_rank) if config.pruner_rank else None
+        self.conditioner = None
+        if config.conditioner_rank:
+            self.conditioner = Conditioner(h, config.conditioner_hidden, config.conditioner_rank)
+        first = 0 if config.mode == "shared" else self.first_msa_layer
+        layers: dict[str, nn.ModuleDict] = {}
+        for index in range(first, num_layers) if config.lora_rank else ():
+            modules = backbone.layers[index].linear_modules()
+            missing = [name for name in config.target_modules if name not in modules]
+            if missing:
+                raise ValueError(f"layer {index} has no module {missing[0]!r}; it has {', '.join(modules)}")
+            layers[str(index)] = nn.ModuleDict(
+                {
+                    name.replace(".", "/"): LowRank(
+                        modules[name].in_features, modules[name].out_features, config.lora_rank, config.lora_scale
+                    )
+                    for name in config.target_modules
+                }
+            )
+        self.lora = nn.ModuleDict(layers)
+
+    def delta(self, layer: int, name: str) -> LowRank | None:
+        """Return the adapter of module `name` in layer `layer`, if there is one."""
+        if str(layer) not in self.lora:
+            return None
+        modules = self.lora[str(layer)]
+        key = name.replace(".", "/")
+        return modules[key] if key in modules else None
+
+    def start(self, main: Tensor) -> Tensor:
+        """Return the streams' first states S_tj = f(M_t) + P_j [SS Eq. 3]: (..., h) -> (..., γ, h)."""
+        if self.stream_init is not None:
+            main = main + self.stream_init(main)
+        return main.unsqueeze(-2) + self.stream_embeddings.to(main.dtype)
+
+    def positions(self, main: Tensor) -> Tensor:
+        """Return the streams' RoPE positions for main positions: (...) -> (..., γ)."""
+        offsets = torch.arange(1, self.config.num_streams + 1, device=main.device)
+        if self.config.rope_offset == "position":
+            offsets = torch.zeros_like(offsets)
+        return main.unsqueeze(-1) + offsets
+
+    def early_exit(self, backbone: Backbone, main: Tensor) -> Tensor:
+        """Return early-exit logits z = H(norm(o(M))) (..., V) of M (..., h) at the first MSA layer [SS §3.1.3]."""
+        if self.pruner is not None:
+            main = main + self.pruner(main)
+        return backbone.head(backbone.norm(main))

@@ -1,0 +1,123 @@
+"""The reference: Speculative Streaming over a Hugging Face decoder, one dense pass, nothing clever.
+
+The oracle of every parity test, so it is short rather than fast: all rows of the MSA layers stand in one sequence under
+one explicit mask. With L = 3 main rows, streams at rows 1 and 2 and γ = 2 (1: sees; s: sees in shared mode only):
+
+              M0  M1  M2 | S11 S12 | S21 S22
+        M0     1         |         |
+        M1     1   1     |  s   s  |
+        M2     1   1   1 |         |  s   s
+        S11    1   1     |  1      |
+        S12    1   1     |  1   1  |
+        S21    1   1   1 |         |  1
+        S22    1   1   1 |         |  1   1
+
+Main rows may form a draft tree instead of a text: pass `positions` and the ancestors' `mask`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mlx_specstream.convert.pytorch.adapters import StreamAdapters
+from mlx_specstream.convert.pytorch.backbone import Backbone, Linear, attend
+
+
+@dataclass(frozen=True)
+class StreamOutput:
+    """One pass of the model; main and streams are normed, ready for the head.
+
+    main: (B, L, h). streams: (B, n, γ, h). insertion: (B, L, h), the main rows where the streams start.
+    """
+
+    main: Tensor
+    streams: Tensor
+    insertion: Tensor
+
+
+class SpeculativeModel:
+    """A base model and its streams."""
+
+    def __init__(self, backbone: Backbone, adapters: StreamAdapters) -> None:
+        self.backbone, self.adapters = backbone, adapters
+        self.config = adapters.config
+
+    def linear(self, layer: int, first: int) -> Linear:
+        """Return layer `layer`'s linear: the base model's, plus LoRA on the rows from `first` on."""
+
+        def adapted(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+            y, delta = module(x), self.adapters.delta(layer, name)
+            if delta is None or first == x.shape[1]:
+                return y
+            return torch.cat((y[:, :first], y[:, first:] + delta(x[:, first:])), dim=1)
+
+        return adapted
+
+    def forward(
+        self, ids: Tensor, at: Tensor | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> StreamOutput:
+        """Run the model once.
+
+        Args:
+            ids: (B, L) int64.
+            at: (n,) rows that get streams; all by default.
+            positions: (B, L) RoPE positions of the rows; 0 .. L-1 by default.
+            mask: (B or 1, L, L) boolean, who sees whom among main rows; causal by default.
+        """
+        B, L = ids.shape
+        backbone, shared, G = self.backbone, self.config.mode == "shared", self.config.num_streams
+        at = torch.arange(L) if at is None else at
+        positions = torch.arange(L).expand(B, L) if positions is None else positions
+        mask = torch.ones(1, L, L, dtype=torch.bool).tril() if mask is None else mask
+        n, split = len(at), self.adapters.first_msa_layer
+
+        x, rotation = backbone.embed(ids), backbone.rotation(positions)
+        for index in range(split):
+            linear = self.linear(index, 0 if shared else L)
+            q, k, v = backbone.layers[index].queries_keys_values(x, rotation, linear)
+            seen = self._in_window(mask, positions, index)
+            x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
+        insertion = x
+
+        x = torch.cat((x, self.adapters.start(x[:, at]).reshape(B, n * G, -1)), dim=1)
+        positions = torch.cat((positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1)
+        mask, rotation = self.stream_mask(mask, at), backbone.rotation(positions)
+        angles = self.config.value_rotation * torch.arange(1, G + 1).repeat(n)
+        for index in range(split, len(backbone.layers)):
+            linear = self.linear(index, 0 if shared else L)
+            q, k, v = backbone.layers[index].queries_keys_values(x, rotation, linear)
+            if self.config.value_rotation:
+                v = torch.cat((v[:, :, :L], rotate_values(v[:, :, L:], angles)), dim=2)
+            seen = self._in_window(mask, positions, index)
+            x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
+        x = backbone.norm(x)
+        return StreamOutput(x[:, :L], x[:, L:].view(B, n, G, -1), insertion)
+
+    def stream_mask(self, mask: Tensor, at: Tensor) -> Tensor:
+        """Extend a main mask (B, L, L) by the streams of rows `at`: (B, L + nγ, L + nγ) [SS Eq. 1-2]."""
+        L, G = mask.shape[-1], self.config.num_streams
+        owner = at.repeat_interleave(G)
+        level = torch.arange(G).repeat(len(at))
+        same_node = owner[:, None] == owner
+        to_streams = torch.zeros(mask.shape[0], L, len(owner), dtype=torch.bool)
+        if self.config.mode == "shared":
+            to_streams |= torch.arange(L)[:, None] == owner
+        upper = torch.cat((mask, to_streams), dim=-1)
+        among = (same_node & (level <= level[:, None])).expand(mask.shape[0], -1, -1)
+        return torch.cat((upper, torch.cat((mask[:, owner], among), dim=-1)), dim=1)
+
+    def _in_window(self, mask: Tensor, positions: Tensor, layer: int) -> Tensor:
+        window = self.backbone.window(layer)
+        if window is None:
+            return mask
+        return mask & (positions[:, :, None] - positions[:, None, :] < window)
+
+
+def rotate_values(values: Tensor, angles: Tensor) -> Tensor:
+    """Multiply values (B, K, R, D) by e^{iθ}, θ (R,), neighbouring channels as complex numbers [SS Eq. 9]."""
+    cos, sin = angles.cos()[:, None].to(values.dtype), angles.sin()[:, None].to(values.dtype)
+    real, imaginary = values.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
