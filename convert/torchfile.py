@@ -1,0 +1,219 @@
+"""PyTorch's own files (`torch.save`), read without torch.
+
+    zip format (torch >= 1.6)               legacy format
+      name/data.pkl    the program            magic, version, system: three pickles
+      name/data/0 ...  storages, stored       the program · list of storage keys
+      name/byteorder   little                 per key: 8 bytes of length, then its bytes
+
+The program is interpreted by `pickles.py`, which runs nothing. Storages are not read here: a tensor
+keeps where its bytes are (`tensors.py`). Compressed members (zip bombs), members that overlap or
+leave the file, and tensors that leave their storage are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, TypeGuard
+
+import numpy as np
+
+from mlx_specstream.convert.pickles import (
+    MAX_PROGRAM_BYTES,
+    Refused,
+    StorageInfo,
+    TensorInfo,
+    kind_of,
+    storage_info,
+    unpickle,
+)
+from mlx_specstream.convert.tensors import SourceTensor
+from mlx_specstream.errors import CheckpointError
+from mlx_specstream.tensorfile import NUMPY_TYPES, read_exactly, shown
+
+MAX_ZIP_MEMBERS = 1_000_000
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+def read_torch_file(path: Path) -> dict[str, SourceTensor]:
+    """Return the tensors of a `.bin`, `.pt` or `.pth` file, zip or legacy format, by name.
+
+    The file holds a state dict, or a dict with one under `state_dict`, `model_state_dict`,
+    `model` or `module`, as trainers write it.
+
+    Raises:
+        CheckpointError: not such a file, damaged, or it mentions something other than tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            value, places = _read_zip(file) if is_zip else _read_legacy(file)
+            tensors = _state_dict(value)
+            return {name: _locate(name, each, places, path) for name, each in tensors.items()}
+    except Refused as reason:
+        raise CheckpointError(f"{path} is refused: {reason}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
+
+
+def _locate(name: str, tensor: TensorInfo, places: dict[str, int], path: Path) -> SourceTensor:
+    start = places[tensor.storage.key]
+    dtype = tensor.storage.dtype
+    return SourceTensor(name, dtype, tensor.shape, path, lambda: _read_view(path, tensor, start))
+
+
+def _read_view(path: Path, tensor: TensorInfo, start: int) -> np.ndarray:
+    """Read the span of the storage that a tensor covers, and put its elements in order."""
+    dtype = NUMPY_TYPES[tensor.storage.dtype]
+    steps = list(zip(tensor.shape, tensor.strides, strict=True))
+    span = 1 + sum((size - 1) * step for size, step in steps) if 0 not in tensor.shape else 0
+    flat = np.empty(span, dtype)
+    with path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), start + tensor.offset * dtype.itemsize, flat)
+    if not span:
+        return flat.reshape(tensor.shape)
+    strides = [step * dtype.itemsize for step in tensor.strides]
+    view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+    return view.copy(order="C")
+
+
+def _read_zip(file: BinaryIO) -> tuple[object, dict[str, int]]:
+    """Return the program's result and where each storage's bytes start in the file."""
+    try:
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+    except Exception:
+        raise Refused("its zip directory is damaged; get the file again") from None
+    programs = [info for info in members if info.filename.endswith("/data.pkl")]
+    if len(programs) != 1 or len(members) > MAX_ZIP_MEMBERS:
+        raise Refused("it is a zip file but not one that torch.save wrote (one data.pkl)")
+    prefix = programs[0].filename[: -len("data.pkl")]
+    if any(info.filename.startswith(prefix + "code/") for info in members):
+        raise Refused("it is a TorchScript archive, which is a program; save the state dict")
+    ranges = _member_ranges(file, members)
+    start, size = ranges[programs[0].filename]
+    order = ranges.get(prefix + "byteorder")
+    if order and _slice(file, order[0], min(order[1], 16)) != b"little":
+        raise Refused("it was written on a big-endian machine, which is not supported")
+    if size > MAX_PROGRAM_BYTES:
+        raise Refused(f"its data.pkl is {size} bytes long, more than any state dict needs")
+    places: dict[str, int] = {}
+
+    def find(identity: object) -> StorageInfo:
+        storage = storage_info(identity)
+        begin, available = ranges.get(f"{prefix}data/{storage.key}", (0, -1))
+        if storage.numel * NUMPY_TYPES[storage.dtype].itemsize > available:
+            raise Refused(f"the storage {shown(storage.key)} is missing or too short")
+        places[storage.key] = begin
+        return storage
+
+    return unpickle(io.BytesIO(_slice(file, start, size)), find), places
+
+
+def _member_ranges(file: BinaryIO, members: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """Return name -> (start, size) of members, all stored plainly, inside the file and apart."""
+    end = file.seek(0, io.SEEK_END)
+    ranges: dict[str, tuple[int, int]] = {}
+    position = 0
+    for info in sorted(members, key=lambda info: info.header_offset):
+        name = info.orig_filename
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
+            raise Refused(f"its member {shown(name)} is compressed or encrypted")
+        if info.compress_size != info.file_size or name in ranges or name != info.filename:
+            raise Refused(f"its member {shown(name)} is inconsistent")
+        header = _slice(file, info.header_offset, _LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+            raise Refused(f"its member {shown(name)} is not where the zip directory says")
+        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if info.header_offset < position or start + info.file_size > end:
+            raise Refused(f"its member {shown(name)} overlaps another or leaves the file")
+        position = start + info.file_size
+        ranges[name] = (start, info.file_size)
+    return ranges
+
+
+def _slice(file: BinaryIO, start: int, size: int) -> bytes:
+    if not 0 <= start < 1 << 62:
+        return b""
+    file.seek(start)
+    return file.read(size)
+
+
+def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
+    """Return the program's result and where each storage's bytes start in the file."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if unpickle(file, _no_storage) != _LEGACY_MAGIC:
+        raise Refused("it is not a file that torch.save wrote")
+    if unpickle(file, _no_storage) != _LEGACY_VERSION:
+        raise Refused(f"its format is not the legacy version {_LEGACY_VERSION}; save it again")
+    system = unpickle(file, _no_storage)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Refused("it was written on a big-endian machine, which is not supported")
+    storages: dict[str, StorageInfo] = {}
+
+    def find(identity: object) -> StorageInfo:
+        storage = storage_info(identity)
+        if storages.setdefault(storage.key, storage) != storage:
+            raise Refused(f"the storage {shown(storage.key)} is described in two ways")
+        return storage
+
+    value = unpickle(file, find)
+    keys = unpickle(file, _no_storage)
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise Refused("its list of storages does not match its tensors")
+    places = {}
+    for key in keys:
+        storage = storages[str(key)]
+        head = file.read(8)
+        numel = struct.unpack("<q", head)[0] if len(head) == 8 else -1
+        places[storage.key] = file.tell()
+        nbytes = numel * NUMPY_TYPES[storage.dtype].itemsize
+        if numel < storage.numel or nbytes > size - places[storage.key]:
+            raise Refused(f"the storage {shown(storage.key)} is cut short; get the file again")
+        file.seek(nbytes, io.SEEK_CUR)
+    return value, places
+
+
+def _no_storage(_: object) -> StorageInfo:
+    raise Refused("a storage appears where none may be")
+
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+
+
+def _state_dict(value: object) -> dict[str, TensorInfo]:
+    """Return name -> tensor of a state dict, possibly inside a trainer's wrapper."""
+    if not isinstance(value, dict):
+        raise Refused(f"it holds {shown(kind_of(value))}, not a state dict")
+    found = value
+    if not _holds_tensors(found):
+        wrapped = [value[name] for name in _WRAPPERS if _holds_tensors(value.get(name))]
+        if len(wrapped) != 1:
+            raise Refused("it holds no tensors by name; save the model's state_dict()")
+        found = wrapped[0]
+    tensors: dict[str, TensorInfo] = {}
+    for name, each in found.items():
+        if isinstance(each, dict | list | tuple) and _any_tensor(each):
+            raise Refused(f"the entry {shown(name)} holds tensors in a container; save them flat")
+        if isinstance(each, TensorInfo):
+            if not isinstance(name, str):
+                raise Refused(f"a tensor has the name {shown(name)}, which is not text")
+            tensors[name] = each
+    return tensors
+
+
+def _holds_tensors(value: object) -> TypeGuard[dict[object, object]]:
+    return isinstance(value, dict) and any(isinstance(each, TensorInfo) for each in value.values())
+
+
+def _any_tensor(value: dict[object, object] | list[object] | tuple[object, ...]) -> bool:
+    """Look one level into a container; deeper ones are optimiser states and the like."""
+    items = value.values() if isinstance(value, dict) else value
+    return any(isinstance(item, TensorInfo) for item in items)
