@@ -14,6 +14,7 @@ answer token but the last. Later lines replace earlier ones of the same key.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_specstream.convert.pytorch.backbone import Backbone, attend
 from mlx_specstream.errors import DataError
 
 Key = tuple[str, int]
@@ -103,3 +105,24 @@ class StateReader:
             tensors.append(flat.view(getattr(torch, shape.dtype)).view(dims))
             start += size
         return States(*tensors)
+
+
+def compute_states(backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int) -> States:
+    """Run the base model over one text and keep what lossless training needs of it."""
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    L = ids.shape[1]
+    first_layer, first_row = len(backbone.layers) - num_msa_layers, len(prompt) - 1
+    positions = torch.arange(L)[None]
+    x, rotation, kept = backbone.embed(ids), backbone.rotation(positions), []
+    causal = positions[0] <= positions[0][:, None]
+    hidden = x
+    for index, layer in enumerate(backbone.layers):
+        if index == first_layer:
+            hidden = x[0, first_row:].clone()
+        window = backbone.window(index)
+        mask = causal if window is None else causal & (positions[0][:, None] - positions[0] < window)
+        q, k, v = layer.queries_keys_values(x, rotation)
+        x = layer.finish(x, attend(q, k, v, mask, layer.scale))
+        if index >= first_layer:
+            kept.append((k[0], v[0]))
+    return States(torch.stack([k for k, _ in kept]), torch.stack([v for _, v in kept]), hidden)

@@ -1,0 +1,148 @@
+"""Training texts as token ids, and the batches that the packed trainer eats.
+
+A record holds `prompt_ids` and `answer_ids` (`distill.py` writes them), or `messages` / `prompt` + `completion`, which
+are turned into ids with the tokenizer's chat template. Stream positions are the last prompt token and every answer
+token that still has a target; with P prompt and A answer tokens, position i stands at t = P - 1 + i and
+
+    root x_{t+1} = answer[i]      stream j: parent x_{t+j} = answer[i+j-1], target x_{t+1+j} = answer[i+j]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlx_specstream.errors import DataError
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text: `prompt` is given, `answer` is to be foreseen."""
+
+    key: Key
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions whose first stream has a target."""
+        return max(0, len(self.answer) - 1)
+
+
+def read_examples(files: Iterable[str | Path], tokenizer: object = None, max_length: int = 1024) -> list[Example]:
+    """Read JSON-lines files; texts with fewer than two answer tokens or more than `max_length` in all are left out.
+
+    Raises:
+        DataError: a line is not JSON or holds no text in a known form.
+    """
+    examples = []
+    for file in map(Path, files):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {number + 1} is not JSON ({error.msg}); repair or remove it.") from error
+            prompt, answer = record_ids(record, tokenizer, f"{file}, line {number + 1}")
+            key = (str(record.get("source", file.stem)), int(record.get("index", number)))
+            if len(answer) > 1 and len(prompt) + len(answer) <= max_length:
+                examples.append(Example(key, tuple(prompt), tuple(answer)))
+    return examples
+
+
+def record_ids(record: dict[str, object], tokenizer: object, where: str) -> tuple[list[int], list[int]]:
+    """Return prompt and answer ids of one record."""
+    if "answer_ids" in record:
+        return list(record["prompt_ids"]), list(record["answer_ids"])  # type: ignore[call-overload]
+    messages = record.get("messages")
+    if messages is None and "completion" in record:
+        messages = [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["completion"]},
+        ]
+    if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where} has neither answer_ids, nor messages that end with the assistant, nor a completion.")
+    if tokenizer is None:
+        raise DataError(f"{where} holds text, not ids; a tokenizer is needed.")
+    template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+    prompt = list(template(messages[:-1], add_generation_prompt=True, return_dict=False))
+    answer = list(tokenizer.encode(messages[-1]["content"], add_special_tokens=False))  # type: ignore[attr-defined]
+    return prompt, [*answer, tokenizer.eos_token_id]  # type: ignore[attr-defined]
+
+
+def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """Return (train, held out): the `count` examples whose prompts hash lowest, so the split is stable as data grows."""
+
+    def rank(example: Example) -> bytes:
+        return hashlib.sha256(json.dumps(example.prompt).encode()).digest()
+
+    held_prompts = {e.prompt for e in sorted(examples, key=rank)[:count]}
+    train = [e for e in examples if e.prompt not in held_prompts]
+    held = [e for e in examples if e.prompt in held_prompts]
+    return train, held
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An example and the positions of it that get streams, ascending, each < num_positions."""
+
+    example: Example
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the stream rows of a batch are to predict, rows in the order (position, stream).
+
+    tokens, parents: (N, γ) int64. valid: (N, γ) bool, false past the end of a text.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    valid: Tensor
+
+
+def targets(batch: Sequence[Selection], num_streams: int) -> Targets:
+    """Collect targets and true parents of every selected position."""
+    tokens, parents, valid = [], [], []
+    for selection in batch:
+        answer = selection.example.answer
+        padded = answer + (0,) * num_streams
+        for i in selection.positions:
+            tokens.append(padded[i + 1 : i + 1 + num_streams])
+            parents.append(padded[i : i + num_streams])
+            valid.append([i + j < len(answer) for j in range(1, num_streams + 1)])
+    return Targets(torch.tensor(tokens), torch.tensor(parents), torch.tensor(valid))
+
+
+def select(example: Example, fraction: float, seed: str) -> Selection:
+    """Choose a random `fraction` of an example's positions, at least one."""
+    count = example.num_positions
+    chosen = random.Random(seed).sample(range(count), max(1, round(count * fraction)))
+    return Selection(example, tuple(sorted(chosen)))
+
+
+def epoch_batches(
+    examples: Sequence[Example], *, num_positions: int, fraction: float, seed: int, epoch: int
+) -> Iterator[list[Selection]]:
+    """Yield one epoch's batches of about `num_positions` stream positions; a function of its arguments alone."""
+    order = list(examples)
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    batch: list[Selection] = []
+    filled = 0
+    for example in order:
+        batch.append(select(example, fraction, f"{seed}/{epoch}/{example.key}"))
+        filled += len(batch[-1].positions)
+        if filled >= num_positions:
+            yield batch
+            batch, filled = [], 0
+    if filled > num_positions // 2:
+        yield batch
