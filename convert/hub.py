@@ -1,0 +1,86 @@
+"""Where a model is: a local path first, else a repository of the hub, fetched by its own client.
+
+Code files are never asked for. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and the client's cache do what they
+always do.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_specstream.errors import CheckpointError, OptionError
+
+_REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
+_SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_SAFETENSORS = [*_SMALL, "*.safetensors"]
+_OTHERS = [*_SMALL, "*.bin", "*.pt", "*.pth"]
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def locate(name: str, revision: str | None = None, beside: Path | None = None) -> Path:
+    """Return the local folder or file of a model; fetch it from the hub if it is not local.
+
+    Args:
+        name: a path, or a repository id as `owner/name`.
+        revision: branch, tag or commit on the hub.
+        beside: a folder that a relative path may also be relative to.
+
+    Raises:
+        CheckpointError: neither a local path nor a repository that can be fetched.
+    """
+    path = Path(name).expanduser()
+    for candidate in (path, *([beside / path] if beside else [])):
+        if candidate.exists():
+            if revision:
+                raise OptionError(f"--revision is for the hub, and {candidate} is a local path.")
+            return candidate
+    if not _REPOSITORY.fullmatch(name) or ".." in name:
+        raise CheckpointError(
+            f"{name} does not exist; name a folder, a weight file, or a hub repository owner/name."
+        )
+    folder = _fetch(name, revision, _SAFETENSORS)
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetch(name, revision, _OTHERS)
+    return folder
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (
+        LocalEntryNotFoundError,
+        HFValidationError,
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{name} is neither a local path nor can it be fetched from the hub ({reason}); "
+            "check the name, the network and your access, or give a local folder."
+        ) from None
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a finished model folder to the hub, making the repository if need be.
+
+    Raises:
+        CheckpointError: the hub refuses or cannot be reached; the local folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder} is complete but could not be uploaded to {repository} ({reason}); "
+            "check your token and access, and upload the folder again."
+        ) from None
