@@ -1,0 +1,234 @@
+"""A view of an mlx-lm decoder in which every row has its own position and sees what a mask says.
+
+mlx-lm's own layers do the computing; no model file is forked. Two things are replaced, in
+shallow copies that share every weight with the user's model, which itself stays untouched:
+
+* RoPE: a layer calls `rope(x, offset=cache.offset)`. `RowRope` lets the offset be a vector with
+  a position per row. Without it, the siblings of a draft tree would be verified in wrong places.
+* Linear layers of MSA layers, where stream rows get their adapters (`streams.py`).
+
+What differs between families (where the parts are, scales, caps, windows) is a row of
+`families.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import KVCache, LayerPass
+from .errors import ModelError
+from .families import Family, family_of
+
+Mask = mx.array | str | None
+PROBE_TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.5}
+
+
+class RowRope:
+    """RoPE with a position per row: (B, H, R, D) and an offset of shape (R,), or an int.
+
+    mlx's fast RoPE takes one offset per batch entry, so rows become batch entries; the layer's
+    own base, scale and frequencies apply, and the result is bit-equal to one call per row.
+    """
+
+    def __init__(self, rope: Callable[..., mx.array]) -> None:
+        self.rope = rope
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if not isinstance(offset, mx.array):
+            return self.rope(x, offset=offset)
+        B, H, R, D = x.shape
+        if B != 1:
+            raise ModelError(f"per-row positions need a batch of 1, got {B}.")
+        rows = x.transpose(0, 2, 1, 3).reshape(R, H, 1, D)
+        return self.rope(rows, offset=offset).reshape(1, R, H, D).transpose(0, 2, 1, 3)
+
+
+class Backbone:
+    """The parts of a decoder: `embed`, layer k (`run`), `norm`, `head`.
+
+    Raises:
+        ModelError: mlx-specstream cannot decode the model's family exactly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.family: Family = family_of(model)
+        parts = self.family.parts(model)
+        self.embedding: nn.Module = parts.embedding
+        self.final_norm: nn.Module = parts.norm
+        self.output: Callable[[mx.array], mx.array] = parts.head
+        self.windows: list[int | None] = parts.windows
+        self.layers = [view_layer(layer) for layer in parts.layers]
+        self.num_layers = len(self.layers)
+        probe = self.embed(mx.zeros((1,), dtype=mx.int32))
+        self.hidden_size = int(probe.shape[-1])
+        self.dtype = probe.dtype
+        self.vocab_size = int(self.head(self.norm(probe)).shape[-1])
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Return the input hidden states (1, R, h) of tokens (R,)."""
+        return self.family.scale_embedding(self.model, self.embedding(tokens[None]))
+
+    def embedding_rows(self, tokens: mx.array) -> mx.array:
+        """Return the bare embedding rows (n, h) of tokens (n,), unscaled."""
+        return self.embedding(tokens)
+
+    def norm(self, hidden: mx.array) -> mx.array:
+        """Return the final norm of hidden states (1, R, h)."""
+        return self.final_norm(hidden)
+
+    def head(self, normed: mx.array) -> mx.array:
+        """Return logits (1, R, V) of normed hidden states (1, R, h)."""
+        return self.output(normed)
+
+    def head_rows(self, tokens: mx.array) -> mx.array:
+        """Return the LM head's weight rows (n, h) for tokens (n,): logits without the full product.
+
+        Soft-caps and scales that a family applies after the product are not in them.
+        """
+        head = getattr(self.model, "lm_head", None)
+        if head is None:
+            return self.embedding(tokens)
+        if isinstance(head, nn.QuantizedLinear):
+            rows = mx.dequantize(
+                head.weight[tokens],
+                head.scales[tokens],
+                None if head.get("biases") is None else head.biases[tokens],
+                group_size=head.group_size,
+                bits=head.bits,
+                mode=head.mode,
+            )
+            return rows.astype(self.dtype)
+        return head.weight[tokens]
+
+    def run(
+        self,
+        hidden: mx.array,
+        layers: range,
+        cache: KVCache,
+        start: int,
+        offset: int | mx.array,
+        mask: RowMask,
+    ) -> mx.array:
+        """Run `layers` of the base model over rows (1, R, h), which go to the cache at `start`."""
+        for index in layers:
+            row = LayerPass(cache.layers[index], start, offset)
+            hidden = self.layers[index](hidden, mask.of(self.windows[index]), row)
+        return hidden
+
+    def forward(self, tokens: mx.array, cache: KVCache, last_only: bool = True) -> mx.array:
+        """Append consecutive tokens (R,) to the committed text and return the hidden states.
+
+        Returns (1, R, h) before the final norm, or (1, 1, h) of the last row. Call
+        `cache.advance(R)` once the result is to count.
+        """
+        R = tokens.shape[0]
+        mask = causal_mask(cache.length, R)
+        hidden = self.run(
+            self.embed(tokens), range(self.num_layers), cache, cache.length, cache.length, mask
+        )
+        return hidden[:, -1:] if last_only else hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits (R, V) of hidden states (1, R, h) before the final norm."""
+        return self.head(self.norm(hidden))[0]
+
+
+class RowMask:
+    """The masks of one pass: who sees whom, and per sliding window who is near enough.
+
+    seen: (R, S) bool, "causal" or None (all). row_positions (R,) and key_positions (S,) int32
+    are needed only where a layer has a window.
+    """
+
+    def __init__(
+        self,
+        seen: Mask,
+        positions: Callable[[], tuple[mx.array, mx.array]],
+    ) -> None:
+        self.seen = seen
+        self.positions = positions
+        self._windowed: dict[int, Mask] = {}
+
+    def of(self, window: int | None) -> Mask:
+        """Return the mask of a layer with this sliding window (None: it sees everything)."""
+        if window is None:
+            return self.seen
+        if window not in self._windowed:
+            rows, keys = self.positions()
+            near = keys[None] > rows[:, None] - window
+            if self.seen is None:
+                mask = near
+            elif isinstance(self.seen, str):
+                mask = near & (keys[None] <= rows[:, None])
+            else:
+                mask = near & self.seen
+            self._windowed[window] = mask
+        return self._windowed[window]
+
+
+def causal_mask(length: int, rows: int) -> RowMask:
+    """Return the masks for `rows` consecutive tokens after `length` committed ones."""
+
+    def positions() -> tuple[mx.array, mx.array]:
+        keys = mx.arange(length + rows, dtype=mx.int32)
+        return keys[length:], keys
+
+    return RowMask(None if rows == 1 else "causal", positions)
+
+
+def view_layer(layer: nn.Module) -> nn.Module:
+    """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows."""
+    view = copy.copy(layer)
+    for name, child in list(view.items()):
+        if _is_rope(child):
+            # Past nn.Module's own bookkeeping: RowRope holds no parameters of its own.
+            dict.pop(view, name)
+            object.__setattr__(view, name, RowRope(child))
+        elif isinstance(child, nn.Module):
+            view[name] = view_layer(child)
+    return view
+
+
+def _is_rope(module: Any) -> bool:
+    """Tell whether `module` rotates by position, whatever its class is called."""
+    return isinstance(module, nn.Module) and "rope" in type(module).__name__.lower()
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Compare the view with mlx-lm's own forward on a probe: prefill, then rows out of order.
+
+    Seven tokens run through mlx-lm; the view computes the first three as a prefill and the
+    others as rows with positions and a mask of their own, in two orders.
+
+    Raises:
+        ModelError: the logits differ by more than rounding.
+    """
+    vocab = min(backbone.vocab_size, 997)
+    tokens = mx.array([(7 * i * i + 3 * i + 1) % vocab for i in range(7)], dtype=mx.int32)
+    expected = backbone.model(tokens[None])[0, 3:].astype(mx.float32)
+    cache = KVCache(backbone.num_layers)
+    backbone.forward(tokens[:3], cache)
+    cache.advance(3)
+    order = mx.array([2, 0, 3, 1], dtype=mx.int32)
+    positions = 3 + order
+    keys = mx.concatenate([mx.arange(3, dtype=mx.int32), positions])
+    mask = RowMask(keys[None] <= positions[:, None], lambda: (positions, keys))
+    hidden = backbone.run(
+        backbone.embed(tokens[positions]), range(backbone.num_layers), cache, 3, positions, mask
+    )
+    found = backbone.logits(hidden).astype(mx.float32)
+    error = mx.abs(found - mx.take(expected, order, axis=0)).max().item()
+    scale = max(1.0, mx.abs(expected).max().item())
+    tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
+    if not error <= tolerance:
+        raise ModelError(
+            f"this model (type {backbone.family.name}) does not compute the same through "
+            f"mlx-specstream as in mlx-lm (logits differ by {error:.2g}, allowed {tolerance:.2g}), "
+            "so it cannot be decoded exactly; please report it with the model's name."
+        )

@@ -1,0 +1,158 @@
+"""The KV cache of a decoder whose passes write more rows than they keep.
+
+    rows     0 ............ length | length ........ length + R | ........ capacity
+             committed text        | rows of the running pass   | free
+
+A pass appends the keys and values of all its rows behind the committed text (draft nodes, then
+stream rows); attention reads up to there under a mask. `commit` then gathers the accepted path's
+rows into place, in the graph, and `advance` moves the end of the committed text once the host
+knows how far. Everything behind it is scratch that the next pass overwrites: a rejected draft
+or a stream is never part of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import OptionError
+
+GROWTH = 256  # rows; mlx-lm's step, and what MLX's CUDA attention wants capacity to divide by
+
+
+class LayerKV:
+    """Keys and values of one layer, each (1, K, capacity, D), grown by `GROWTH` rows."""
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def write(self, at: int, keys: mx.array, values: mx.array) -> None:
+        """Put rows (1, K, R, D) at [at, at + R), growing the buffers if needed."""
+        end = at + keys.shape[2]
+        if self.keys is None or self.values is None or end > self.keys.shape[2]:
+            capacity = -(-end // GROWTH) * GROWTH
+            self.keys = _grown(self.keys, keys, capacity)
+            self.values = _grown(self.values, values, capacity)
+        self.keys[..., at:end, :] = keys
+        self.values[..., at:end, :] = values
+
+    def read(self, end: int) -> tuple[mx.array, mx.array]:
+        """Return the first `end` rows, two arrays (1, K, end, D)."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def gather(self, at: int, rows: mx.array) -> None:
+        """Copy the rows with indices `at` + `rows` (n,) to [at, at + n)."""
+        assert self.keys is not None and self.values is not None
+        end = at + rows.shape[0]
+        index = rows + at
+        self.keys[..., at:end, :] = mx.take(self.keys, index, axis=2)
+        self.values[..., at:end, :] = mx.take(self.values, index, axis=2)
+
+
+class LayerPass:
+    """What a layer of mlx-lm sees as its cache during one pass: its rows go to [start, ...).
+
+    `offset` is what the layer hands to RoPE: an int for consecutive rows, or each row's own
+    position as an (R,) int32 array. `on_values` changes values before they are written.
+    """
+
+    def __init__(
+        self,
+        layer: LayerKV,
+        start: int,
+        offset: int | mx.array,
+        on_values: Callable[[mx.array], mx.array] | None = None,
+    ) -> None:
+        self.layer = layer
+        self.start = start
+        self.offset = offset
+        self.on_values = on_values
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append the pass's rows (1, K, R, D) and return all rows up to their end."""
+        if self.on_values is not None:
+            values = self.on_values(values)
+        self.layer.write(self.start, keys, values)
+        return self.layer.read(self.start + keys.shape[2])
+
+
+class KVCache:
+    """The caches of all layers and the number of rows that are committed text."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerKV() for _ in range(num_layers)]
+        self.length = 0
+
+    def commit(self, rows: mx.array, layers: range) -> None:
+        """Gather a pass's rows `rows` (n,) int32 to the end of the committed text, in the graph.
+
+        Rows beyond the accepted path may be anything: they stay behind the committed length.
+        `layers` that hold fewer rows, because the tree was pruned above, get their own `rows`.
+        """
+        for index in layers:
+            self.layers[index].gather(self.length, rows)
+
+    def advance(self, rows: int) -> None:
+        """Count `rows` more rows as committed."""
+        self.length += rows
+
+    def rewind(self, length: int) -> None:
+        """Forget all committed rows from `length` on; the buffers are kept.
+
+        Raises:
+            OptionError: `length` is negative or beyond the committed text.
+        """
+        if not 0 <= length <= self.length:
+            raise OptionError(
+                f"cannot rewind the KV cache to {length} rows: it holds {self.length}."
+            )
+        self.length = length
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return every buffer, for evaluation."""
+        pairs = ((layer.keys, layer.values) for layer in self.layers)
+        return [array for pair in pairs for array in pair if array is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers, scratch rows included."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @classmethod
+    def from_mlx_lm(cls, caches: list[Any]) -> KVCache:
+        """Return a cache over the rows that mlx-lm's `KVCache` objects hold.
+
+        Raises:
+            OptionError: another kind of cache, or layers of different lengths.
+        """
+        result = cls(len(caches))
+        lengths = {int(cache.offset) for cache in caches}
+        if len(lengths) != 1 or any(type(cache).__name__ != "KVCache" for cache in caches):
+            raise OptionError(
+                "the prompt cache must be made of mlx-lm's plain KVCache layers of one length; "
+                "make it with mlx_lm.models.cache.make_prompt_cache(model)."
+            )
+        result.length = lengths.pop()
+        for layer, cache in zip(result.layers, caches, strict=True):
+            if result.length:
+                keys, values = cache.state
+                layer.write(0, keys[..., : result.length, :], values[..., : result.length, :])
+        return result
+
+    def to_mlx_lm(self, caches: list[Any]) -> None:
+        """Put the committed rows into mlx-lm's `KVCache` objects, which forget what they had."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            cache.state = layer.read(self.length)
+
+
+def _grown(old: mx.array | None, rows: mx.array, capacity: int) -> mx.array:
+    """Return a buffer of `capacity` rows that begins with those of `old`."""
+    _, K, _, D = rows.shape
+    have = 0 if old is None else old.shape[2]
+    fresh = mx.zeros((1, K, capacity - have, D), dtype=rows.dtype)
+    return fresh if old is None else mx.concatenate([old, fresh], axis=2)

@@ -1,0 +1,112 @@
+"""Parent-conditioned candidates: re-rank what a stream proposes, given the token it follows.
+
+The paper's streams are marginals: stream 2 does not know which token stream 1 proposed, nor
+stream 1 which root was chosen. For a parent token p with embedding row e_p, and the final
+normed hidden state s of stream j,
+
+    Δ(p, s) = W2 · silu(W1 · [ê_p ; ŝ]) + B·A·ê_p        x̂ = x / rms(x)
+
+and the logits of the stream's best candidates c gain E_c · Δ, renormalised over the probability
+those candidates had together. An extension of ours, not in the paper; acceptance does not care
+where candidates come from, so decoding stays exactly lossless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .backbone import Backbone
+
+NUM_CANDIDATES = 32  # of a stream's best, the ones that are re-ranked
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best candidates of each stream, without regard to a parent, best first.
+
+    ids: (γ, C) int32. log_probs: (γ, C) float32. hidden: (γ, h), the final normed states.
+    """
+
+    ids: mx.array
+    log_probs: mx.array
+    hidden: mx.array
+
+
+def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates:
+    """Return the `count` best candidates of each stream from logits (γ, V)."""
+    count = min(count, logits.shape[-1])
+    logits = logits.astype(mx.float32)
+    if count == 1:
+        ids = mx.argmax(logits, axis=-1, keepdims=True)
+        order = None
+    else:
+        ids = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
+        order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
+        ids = mx.take_along_axis(ids, order, axis=-1)
+    best = mx.take_along_axis(logits, ids, axis=-1)
+    log_probs = best - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return Candidates(ids.astype(mx.int32), log_probs, hidden)
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """The correction's weights: mlp_in (m, 2h), mlp_out (h, m), lora_a (h, r), lora_b (r, h)."""
+
+    mlp_in: mx.array
+    mlp_out: mx.array
+    lora_a: mx.array
+    lora_b: mx.array
+
+    def correction(self, parents: mx.array, hidden: mx.array) -> mx.array:
+        """Return Δ (W, h) for the parents' embedding rows (W, h) and one stream's state (h,)."""
+        e = _unit(parents)
+        s = mx.broadcast_to(_unit(hidden), e.shape)
+        mlp = nn.silu(mx.concatenate([e, s], axis=-1) @ self.mlp_in.T) @ self.mlp_out.T
+        return mlp + (e @ self.lora_a) @ self.lora_b
+
+
+class ConditionedProposer:
+    """Candidates of each level given their parents, as `tree.build` asks for them."""
+
+    def __init__(self, conditioner: Conditioner, backbone: Backbone, marginal: Candidates) -> None:
+        self.conditioner = conditioner
+        self.backbone = backbone
+        self.marginal = marginal
+        ids = marginal.ids
+        rows = backbone.head_rows(ids.reshape(-1))
+        self.rows = rows.reshape(*ids.shape, -1)  # (γ, C, h)
+        # The marginal's mass and shape are the same for every parent.
+        self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
+
+    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
+        hidden = self.marginal.hidden[level]
+        delta = self.conditioner.correction(self.backbone.embedding_rows(parents), hidden)
+        gain = (delta @ self.rows[level].T).astype(mx.float32)
+        scores = self.marginal.log_probs[level] + gain
+        log_probs = scores - mx.logsumexp(scores, axis=-1, keepdims=True) + self.mass[level]
+        order = mx.argsort(-log_probs, axis=-1)
+        ids = mx.take(self.marginal.ids[level], order)
+        return ids, mx.take_along_axis(log_probs, order, axis=-1)
+
+
+class MarginalProposer:
+    """The paper's candidates: the same for every parent."""
+
+    def __init__(self, marginal: Candidates) -> None:
+        self.marginal = marginal
+
+    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
+        shape = (parents.shape[0], self.marginal.ids.shape[1])
+        ids, log_probs = self.marginal.ids[level], self.marginal.log_probs[level]
+        return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)
+
+
+def _unit(x: mx.array) -> mx.array:
+    """Return x (..., h) divided by its root mean square."""
+    return mx.fast.rms_norm(x, None, _EPSILON)

@@ -1,0 +1,270 @@
+"""What was trained (`StreamConfig`) and how to decode with it (`TreeSpec`, `DecodeConfig`).
+
+Frozen and validated when made: a config that exists is a config that makes sense on its own.
+Whether it fits a particular base model is checked where the two meet (`streams.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import StreamsError, OptionError
+
+FORMAT_VERSION = 1
+MAX_STREAMS = 32
+
+Mode = Literal["lossless", "shared"]
+RopeOffset = Literal["position_plus_stream", "position"]
+Schedule = Literal["auto", "inline", "deferred"]
+TreeKind = Literal["chain", "best", "product"]
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The trained streams of one base model [SS §3.1].
+
+    `num_streams` is γ, `num_msa_layers` is N_s. A rank of 0 means that the part does not exist.
+    The LoRA product is scaled by `lora_alpha / lora_rank`. `value_rotation` is ε of [SS Eq. 9].
+
+    Raises:
+        StreamsError: a value is out of range or of the wrong type.
+    """
+
+    num_streams: int
+    num_msa_layers: int
+    mode: Mode = "lossless"
+    rope_offset: RopeOffset = "position_plus_stream"
+    stream_init_rank: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    value_rotation: float = 0.0
+    pruner_rank: int = 0
+    conditioner_rank: int = 0
+    conditioner_hidden: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StreamsError(f"streams config: {name} must be an integer, got {value!r}.")
+            low = 1 if name in ("num_streams", "num_msa_layers") else 0
+            if value < low:
+                raise StreamsError(f"streams config: {name} must be at least {low}, got {value}.")
+        for name in ("lora_alpha", "value_rotation"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise StreamsError(f"streams config: {name} must be a number >= 0, got {value!r}.")
+        if self.num_streams > MAX_STREAMS:
+            raise StreamsError(
+                f"streams config: num_streams must be at most {MAX_STREAMS}, "
+                f"got {self.num_streams}."
+            )
+        if self.mode not in ("lossless", "shared"):
+            raise StreamsError(
+                f"streams config: mode must be 'lossless' or 'shared', got {self.mode!r}."
+            )
+        if self.rope_offset not in ("position_plus_stream", "position"):
+            raise StreamsError(
+                "streams config: rope_offset must be 'position_plus_stream' or 'position', "
+                f"got {self.rope_offset!r}."
+            )
+        if not all(isinstance(name, str) and name for name in self.target_modules):
+            raise StreamsError("streams config: target_modules must be a list of module names.")
+        if bool(self.lora_rank) != bool(self.target_modules):
+            raise StreamsError(
+                "streams config: lora_rank and target_modules go together, got "
+                f"lora_rank {self.lora_rank} with {len(self.target_modules)} modules."
+            )
+        if bool(self.conditioner_rank) != bool(self.conditioner_hidden):
+            raise StreamsError(
+                "streams config: conditioner_rank and conditioner_hidden go together, got "
+                f"{self.conditioner_rank} and {self.conditioner_hidden}."
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor on the LoRA product, alpha / rank (0 without adapters)."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the JSON form, with the format version in front."""
+        fields = dataclasses.asdict(self)
+        fields["target_modules"] = list(self.target_modules)
+        return {"version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> StreamConfig:
+        """Make a config from its JSON form.
+
+        Raises:
+            StreamsError: an unknown version, an unknown or missing field, or a bad value.
+        """
+        version = fields.get("version")
+        if version != FORMAT_VERSION:
+            raise StreamsError(
+                f"streams config: version {version!r} is not known, expected {FORMAT_VERSION}; "
+                "a newer mlx-specstream may read it."
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known - {"version"})
+        if unknown:
+            raise StreamsError(
+                f"streams config: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}."
+            )
+        for name in ("num_streams", "num_msa_layers"):
+            if name not in fields:
+                raise StreamsError(f"streams config: {name} is missing.")
+        modules = fields.get("target_modules", ())
+        if not isinstance(modules, list | tuple):
+            raise StreamsError("streams config: target_modules must be a list of module names.")
+        values = {name: value for name, value in fields.items() if name != "version"}
+        return cls(**values)  # type: ignore[arg-type]
+
+
+_INTEGERS = tuple(
+    name for name, annotation in StreamConfig.__annotations__.items() if annotation in ("int", int)
+)
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """The shape of the draft trees: how many rows a step verifies, and how they are spread.
+
+    * `chain`: one path of `depth` drafts, rows = depth + 1.
+    * `best`: the `rows` nodes (root included) of highest cumulative probability.
+    * `product`: the paper's static tree, `branching` candidates of every stream under every
+      node [SS §3.1.2]; rows = 1 + branching + branching² + ...
+
+    `depth` 0 means as deep as there are streams. `branching` bounds a node's children.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    kind: TreeKind = "best"
+    rows: int = 16
+    branching: int = 8
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("chain", "best", "product"):
+            raise OptionError(f"tree kind must be chain, best or product, got {self.kind!r}.")
+        if not 1 <= self.rows <= 1024:
+            raise OptionError(f"a tree has 1 to 1024 rows, got {self.rows}.")
+        if not 1 <= self.branching <= 64:
+            raise OptionError(f"a tree node has 1 to 64 candidates, got {self.branching}.")
+        if not 0 <= self.depth <= MAX_STREAMS:
+            raise OptionError(f"tree depth must be 0 to {MAX_STREAMS}, got {self.depth}.")
+
+    @classmethod
+    def parse(cls, text: str) -> TreeSpec:
+        """Read the command-line form: `chain`, `chain3`, `16` (rows, best-first) or `3^4`.
+
+        Raises:
+            OptionError: the text has none of these forms.
+        """
+        word = text.strip().lower()
+        if match := re.fullmatch(r"chain(\d+)?", word):
+            return cls(kind="chain", branching=1, depth=int(match[1] or 0))
+        if word.isdecimal() and len(word) < 6:
+            return cls(kind="best", rows=int(word))
+        if (match := re.fullmatch(r"(\d{1,3})\^(\d{1,2})", word)) and int(match[2]) > 0:
+            return cls(kind="product", branching=int(match[1]), depth=int(match[2]))
+        raise OptionError(
+            f"cannot read the tree {text!r}; use 'chain', 'chain3' (three drafts), "
+            "'16' (the best 16 rows) or '3^4' (three candidates of each of four streams)."
+        )
+
+    def __str__(self) -> str:
+        if self.kind == "chain":
+            return f"chain{self.depth or ''}"
+        if self.kind == "product":
+            return f"{self.branching}^{self.depth or 'γ'}"
+        return str(self.rows)
+
+    def level_widths(self, num_streams: int) -> tuple[int, ...]:
+        """Return how many nodes each level holds before the best `rows` are picked.
+
+        A beam of rows − 1 nodes per level is exact for best-first trees: no level of the best
+        `rows` nodes can hold more.
+        """
+        depth = min(self.depth or num_streams, num_streams)
+        if self.kind == "chain":
+            return (1,) * depth
+        widths: list[int] = []
+        for _ in range(depth):
+            full = (widths[-1] if widths else 1) * self.branching
+            widths.append(full if self.kind == "product" else min(full, self.rows - 1))
+        if self.kind == "product" and sum(widths) >= 1024:
+            raise OptionError(
+                f"the tree {self} has {sum(widths) + 1} rows; at most 1024 are allowed."
+            )
+        return tuple(width for width in widths if width)
+
+    def num_nodes(self, num_streams: int) -> int:
+        """Return the rows of a full tree, root included."""
+        total = 1 + sum(self.level_widths(num_streams))
+        return min(total, self.rows) if self.kind == "best" else total
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """Early-exit pruning [SS §3.1.3]: at most `keep` rows go on into the MSA layers.
+
+    `threshold` is the paper's rule: a child whose early-exit probability given its parent is
+    below it is dropped with its descendants. `keep` is fixed, so that shapes stay static.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    keep: int
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise OptionError(f"pruning keeps at least 1 row (the root), got {self.keep}.")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise OptionError(f"the pruning threshold is a probability, got {self.threshold}.")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode: the tree, pruning, when streams run, whether parents condition candidates.
+
+    `schedule`: `inline` computes streams for every node in the verifying pass; `deferred`
+    computes them for the accepted node alone, in a second short pass of the same graph
+    (lossless mode only); `auto` takes `deferred` where it is possible and the tree branches.
+    """
+
+    tree: TreeSpec = field(default_factory=TreeSpec)
+    prune: PruneSpec | None = None
+    schedule: Schedule = "auto"
+    use_conditioner: bool = True
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("auto", "inline", "deferred"):
+            raise OptionError(
+                f"schedule must be 'auto', 'inline' or 'deferred', got {self.schedule!r}."
+            )
+
+    def resolved_schedule(self, mode: Mode) -> Literal["inline", "deferred"]:
+        """Return the schedule to use in `mode`.
+
+        Raises:
+            OptionError: `deferred` was asked for in shared mode, where main attends its streams.
+        """
+        if mode == "shared":
+            if self.schedule == "deferred":
+                raise OptionError(
+                    "schedule 'deferred' needs lossless streams: in shared mode the main stream "
+                    "attends its streams, so they must run in the same pass; use 'inline'."
+                )
+            return "inline"
+        return "deferred" if self.schedule == "auto" else self.schedule

@@ -1,0 +1,228 @@
+"""The speculative streams: γ guesses per position that ride along in the upper layers.
+
+Stream j of position t starts as the main stream's hidden state plus a learned vector,
+S_tj = f(M_t) + P_j [SS §3.1.1, Eq. 3], at the input of the first MSA layer, and predicts the
+token x_{t+1+j}. In the MSA layers a row of stream (t, j) sees the main stream up to t and the
+streams 1..j of the same t [SS Eq. 2]; in a draft tree, "up to t" is the committed text and the
+node's ancestors. With two nodes A ── B and γ = 2, below the committed text:
+
+                       A   B   A1  A2  B1  B2
+    main      A      [ 1   .   s   s   .   .  ]     s: shared mode only [SS Eq. 1]
+              B      [ 1   1   .   .   s   s  ]
+    streams   A1     [ 1   .   1   .   .   .  ]
+              A2     [ 1   .   1   1   .   .  ]
+              B1     [ 1   1   .   .   1   .  ]
+              B2     [ 1   1   .   .   1   1  ]
+
+Weights are the base layer's, plus LoRA: on stream rows only (lossless), so that main rows are
+computed from the base model's weights alone, or on every row of every layer (shared).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .backbone import Backbone, RowMask, causal_mask, view_layer
+from .cache import KVCache, LayerPass
+from .config import StreamConfig
+from .errors import StreamsError
+
+
+class RowSplit:
+    """Where the stream rows of the running pass begin; adapters of streams act from there on."""
+
+    def __init__(self) -> None:
+        self.num_main = 0
+
+
+class StreamLinear(nn.Module):
+    """A base linear layer, plus LoRA on the rows from `split.num_main` on (or on all rows).
+
+    lora_a: (in, r), lora_b: (r, out), the scale already multiplied into lora_b.
+    """
+
+    def __init__(
+        self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, split: RowSplit | None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        object.__setattr__(self, "split", split)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.base(x)
+        first = 0 if self.split is None else self.split.num_main
+        if first == 0:
+            return y + (x @ self.lora_a) @ self.lora_b
+        if first == x.shape[-2]:
+            return y
+        delta = (x[..., first:, :] @ self.lora_a) @ self.lora_b
+        return mx.concatenate([y[..., :first, :], y[..., first:, :] + delta], axis=-2)
+
+
+class Streams:
+    """Stream weights joined to a base model.
+
+    Raises:
+        StreamsError: the config does not fit the model, or a tensor is missing.
+    """
+
+    def __init__(
+        self, backbone: Backbone, config: StreamConfig, tensors: Mapping[str, mx.array]
+    ) -> None:
+        N = backbone.num_layers
+        if config.num_msa_layers >= N:
+            raise StreamsError(
+                f"these streams want {config.num_msa_layers} MSA layers, but the model has {N} "
+                "layers; at least one must stay below them."
+            )
+        self.backbone = backbone
+        self.config = config
+        self.tensors = {name: tensor.astype(backbone.dtype) for name, tensor in tensors.items()}
+        self.first_msa = N - config.num_msa_layers
+        self.lower = range(self.first_msa)
+        self.upper = range(self.first_msa, N)
+        self.embeddings = self._tensor("stream_embeddings")
+        self.split = RowSplit()
+        self.shared = config.mode == "shared"
+        adapted = range(N) if self.shared else self.upper
+        self.layers = [
+            self._adapted(index) if index in adapted else backbone.layers[index]
+            for index in range(N)
+        ]
+
+    def _tensor(self, name: str) -> mx.array:
+        if name not in self.tensors:
+            raise StreamsError(f"the stream weights lack the tensor {name!r}.")
+        return self.tensors[name]
+
+    def _adapted(self, index: int) -> nn.Module:
+        """Return layer `index` with LoRA joined to its target modules where tensors exist."""
+        layer = view_layer(self.backbone.layers[index])
+        split = None if self.shared else self.split
+        for path in self.config.target_modules:
+            name = f"layers.{index}.{path}"
+            if f"{name}.lora_a" not in self.tensors and self.shared and index in self.lower:
+                continue  # merged into the base on conversion
+            *parents, leaf = path.split(".")
+            owner = layer
+            for parent in parents:
+                owner = owner[parent] if parent in owner else None
+                if owner is None:
+                    break
+            if owner is None or leaf not in owner:
+                raise StreamsError(
+                    f"the streams adapt {path!r}, which layer {index} of this model lacks."
+                )
+            b = self._tensor(f"{name}.lora_b")
+            scaled = (b.astype(mx.float32) * self.config.lora_scale).astype(b.dtype)
+            owner[leaf] = StreamLinear(owner[leaf], self._tensor(f"{name}.lora_a"), scaled, split)
+        return layer
+
+    @property
+    def num_streams(self) -> int:
+        """Return γ."""
+        return self.config.num_streams
+
+    def start(self, main: mx.array) -> mx.array:
+        """Return the streams' first hidden states S_tj = f(M_t) + P_j [SS Eq. 3].
+
+        main: (1, n, h), main rows at the input of the first MSA layer. Returns (1, n·γ, h),
+        the streams of one node side by side.
+        """
+        if self.config.stream_init_rank:
+            a, b = self._tensor("stream_init.lora_a"), self._tensor("stream_init.lora_b")
+            main = main + (main @ a) @ b
+        _, n, h = main.shape
+        return (main[:, :, None] + self.embeddings).reshape(1, n * self.num_streams, h)
+
+    def positions(self, main: mx.array) -> mx.array:
+        """Return the RoPE positions (n·γ,) of the streams at main positions (n,): t + j, or t."""
+        offsets = mx.arange(1, self.num_streams + 1, dtype=mx.int32)
+        if self.config.rope_offset == "position":
+            offsets = mx.zeros_like(offsets)
+        return (main[:, None] + offsets).reshape(-1)
+
+    def forward(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        """Run consecutive tokens (R,) of the main stream, no streams; return (1, R, h).
+
+        In shared mode the adapters act on these rows too. As `Backbone.forward`, it leaves
+        `cache.advance` to the caller.
+        """
+        R, at = tokens.shape[0], cache.length
+        every = range(self.backbone.num_layers)
+        hidden = self.backbone.embed(tokens)
+        return self.run(hidden, R, every, cache, at, at, causal_mask(at, R))
+
+    def run(
+        self,
+        hidden: mx.array,
+        num_main: int,
+        layers: range,
+        cache: KVCache,
+        start: int,
+        offset: int | mx.array,
+        mask: RowMask,
+    ) -> mx.array:
+        """Run `layers` over rows (1, R, h), of which the first `num_main` are the main stream.
+
+        The rows' keys and values go to the cache at `start`. Streams' values are rotated where
+        the config says so [SS App. B.3, Eq. 9].
+        """
+        angles = self._value_angles(hidden.shape[1] - num_main, num_main)
+        self.split.num_main = num_main
+        for index in layers:
+            on_values = None if angles is None else lambda v: rotate_values(v, angles)
+            row = LayerPass(cache.layers[index], start, offset, on_values)
+            window = self.backbone.windows[index]
+            hidden = self.layers[index](hidden, mask.of(window), row)
+        return hidden
+
+    def _value_angles(self, num_stream_rows: int, num_main: int) -> mx.array | None:
+        """Return each row's value rotation (R,) float32: ε·j for stream j, 0 for main rows."""
+        if not self.config.value_rotation or not num_stream_rows:
+            return None
+        streams = mx.arange(1, self.num_streams + 1, dtype=mx.float32)
+        streams = mx.tile(streams, num_stream_rows // self.num_streams)
+        return self.config.value_rotation * mx.concatenate([mx.zeros((num_main,)), streams])
+
+
+def rotate_values(values: mx.array, angles: mx.array) -> mx.array:
+    """Return values multiplied by e^{iθ}, neighbouring channels as complex numbers [SS Eq. 9].
+
+    values: (1, K, R, D) with even D; angles: (R,) float32.
+    """
+    pairs = values.astype(mx.float32).reshape(*values.shape[:-1], -1, 2)
+    cos, sin = mx.cos(angles)[:, None], mx.sin(angles)[:, None]
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(values.shape).astype(values.dtype)
+
+
+def pass_mask(
+    ancestor_mask: mx.array, num_streams: int, length: int, main_sees_streams: bool
+) -> mx.array:
+    """Return who sees whom in an inline pass, (R, length + R) bool with R = T + T·γ.
+
+    ancestor_mask: (T, T) bool. Rows and local columns are the T nodes, then their streams, node
+    by node; before them stand `length` committed columns that every row sees.
+    """
+    T, G = ancestor_mask.shape[0], num_streams
+    if G == 0:
+        local = ancestor_mask
+    else:
+        same_node = mx.eye(T, dtype=mx.bool_)
+        own = mx.repeat(same_node, G, axis=1)
+        earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
+        among = mx.kron(same_node, earlier)
+        main = [ancestor_mask, own if main_sees_streams else mx.zeros_like(own)]
+        streams = [mx.repeat(ancestor_mask, G, axis=0), among]
+        local = mx.concatenate(
+            [mx.concatenate(main, axis=1), mx.concatenate(streams, axis=1)], axis=0
+        )
+    prefix = mx.ones((local.shape[0], length), dtype=mx.bool_)
+    return mx.concatenate([prefix, local], axis=1)
