@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,10 +95,11 @@ class Backbone:
         if head is None:
             return self.embedding(tokens)
         if isinstance(head, nn.QuantizedLinear):
+            biases: mx.array | None = head.get("biases")
             rows = mx.dequantize(
                 head.weight[tokens],
                 head.scales[tokens],
-                None if head.get("biases") is None else head.biases[tokens],
+                biases if biases is None else biases[tokens],
                 group_size=head.group_size,
                 bits=head.bits,
                 mode=head.mode,
@@ -223,8 +224,8 @@ def check_backbone(backbone: Backbone) -> None:
         backbone.embed(tokens[positions]), range(backbone.num_layers), cache, 3, positions, mask
     )
     found = backbone.logits(hidden).astype(mx.float32)
-    error = mx.abs(found - mx.take(expected, order, axis=0)).max().item()
-    scale = max(1.0, mx.abs(expected).max().item())
+    error = cast(float, mx.abs(found - mx.take(expected, order, axis=0)).max().item())
+    scale = max(1.0, cast(float, mx.abs(expected).max().item()))
     tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
     if not error <= tolerance:
         raise ModelError(

@@ -41,12 +41,14 @@ class LayerKV:
 
     def read(self, end: int) -> tuple[mx.array, mx.array]:
         """Return the first `end` rows, two arrays (1, K, end, D)."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def gather(self, at: int, rows: mx.array) -> None:
         """Copy the rows with indices `at` + `rows` (n,) to [at, at + n)."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         end = at + rows.shape[0]
         index = rows + at
         self.keys[..., at:end, :] = mx.take(self.keys, index, axis=2)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .errors import StreamsError, OptionError
+from .errors import OptionError, StreamsError
 
 FORMAT_VERSION = 1
 MAX_STREAMS = 32

@@ -16,7 +16,8 @@ This module knows token ids, not text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import mlx.core as mx
 
@@ -30,7 +31,7 @@ from .condition import (
     MarginalProposer,
     top_candidates,
 )
-from .config import DecodeConfig
+from .config import DecodeConfig, TreeSpec
 from .errors import ModelError, StreamsError
 from .prune import Pruner, prune
 from .sampling import TokenChooser
@@ -113,6 +114,11 @@ class StreamDecoder:
 
     def __post_init__(self) -> None:
         config, tensors = self.streams.config, self.streams.tensors
+        if self.chooser.processors and self.config.tree.kind != "chain":
+            # Processors want each row's own history, which only a chain has before it is computed.
+            depth = len(self.config.tree.level_widths(config.num_streams))
+            chain = TreeSpec(kind="chain", branching=1, depth=depth)
+            self.config = replace(self.config, tree=chain)
         self.inline = self.config.resolved_schedule(config.mode) == "inline"
         if self.config.prune is not None:
             if not config.pruner_rank:
@@ -139,19 +145,7 @@ class StreamDecoder:
 
         The last prompt token is not for here: it is the first step's root.
         """
-        done = 0
-        while done < len(tokens):
-            part = mx.array(tokens[done : done + chunk], dtype=mx.int32)
-            self.append(part, cache)
-            mx.eval(cache.arrays)
-            done += part.shape[0]
-            if on_progress is not None:
-                on_progress(done, len(tokens))
-
-    def append(self, tokens: mx.array, cache: KVCache) -> None:
-        """Run consecutive tokens (R,) of the main stream and commit them, in the graph."""
-        self.streams.forward(tokens, cache)
-        cache.advance(tokens.shape[0])
+        prefill(self.streams.forward, tokens, cache, on_progress, chunk)
 
     def steps(
         self, root: int, cache: KVCache, more: Callable[[StepResult], bool]
@@ -181,23 +175,18 @@ class StreamDecoder:
         Raises:
             ModelError: the model computed NaN.
         """
-        accepted, finite, *tokens = step.report.tolist()
-        if not finite:
-            raise ModelError(
-                f"the model's output is not a number (NaN) after {cache.length} tokens: its "
-                "weights are damaged, or overflow in this precision; check the files or use "
-                "another dtype."
-            )
-        cache.advance(accepted + 1)
+        accepted, tokens = read_report(step.report, cache)
         nodes = accepted + 1
+        cache.advance(nodes)
+        self.chooser.history += tokens[:nodes]
         draft = None
         if self.keep_drafts:
             tree = step.tree
             draft = DraftRecord(
-                tree.tokens.tolist(),
-                tree.parents.tolist(),
-                tree.depths.tolist(),
-                step.path.nodes.tolist()[:nodes],
+                _ints(tree.tokens),
+                _ints(tree.parents),
+                _ints(tree.depths),
+                _ints(step.path.nodes)[:nodes],
             )
         return StepResult(tokens[:nodes], step.tree.num_nodes - 1, step.logits[:nodes], draft)
 
@@ -248,7 +237,7 @@ class StreamDecoder:
         # The target's choice at every node; the longest path that agrees.
         normed = backbone.norm(hidden)
         logits = backbone.head(normed)[0]
-        drawn, finite = self.chooser(logits, tree, seen)
+        drawn, finite = self.chooser(logits, tree)
         path = accept(tree, seen, drawn)
         finite = finite & ~mx.any(mx.isnan(normed))
 
@@ -316,12 +305,47 @@ class StreamDecoder:
         cache.commit(path.nodes, streams.upper)
 
 
+def prefill(
+    forward: Callable[[mx.array, KVCache], mx.array],
+    tokens: Sequence[int],
+    cache: KVCache,
+    on_progress: Callable[[int, int], None] | None,
+    chunk: int,
+) -> None:
+    """Run `tokens` through `forward` in chunks and commit them; `on_progress(done, total)`."""
+    for first in range(0, len(tokens), chunk):
+        part = mx.array(list(tokens[first : first + chunk]), dtype=mx.int32)
+        forward(part, cache)
+        cache.advance(part.shape[0])
+        mx.eval(cache.arrays)
+        if on_progress is not None:
+            on_progress(first + part.shape[0], len(tokens))
+
+
+def read_report(report: mx.array, cache: KVCache) -> tuple[int, list[int]]:
+    """Wait for a step's report and return how many drafts it accepted, and its path's tokens.
+
+    Raises:
+        ModelError: the model computed NaN.
+    """
+    accepted, finite, *tokens = _ints(report)
+    if not finite:
+        raise ModelError(
+            f"the model's output is not a number (NaN) after {cache.length} tokens: its weights "
+            "are damaged, or overflow in this precision; check the files or use another dtype."
+        )
+    return accepted, tokens
+
+
+def _ints(array: mx.array) -> list[int]:
+    """Return a vector of integers on the host."""
+    return cast(list[int], array.tolist())
+
+
 def _mask(seen: mx.array, positions: mx.array, length: int) -> RowMask:
     """Return the masks of main rows: the committed text, ancestors, self."""
-    if seen.shape[0] == 1:
-        allowed = None
-    else:
-        allowed = pass_mask(seen, 0, length, main_sees_streams=False)
+    alone = seen.shape[0] == 1
+    allowed = None if alone else pass_mask(seen, 0, length, main_sees_streams=False)
     return RowMask(allowed, lambda: (positions, _keys(positions, length)))
 
 

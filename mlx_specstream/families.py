@@ -37,7 +37,7 @@ class Family:
 
     name: str
     parts: Callable[[Any], Parts]
-    scale_embedding: Callable[[Any, mx.array], mx.array] = lambda model, embedded: embedded
+    scale_embedding: Callable[[Any, mx.array], mx.array] = lambda _, embedded: embedded
 
 
 def _parts(model: Any) -> Parts:

@@ -31,9 +31,7 @@ class TokenChooser:
     processors: Sequence[LogitsProcessor] = ()
     history: list[int] = field(default_factory=list)
 
-    def __call__(
-        self, logits: mx.array, tree: DraftTree, ancestor_mask: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def __call__(self, logits: mx.array, tree: DraftTree) -> tuple[mx.array, mx.array]:
         """Return tokens (T,) int32 for logits (T, V), and a () bool: no drawn logit is NaN."""
         if self.processors:
             logits = self._processed(logits, tree)

@@ -109,11 +109,9 @@ class Streams:
             if f"{name}.lora_a" not in self.tensors and self.shared and index in self.lower:
                 continue  # merged into the base on conversion
             *parents, leaf = path.split(".")
-            owner = layer
+            owner: nn.Module | None = layer
             for parent in parents:
-                owner = owner[parent] if parent in owner else None
-                if owner is None:
-                    break
+                owner = owner.get(parent) if owner is not None else None
             if owner is None or leaf not in owner:
                 raise StreamsError(
                     f"the streams adapt {path!r}, which layer {index} of this model lacks."
