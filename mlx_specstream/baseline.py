@@ -16,7 +16,9 @@ import mlx.core as mx
 from .backbone import Backbone
 from .cache import KVCache
 from .config import DecodeConfig, TreeSpec
-from .decode import PREFILL_CHUNK, StepResult, StreamDecoder, prefill, read_report
+from .decode import StreamDecoder
+from .prefill import PREFILL_CHUNK, prefill
+from .result import StepResult, read_report
 from .sampling import TokenChooser
 from .streams import Streams
 from .tree import DraftTree, root_only

@@ -1,0 +1,31 @@
+"""Prefill: the prompt enters the cache in chunks, main stream only, without the LM head.
+
+The last prompt token stays outside: it is the root of the first step, where streams start too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .cache import KVCache
+
+PREFILL_CHUNK = 2048
+
+
+def prefill(
+    forward: Callable[[mx.array, KVCache], mx.array],
+    tokens: Sequence[int],
+    cache: KVCache,
+    on_progress: Callable[[int, int], None] | None,
+    chunk: int,
+) -> None:
+    """Run `tokens` through `forward` in chunks and commit them; `on_progress(done, total)`."""
+    for first in range(0, len(tokens), chunk):
+        part = mx.array(list(tokens[first : first + chunk]), dtype=mx.int32)
+        forward(part, cache)
+        cache.advance(part.shape[0])
+        mx.eval(cache.arrays)
+        if on_progress is not None:
+            on_progress(first + part.shape[0], len(tokens))
