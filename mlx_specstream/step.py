@@ -50,7 +50,11 @@ class Step:
     next_tree: DraftTree
 
     def schedule(self) -> None:
-        """Start computing the step and all that the next one builds on."""
+        """Start computing the step and all that the next one builds on.
+
+        The report goes first: evaluated after the tree, its rows outlive the attention that
+        reads them and MLX copies cache buffers that it otherwise updates in place.
+        """
         mx.async_eval(self.report, self.path.nodes, self.logits, *self.next_tree.arrays)
 
 
