@@ -15,7 +15,9 @@ node's ancestors. With two nodes A ── B and γ = 2, below the committed text
               B2     [ 1   1   .   .   1   1  ]
 
 Weights are the base layer's, plus LoRA: on stream rows only (lossless), so that main rows are
-computed from the base model's weights alone, or on every row of every layer (shared).
+computed from the base model's weights alone, or on every row of every layer (shared). In shared
+mode a layer may hold a gate per query head, added to the scores that main rows give their own
+streams: training opens it gently from a large negative value.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backbone import Backbone, RowMask, causal_mask, view_layer
+from .backbone import Backbone, Mask, RowMask, causal_mask, view_layer
 from .cache import KVCache, LayerPass
 from .config import StreamConfig
 from .errors import StreamsError
@@ -89,6 +91,8 @@ class Streams:
         self.embeddings = self._tensor("stream_embeddings")
         self.split = RowSplit()
         self.shared = config.mode == "shared"
+        gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
+        self.gates = {index: gate for index, gate in gates.items() if gate is not None}
         adapted = range(N) if self.shared else self.upper
         self.layers = [
             self._adapted(index) if index in adapted else backbone.layers[index]
@@ -176,9 +180,21 @@ class Streams:
         for index in layers:
             on_values = None if angles is None else lambda v: rotate_values(v, angles)
             row = LayerPass(cache.layers[index], start, offset, on_values)
-            window = self.backbone.windows[index]
-            hidden = self.layers[index](hidden, mask.of(window), row)
+            allowed = mask.of(self.backbone.windows[index])
+            gate = self.gates.get(index)
+            if gate is not None and num_main < hidden.shape[1]:
+                allowed = self._gated(allowed, gate, num_main)
+            hidden = self.layers[index](hidden, allowed, row)
         return hidden
+
+    def _gated(self, allowed: Mask, gate: mx.array, num_main: int) -> mx.array:
+        """Return the additive mask (1, H, R, S): who sees whom, plus `gate` (H,) main → streams."""
+        assert isinstance(allowed, mx.array)
+        num_stream_rows = num_main * self.num_streams
+        to_streams = mx.zeros(allowed.shape, dtype=mx.bool_)
+        to_streams[:num_main, -num_stream_rows:] = True
+        bias = mx.where(to_streams, gate[:, None, None], 0)
+        return mx.where(allowed, bias, -mx.inf)[None].astype(self.backbone.dtype)
 
     def _value_angles(self, num_stream_rows: int, num_main: int) -> mx.array | None:
         """Return each row's value rotation (R,) float32: ε·j for stream j, 0 for main rows."""
