@@ -16,6 +16,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -233,7 +234,7 @@ def _split(name: str, tensor: SourceTensor, wanted: Mapping[str, Shape]) -> list
             f"{shown(tensor.name)} {tensor.shape} cannot be split into {', '.join(parts)}, "
             f"which have {ends[-1]} rows in all; check that config.json belongs to the weights."
         )
-    spans = zip(ends, ends[1:], strict=False)
+    spans = pairwise(ends)
     return [Named(part, (tensor,), rows=span) for part, span in zip(parts, spans, strict=True)]
 
 
@@ -241,9 +242,14 @@ def _joined(fitted: dict[str, Named], wanted: Mapping[str, Shape]) -> dict[str, 
     """Join projections that the base model has fused."""
     for name in wanted:
         parts = _parts(name) if name not in fitted else []
-        if parts and all(part in fitted and fitted[part].is_plain for part in parts):
-            sources = tuple(fitted.pop(part).sources[0] for part in parts)
-            fitted[name] = Named(name, sources)
+        if not parts or not all(part in fitted and fitted[part].is_plain for part in parts):
+            continue
+        sources = tuple(fitted.pop(part).sources[0] for part in parts)
+        if len({(source.dtype, source.shape[1:]) for source in sources}) > 1:
+            raise CheckpointError(
+                f"{', '.join(parts)} differ in dtype or width; {name} needs them alike."
+            )
+        fitted[name] = Named(name, sources)
     return fitted
 
 

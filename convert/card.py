@@ -1,0 +1,103 @@
+"""The model card of a converted folder: where it comes from, what is in it, how to use it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from mlx_specstream import __version__
+from mlx_specstream.convert.plan import Plan
+from mlx_specstream.tensorfile import FLOATS
+
+
+def model_card(plan: Plan, name: str, figures: Mapping[str, str]) -> str:
+    """Return the text of README.md: front matter for the hub, provenance, figures, usage."""
+    return "\n".join(
+        [
+            *_front_matter(plan),
+            f"# {name}",
+            "",
+            *_provenance(plan),
+            "",
+            *_streams(plan),
+            *_table("What `specstream convert --check` measured", figures),
+            *_usage(plan, name),
+        ]
+    )
+
+
+def _front_matter(plan: Plan) -> list[str]:
+    lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    if plan.streams:
+        lines.append("- speculative-streaming")
+    if plan.base_name:
+        lines.append(f"base_model: {json.dumps(plan.base_name)}")
+    return [*lines, "---", ""]
+
+
+def _provenance(plan: Plan) -> list[str]:
+    tools = [f"mlx-specstream {__version__}", *(_tool(name) for name in ("mlx-lm", "mlx"))]
+    lines = [f"Converted from `{plan.source.name}` by {', '.join(tools)}."]
+    if plan.base is not None and plan.writes_base:
+        kinds = sorted({spec.dtype for step in plan.base.steps for spec in step.outputs})
+        size = sum(spec.nbytes for step in plan.base.steps for spec in step.outputs)
+        lines.append(f"Base weights: {size / 1e6:,.1f} MB ({', '.join(kinds)}).")
+        quantisation = plan.base.config.get("quantization")
+        if isinstance(quantisation, dict):
+            bits, group = quantisation.get("bits"), quantisation.get("group_size")
+            mode = quantisation.get("mode", "affine")
+            lines.append(f"Quantised to {bits} bits in groups of {group} ({mode}).")
+    elif plan.base_name:
+        lines.append(f"Stream weights alone; they belong to the base model `{plan.base_name}`.")
+    return lines
+
+
+def _streams(plan: Plan) -> list[str]:
+    if plan.streams is None:
+        return []
+    config = plan.streams.config
+    specs = [spec for step in plan.streams.steps for spec in step.outputs]
+    count = sum(math.prod(spec.shape) for spec in specs if spec.dtype in FLOATS)
+    rows = {
+        "mode": config.mode,
+        "streams (γ)": str(config.num_streams),
+        "multi-stream layers": str(config.num_msa_layers),
+        "LoRA rank, alpha": f"{config.lora_rank}, {config.lora_alpha:g}",
+        "adapted modules": ", ".join(config.target_modules) or "none",
+        "conditioned candidates": "yes" if config.conditioner_rank else "no",
+        "pruner rank": str(config.pruner_rank),
+        "parameters": f"{count:,} ({', '.join(sorted({spec.dtype for spec in specs}))})",
+    }
+    return _table("Streams", rows)
+
+
+def _table(title: str, rows: Mapping[str, str]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {key} | {value} |" for key, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *lines, ""]
+
+
+def _usage(plan: Plan, name: str) -> list[str]:
+    if plan.streams is None:
+        return [
+            "## Use",
+            "",
+            "```bash",
+            f"mlx_lm.generate --model {name} --prompt hello",
+            "```",
+            "",
+        ]
+    text = (
+        "It is also a plain mlx-lm model: mlx-lm ignores the streams." if plan.writes_base else ""
+    )
+    return ["## Use", "", "```bash", "pip install mlx-specstream", "```", "", text, ""]
+
+
+def _tool(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return name

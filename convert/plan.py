@@ -1,0 +1,318 @@
+"""A conversion, worked out before anything is written: what comes from where, and as what.
+
+    options -> open the checkpoint -> sort names -> find the base -> check everything -> Plan
+
+Every error a checkpoint can cause appears here, before the first byte is written; `--dry-run`
+prints the plan and stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mlx_specstream.checkpoint import stream_shapes
+from mlx_specstream.config import StreamConfig
+from mlx_specstream.convert.base import DTYPES, BasePlan, Quantisation, plan_base
+from mlx_specstream.convert.configs import base_config, base_name, peft_adapter, stream_config
+from mlx_specstream.convert.hub import locate
+from mlx_specstream.convert.names import Named, nearest, read_rules, sort_names
+from mlx_specstream.convert.reader import CONFIG, STREAMS, Checkpoint, open_checkpoint
+from mlx_specstream.convert.steps import Delta, Step, plain_dtype
+from mlx_specstream.convert.tensors import SourceTensor
+from mlx_specstream.convert.tokenizers import tokenizer_files
+from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.fingerprint import BaseDims
+from mlx_specstream.tensorfile import FLOATS, TensorSpec, shown
+
+Merge = Literal["none", "lower", "all"]
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.lora_([ab])")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    source: str
+    base: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    stream_dtype: str | None = None
+    quantisation: Quantisation | None = None
+    merge_lora: Merge = "none"
+    adapter_only: bool = False
+    rules: Path | None = None
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What will be written of the streams."""
+
+    config: StreamConfig
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone)."""
+
+    options: Options
+    source: Path
+    base: BasePlan | None
+    base_name: str | None
+    streams: StreamPlan | None
+    files: dict[str, Path | str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def writes_base(self) -> bool:
+        """Whether base weights are written, not only used to check the streams."""
+        return self.base is not None and not self.options.adapter_only
+
+    def steps(self) -> list[Step]:
+        """Every step that writes something."""
+        base = self.base.steps if self.base and self.writes_base else ()
+        return [*base, *(self.streams.steps if self.streams else ())]
+
+    def num_bytes(self) -> int:
+        """The bytes of all tensors written."""
+        return sum(spec.nbytes for step in self.steps() for spec in step.outputs)
+
+
+def make_plan(options: Options) -> Plan:
+    """Open what the user named and work out the conversion.
+
+    Raises:
+        CheckpointError: the checkpoint or base cannot be converted; one sentence.
+        OptionError: options that contradict each other or the checkpoint.
+        StreamsError: the streams do not fit the base.
+    """
+    path = locate(options.source, options.revision)
+    checkpoint = open_checkpoint(path)
+    rules = read_rules(options.rules)
+    everything = [*checkpoint.tensors.values(), *checkpoint.side.values()]
+    own_base, named = sort_names(everything, rules)
+    config, deltas = _adapters(checkpoint, named, options)
+    if options.adapter_only and (config is None or deltas):
+        raise OptionError("--adapter-only needs streams, and adapters that are not merged.")
+    name = base_name(checkpoint.stream_fields, checkpoint.adapter_fields)
+    base_checkpoint = _find_base(checkpoint, own_base, options.base or name, options)
+    if base_checkpoint is None:
+        assert config is not None
+        steps = _stream_steps(config, named, None, path, options)
+        note = "the base model was not at hand: the streams carry no fingerprint of it"
+        return Plan(options, path, None, name, StreamPlan(config, steps), notes=(note,))
+    tensors = own_base
+    if base_checkpoint is not checkpoint:
+        tensors, stray = sort_names(base_checkpoint.tensors.values(), rules)
+        if stray:
+            raise CheckpointError(f"{base_checkpoint.path} holds the adapter tensor {min(stray)}.")
+    base = _plan_base(base_checkpoint, tensors, deltas, options)
+    streams = None
+    if config is not None:
+        config, named, base = _merge_shared(config, named, base, base_checkpoint, tensors, options)
+        streams = StreamPlan(config, _stream_steps(config, named, base.dims(), path, options))
+    files = tokenizer_files(base_checkpoint)
+    name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
+    return Plan(options, path, base, name, streams, files, _notes(base, streams, files))
+
+
+def _name_of(base: Checkpoint, options: Options) -> str:
+    """Return a name to find the base by: a hub id if it has one, never a path of this machine."""
+    own = base.config.get("_name_or_path") if base.config else None
+    for name in (options.base, own, options.source):
+        if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
+            return name
+    return base.folder.resolve().name
+
+
+def _adapters(
+    checkpoint: Checkpoint, named: dict[str, Named], options: Options
+) -> tuple[StreamConfig | None, dict[str, Delta]]:
+    """Say what the adapter tensors are: streams with a config, or a plain LoRA to merge."""
+    folder = checkpoint.folder
+    if checkpoint.stream_fields is not None:
+        shapes = {name: each.shape for name, each in named.items()}
+        config = stream_config(checkpoint.stream_fields, shapes, folder / STREAMS)
+        if checkpoint.adapter_fields is not None:
+            scale = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json").scale
+            if abs(scale - config.lora_scale) > 1e-6 * abs(scale):
+                raise CheckpointError(
+                    f"{folder}: adapter_config.json scales LoRA by {scale:g}, {STREAMS} by "
+                    f"{config.lora_scale:g}; they must agree."
+                )
+        return config, {}
+    if checkpoint.adapter_fields is not None and "stream_embeddings" not in named:
+        adapter = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json")
+        if options.merge_lora == "lower":
+            raise OptionError("--merge-lora lower is for shared streams; this is a plain adapter.")
+        return None, _deltas(named, adapter.scale)
+    if named:
+        first = next(iter(named.values())).sources[0]
+        raise CheckpointError(
+            f"{folder} holds {shown(first.name)} but no {STREAMS} that says what the streams are; "
+            "write one as docs/checkpoint-format.md describes."
+        )
+    return None, {}
+
+
+def _find_base(
+    checkpoint: Checkpoint,
+    own_base: Mapping[str, SourceTensor],
+    name: str | None,
+    options: Options,
+) -> Checkpoint | None:
+    """Return where the base weights are; None if only an adapter folder is wanted without them."""
+    if own_base:
+        if options.base:
+            raise OptionError("the checkpoint has base weights of its own; leave out --base.")
+        return checkpoint
+    if name is None:
+        if options.adapter_only:
+            return None
+        raise CheckpointError(
+            f"{checkpoint.path} holds no base weights and names no base model; give --base."
+        )
+    try:
+        return open_checkpoint(locate(name, beside=checkpoint.folder))
+    except CheckpointError as error:
+        if options.adapter_only and not options.base:
+            return None
+        raise CheckpointError(
+            f"the base model cannot be opened: {error} Give its folder as --base, or "
+            "--adapter-only for the streams alone."
+        ) from None
+
+
+def _plan_base(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, SourceTensor],
+    deltas: Mapping[str, Delta],
+    options: Options,
+) -> BasePlan:
+    where = checkpoint.folder / CONFIG
+    if checkpoint.config is None:
+        raise CheckpointError(f"{where} is missing; put the base model's config.json there.")
+    if not tensors:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no weights; expected safetensors, .bin, .pt, .pth or .gguf."
+        )
+    config = base_config(checkpoint.config, where)
+    if deltas and "quantization" in config:
+        raise OptionError("adapters cannot be merged into a quantised base; give full weights.")
+    return plan_base(
+        tensors,
+        config,
+        checkpoint.path,
+        dtype=options.dtype,
+        quantisation=options.quantisation,
+        deltas=deltas,
+    )
+
+
+def _merge_shared(
+    config: StreamConfig,
+    named: dict[str, Named],
+    base: BasePlan,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, SourceTensor],
+    options: Options,
+) -> tuple[StreamConfig, dict[str, Named], BasePlan]:
+    """Merge shared adapters into the base, all or those below the MSA layers, if asked to."""
+    if options.merge_lora == "none" or not config.lora_rank:
+        return config, named, base
+    if config.mode != "shared":
+        raise OptionError(
+            "--merge-lora would change what a lossless model says; it is for shared streams."
+        )
+    start = base.dims().num_layers - config.num_msa_layers
+    merged = {
+        name: each
+        for name, each in named.items()
+        if (match := _LAYER.fullmatch(name))
+        and (options.merge_lora == "all" or int(match[1]) < start)
+    }
+    base = _plan_base(checkpoint, tensors, _deltas(merged, config.lora_scale), options)
+    if options.merge_lora == "all":
+        config = dataclasses.replace(config, lora_rank=0, lora_alpha=0.0, target_modules=())
+    return config, {name: each for name, each in named.items() if name not in merged}, base
+
+
+def _deltas(named: Mapping[str, Named], scale: float) -> dict[str, Delta]:
+    """Pair A and B of every adapted module, under the name of the weight they change."""
+    deltas = {}
+    for name, each in named.items():
+        match = _LAYER.fullmatch(name)
+        other = named.get(f"{name[:-1]}{'b' if name.endswith('a') else 'a'}")
+        if not match or other is None:
+            raise CheckpointError(f"the adapter tensor {shown(each.sources[0].name)} stands alone.")
+        if match[3] == "a":
+            a, b = (dataclasses.replace(half, transpose=False) for half in (each, other))
+            deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = Delta(a, b, scale)
+    return deltas
+
+
+def _stream_steps(
+    config: StreamConfig,
+    named: Mapping[str, Named],
+    dims: BaseDims | None,
+    where: Path,
+    options: Options,
+) -> tuple[Step, ...]:
+    """Check the stream tensors against their config (and base) and plan each."""
+    for name, each in named.items():
+        if plain_dtype(each) not in FLOATS:
+            raise CheckpointError(f"{where}: {name} is {each.sources[0].dtype}, expected floats.")
+    if dims is not None:
+        layers = [int(match[1]) for name in named if (match := _LAYER.fullmatch(name))]
+        shared = config.mode == "shared"
+        lower = shared and bool(layers) and min(layers) < dims.num_layers - config.num_msa_layers
+        gates = shared and any(name.endswith(".stream_gate") for name in named)
+        _compare(named, stream_shapes(config, dims, all_layers=lower, gates=gates), where)
+    target = DTYPES[options.stream_dtype] if options.stream_dtype else None
+    steps = []
+    for name in sorted(named):
+        dtype = target or plain_dtype(named[name])
+        spec = TensorSpec(name, dtype, named[name].shape)
+        steps.append(Step.of((spec,), named[name], dtype))
+    return tuple(steps)
+
+
+def _compare(
+    named: Mapping[str, Named], expected: Mapping[str, tuple[int, ...]], where: Path
+) -> None:
+    for name, each in named.items():
+        given = each.sources[0]
+        if name not in expected:
+            raise CheckpointError(
+                f"{where}: {shown(given.name)} means {nearest(name, each.shape, expected)}; check "
+                f"{STREAMS}, or drop it with --rules."
+            )
+        if each.shape != expected[name]:
+            raise CheckpointError(
+                f"{where}: {shown(given.name)} {given.shape} means {name} {each.shape}, expected "
+                f"{expected[name]}; check {STREAMS} and the base model."
+            )
+    for name, shape in expected.items():
+        if name not in named:
+            raise CheckpointError(
+                f"{where}: no tensor means {name} {shape}, which {STREAMS} asks for."
+            )
+
+
+def _notes(
+    base: BasePlan, streams: StreamPlan | None, files: Mapping[str, Path | str]
+) -> tuple[str, ...]:
+    notes = []
+    if not any(name.startswith("tokenizer.") for name in files):
+        notes.append("no tokenizer was found beside the base model; mlx-lm will want one")
+    if streams is None:
+        notes.append("the checkpoint has no streams: the result is a plain mlx-lm model")
+    if len({spec.dtype for step in base.steps for spec in step.outputs} & set(FLOATS)) > 1:
+        notes.append("the base mixes float types; --dtype makes them one")
+    return tuple(notes)

@@ -1,0 +1,105 @@
+"""One step of a conversion: a source tensor is read, reshaped, cast, quantised.
+
+Nothing else is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_specstream.convert.names import Named
+from mlx_specstream.tensorfile import MLX_TYPES, TensorSpec, to_bits, to_mlx
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A LoRA product to merge into a weight: W + scale · B·A, with A (r, in) and B (out, r)."""
+
+    a: Named
+    b: Named
+    scale: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Make `outputs` (as bits, in order) from `sources` (for people to read: "file: tensor")."""
+
+    outputs: tuple[TensorSpec, ...]
+    sources: tuple[str, ...]
+    how: str
+    make: Callable[[], list[np.ndarray]] = field(compare=False, repr=False)
+
+    @staticmethod
+    def of(
+        outputs: tuple[TensorSpec, ...],
+        source: Named | mx.array,
+        dtype: str,
+        quantised: nn.Module | None = None,
+        delta: Delta | None = None,
+    ) -> Step:
+        """Plan one step.
+
+        Args:
+            dtype: what the weight is cast to, before it is quantised.
+            quantised: the layer whose bits, group size and mode are used; None: not quantised.
+        """
+        how = [] if isinstance(source, Named) else ["mlx-lm"]
+        names: tuple[str, ...] = ("mlx-lm's sanitize",)
+        if isinstance(source, Named):
+            names = tuple(f"{each.origin.name}: {each.name}" for each in source.sources)
+            how += ["transpose"] if source.transpose else []
+            how += ["split"] if source.rows else []
+            how += ["join"] if len(source.sources) > 1 else []
+            how += [f"{plain_dtype(source)} to {dtype}"] if plain_dtype(source) != dtype else []
+        how += ["merge LoRA"] if delta else []
+        how += [f"{quantised.mode} {quantised.bits} bit"] if quantised else []
+        make = lambda: _make(source, dtype, quantised, delta)  # noqa: E731
+        return Step(outputs, names, ", ".join(how) or "copy", make)
+
+
+def plain_dtype(named: Named) -> str:
+    """Return the dtype a tensor has without any cast; MLX has no float64 worth keeping."""
+    dtype = named.sources[0].dtype
+    return "F32" if dtype == "F64" else dtype
+
+
+def materialise(named: Named) -> np.ndarray:
+    """Read a tensor's bits, cut, joined or transposed; dtype as `plain_dtype`."""
+    if len(named.sources) > 1:
+        bits = np.concatenate([source.read() for source in named.sources])
+    else:
+        bits = named.sources[0].read()
+    if named.rows:
+        bits = bits[named.rows[0] : named.rows[1]]
+    if named.transpose:
+        bits = np.ascontiguousarray(bits.T)
+    return bits.astype(np.float32) if bits.dtype == np.float64 else bits
+
+
+def _make(
+    source: Named | mx.array, dtype: str, quantised: nn.Module | None, delta: Delta | None
+) -> list[np.ndarray]:
+    if isinstance(source, Named):
+        bits = materialise(source)
+        if plain_dtype(source) == dtype and quantised is None and delta is None:
+            return [bits]
+        value = to_mlx(bits, plain_dtype(source))
+        del bits
+    else:
+        value = source
+    if delta is not None:
+        a = to_mlx(materialise(delta.a), plain_dtype(delta.a)).astype(mx.float32)
+        b = to_mlx(materialise(delta.b), plain_dtype(delta.b)).astype(mx.float32)
+        value = value.astype(mx.float32) + delta.scale * (b @ a)
+    value = value.astype(MLX_TYPES[dtype])
+    if quantised is None:
+        return [to_bits(value)]
+    parts = mx.quantize(value, quantised.group_size, quantised.bits, mode=quantised.mode)
+    mx.eval(parts)
+    del value
+    return [to_bits(part) for part in parts]
