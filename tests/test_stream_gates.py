@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.engine import decode, plain, random_tensors, small_model, stream_config, stream_decoder
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.streams import Streams
+from tests.engine import decode, plain, random_tensors, small_model, stream_config, stream_decoder
 
 PROMPT = (3, 1, 4, 1, 5)
 
