@@ -28,6 +28,7 @@ from mlx_specstream.errors import ModelError
 
 SKETCH_ROWS, SKETCH_COLUMNS = 8, 16
 MIN_COSINE = 0.7
+_EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "tok_embeddings")
 _FORM = re.compile(
     r"([\w.\-]{1,64}):(\d{1,6})x(\d{1,8}):v(\d{1,9}):"
     rf"([0-9a-f]{{{2 * SKETCH_ROWS * SKETCH_COLUMNS}}})"
@@ -134,15 +135,22 @@ def same_base(wanted: str, found: str) -> str | None:
     return None
 
 
-def _embedding(model: nn.Module) -> nn.Embedding | nn.QuantizedEmbedding:
+def embedding_name(model: nn.Module) -> str:
+    """Return the path of a model's token embedding, as `model.embed_tokens`.
+
+    Raises:
+        ModelError: it has none.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and name.endswith(
-            ("embed_tokens", "wte", "embeddings", "tok_embeddings")
-        ):
-            return module
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and name.endswith(_EMBEDDINGS):
+            return str(name)
     raise ModelError(
         "the model has no token embedding; streams need a decoder-only language model of mlx-lm."
     )
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    return dict(model.named_modules())[embedding_name(model)]
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
