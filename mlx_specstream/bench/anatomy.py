@@ -8,17 +8,22 @@ What a step takes beyond its forward passes is ours to keep small.
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_specstream.cache import KVCache
-from mlx_specstream.config import DecodeConfig
+from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.decode import StreamDecoder
+from mlx_specstream.errors import SpecStreamError, StreamsError
+from mlx_specstream.loading import load
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
 from mlx_specstream.tree import root_only
@@ -109,3 +114,61 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
         build_ms=1e3 * statistics.median(builds),
         mlx_lm_ms=1e3 * statistics.median(times["mlx_lm"]),
     )
+
+
+COLUMNS = (
+    "| tree | streams | rows: lower / upper / head | step | forward | outside | of it: graph | "
+    "in mlx-lm tokens |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def as_row(found: Anatomy) -> str:
+    """Return a line of the Markdown table under `COLUMNS`."""
+    rows = f"{found.lower_rows} / {found.upper_rows} / {found.head_rows}"
+    return (
+        f"| {found.tree} | {found.schedule} | {rows} | {found.step_ms:.1f} ± "
+        f"{found.step_spread_ms / 2:.1f} ms | {found.forward_ms:.1f} ms | {found.outside:.1%} | "
+        f"{found.build_ms:.1f} ms | {found.step_ms / found.mlx_lm_ms:.2f} |"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the options of `python -m mlx_specstream.bench.anatomy`."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_specstream.bench.anatomy")
+    parser.add_argument("--model", default="demo", help="model folder, hub id, or 'demo'")
+    parser.add_argument("--streams", default="auto", help="stream folder, hub id or shipped name")
+    parser.add_argument(
+        "--tree", action="append", help="tree to measure, repeatable (default: chain, 8, 16)"
+    )
+    parser.add_argument("--schedule", default="deferred,inline", help="comma-separated")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="committed text, in tokens")
+    parser.add_argument("--rounds", type=int, default=25, help="measured rounds per setting")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per setting")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure each tree under each schedule and print a Markdown table."""
+    args = build_parser().parse_args(argv)
+    model, _ = load(args.model, streams=args.streams)
+    if model.streams is None:
+        raise StreamsError(f"there are no streams for {args.model}; name some with --streams.")
+    vocab = model.backbone.vocab_size
+    prompt = [(7 * i * i + 3 * i) % min(vocab, 997) for i in range(args.prompt_tokens)]
+    if not args.json:
+        print(COLUMNS)
+    for tree in args.tree or ["chain", "8", "16"]:
+        for schedule in args.schedule.split(","):
+            config = DecodeConfig(TreeSpec.parse(tree), schedule=schedule)
+            found = measure(model.streams, config, prompt, args.rounds)
+            text = json.dumps(asdict(found)) if args.json else as_row(found)
+            print(text, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SpecStreamError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
