@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from mlx_specstream.accept import accept
+from mlx_specstream.tree import DraftTree, ancestors, root_only
+from tests.engine import examples
+from tests.reference import tree as reference
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[bool]]:
+    """Tokens, parents, alive: few tokens, so the same ones stand at many places."""
+    tokens, parents = [draw(st.integers(0, 3))], [0]
+    for _ in range(draw(st.integers(0, 18))):
+        parent = draw(st.integers(0, len(tokens) - 1))
+        taken = {t for t, p in zip(tokens[1:], parents[1:], strict=True) if p == parent}
+        free = sorted(set(range(4)) - taken)
+        if free:
+            parents.append(parent)
+            tokens.append(draw(st.sampled_from(free)))
+    dead = draw(st.sets(st.integers(1, 18), max_size=4))
+    return tokens, parents, [node not in dead for node in range(len(tokens))]
+
+
+@examples(300)
+@given(
+    trees(), st.lists(st.integers(0, 3), min_size=19, max_size=19), st.booleans(), st.integers(0, 2)
+)
+def test_accept_against_a_walk(
+    tree: tuple[list[int], list[int], list[bool]], drawn: list[int], with_dead: bool, spare: int
+) -> None:
+    tokens, parents, alive = tree
+    if not with_dead:
+        alive = [True] * len(tokens)
+    drawn = drawn[: len(tokens)]
+    depths = [len(path) - 1 for path in reference.paths(tokens, parents)]
+    draft = DraftTree(
+        mx.array(tokens, dtype=mx.int32),
+        mx.array(parents, dtype=mx.int32),
+        mx.array(depths, dtype=mx.int32),
+        depth=max(depths) + spare,
+        alive=mx.array(alive) if with_dead else None,
+    )
+    path = accept(draft, ancestors(draft.parents, draft.depth), mx.array(drawn, dtype=mx.uint32))
+    wanted = reference.accepted(tokens, parents, alive, drawn)
+    event(f"accepted {len(wanted) - 1}")
+    n = len(wanted)
+    assert path.length.item() == n - 1
+    assert path.node.item() == wanted[-1]
+    assert path.nodes.tolist()[:n] == wanted
+    assert path.nodes.shape == path.tokens.shape
+    assert path.nodes.shape[0] == min(draft.depth + 1, len(tokens))
+    assert path.tokens.tolist()[:n] == [drawn[node] for node in wanted]
+    assert path.next_root.item() == drawn[wanted[-1]]
+    assert 0 <= min(path.nodes.tolist())
+    assert max(path.nodes.tolist()) < len(tokens)
+
+
+def test_long_paths_are_walked_to_the_end() -> None:
+    n = 33
+    chain = DraftTree(
+        mx.arange(n, dtype=mx.int32),
+        mx.array([0, *range(n - 1)], dtype=mx.int32),
+        mx.arange(n, dtype=mx.int32),
+        depth=n - 1,
+    )
+    seen = ancestors(chain.parents, chain.depth)
+    path = accept(chain, seen, mx.arange(1, n + 1))
+    assert path.tokens.tolist() == list(range(1, n + 1))
+    right = np.arange(1, n + 1)
+    right[4] = 0
+    path = accept(chain, seen, mx.array(right))
+    assert path.length.item() == 4
+    assert path.next_root.item() == 0
+
+
+def test_a_dead_child_is_not_accepted_and_hides_its_own() -> None:
+    tree = DraftTree(
+        mx.array([1, 2, 3], dtype=mx.int32),
+        mx.array([0, 0, 1], dtype=mx.int32),
+        mx.array([0, 1, 2], dtype=mx.int32),
+        depth=2,
+        alive=mx.array([True, False, True]),
+    )
+    path = accept(tree, ancestors(tree.parents, 2), mx.array([2, 3, 4]))
+    assert path.length.item() == 0
+    assert path.next_root.item() == 2
+
+
+def test_root_alone() -> None:
+    path = accept(root_only(mx.array(9)), mx.ones((1, 1), dtype=mx.bool_), mx.array([3]))
+    assert path.tokens.tolist() == [3]
+    assert path.length.item() == 0
