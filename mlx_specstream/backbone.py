@@ -29,7 +29,7 @@ PROBE_TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.5}
 
 
 class RowRope:
-    """RoPE with a position per row: (B, H, R, D) and an offset of shape (R,), or an int.
+    """RoPE with a position per row: (B, H, R, D) and an offset of shape (R,) or (B, R), or an int.
 
     mlx's fast RoPE takes one offset per batch entry, so rows become batch entries; the layer's
     own base, scale and frequencies apply, and the result is bit-equal to one call per row.
@@ -42,10 +42,11 @@ class RowRope:
         if not isinstance(offset, mx.array):
             return self.rope(x, offset=offset)
         B, H, R, D = x.shape
-        if B != 1:
-            raise ModelError(f"per-row positions need a batch of 1, got {B}.")
-        rows = x.transpose(0, 2, 1, 3).reshape(R, H, 1, D)
-        return self.rope(rows, offset=offset).reshape(1, R, H, D).transpose(0, 2, 1, 3)
+        if offset.size != B * R:
+            raise ModelError(f"per-row positions for {B} x {R} rows are {offset.size} in number.")
+        rows = x.transpose(0, 2, 1, 3).reshape(B * R, H, 1, D)
+        turned = self.rope(rows, offset=offset.reshape(-1))
+        return turned.reshape(B, R, H, D).transpose(0, 2, 1, 3)
 
 
 class Backbone:
