@@ -1,3 +1,65 @@
-"""Speculative Streaming on MLX: the same words in fewer passes of the model."""
+"""Speculative Streaming on MLX: the same words in fewer passes of the model.
+
+    from mlx_specstream import load, generate
+    model, tokenizer = load("demo")
+    print(generate(model, tokenizer, prompt="Why is the sky blue?"))
+
+The names below are imported when first used, so that `specstream --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .cache import KVCache as KVCache
+    from .config import DecodeConfig as DecodeConfig
+    from .config import PruneSpec as PruneSpec
+    from .config import StreamConfig as StreamConfig
+    from .config import TreeSpec as TreeSpec
+    from .errors import SpecStreamError as SpecStreamError
+    from .generation import GenerationResponse as GenerationResponse
+    from .generation import generate as generate
+    from .generation import stream_generate as stream_generate
+    from .loading import StreamModel as StreamModel
+    from .loading import load as load
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DecodeConfig": "config",
+    "GenerationResponse": "generation",
+    "KVCache": "cache",
+    "PruneSpec": "config",
+    "SpecStreamError": "errors",
+    "StreamConfig": "config",
+    "StreamModel": "loading",
+    "TreeSpec": "config",
+    "generate": "generation",
+    "load": "loading",
+    "stream_generate": "generation",
+}
+
+__all__ = [
+    "DecodeConfig",
+    "GenerationResponse",
+    "KVCache",
+    "PruneSpec",
+    "SpecStreamError",
+    "StreamConfig",
+    "StreamModel",
+    "TreeSpec",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import the module behind a public name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

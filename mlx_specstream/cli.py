@@ -1,7 +1,7 @@
 """The command line: finds the module that holds a verb and hands over.
 
-Nothing heavy is imported before the verb is known, so `specstream --help` answers at once. Each verb's module has
-`build_parser() -> argparse.ArgumentParser` and `main(argv) -> int`.
+Nothing heavy is imported before the verb is known, so `specstream --help` answers at once. Each
+verb's module has `build_parser() -> argparse.ArgumentParser` and `main(argv) -> int`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ class Verb(NamedTuple):
     summary: str
 
 
-VERBS: dict[str, Verb] = {}
+VERBS: dict[str, Verb] = {
+    "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
+    "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
+    "verify": Verb("mlx_specstream.verify_cli", "compare plain and speculative answers"),
+}
 """Every verb of `specstream`; a new one is a line here."""
 
 
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last flush quiet as well.
+        # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last
+        # flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
 

@@ -1,0 +1,87 @@
+"""Tokens in, text out: an answer as it grows, and when it is over.
+
+It ends with an end-of-turn token, a completed stop string or the last token of its budget,
+wherever in an accepted path that falls. Characters of several bytes come out when they are
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from .stop import StopStrings
+
+FinishReason = Literal["stop", "length"]
+
+
+class Detokenizer(Protocol):
+    """What mlx-lm's streaming detokenizers offer."""
+
+    def add_token(self, token: int) -> None: ...
+    def finalize(self) -> None: ...
+    @property
+    def last_segment(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token and the text it completes, which may be empty; the last one says why it is last."""
+
+    token: int
+    origin: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class Answer:
+    """Turns tokens into pieces of text until the answer is over. `max_tokens` < 0: no limit."""
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        eos_token_ids: Collection[int],
+        stop: Sequence[str] = (),
+        max_tokens: int = -1,
+    ) -> None:
+        self.detokenizer = detokenizer
+        self.eos_token_ids = eos_token_ids
+        self.stop = StopStrings(stop)
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def take(self, tokens: Sequence[int], origins: Sequence[int]) -> list[Piece]:
+        """Return the pieces of a step's tokens up to the answer's end, at least one."""
+        pieces = []
+        for token, origin in zip(tokens, origins, strict=True):
+            text = self._text_of(token)
+            pieces.append(Piece(token, origin, text, self.finish_reason))
+            if self.finish_reason is not None:
+                break
+        return pieces
+
+    def _text_of(self, token: int) -> str:
+        """Return the text that `token` completes, and set the reason if it is the last one."""
+        self.num_tokens += 1
+        if token in self.eos_token_ids:
+            self.finish_reason = "stop"
+            return self._rest()
+        self.detokenizer.add_token(token)
+        text, stopped = self.stop.feed(self.detokenizer.last_segment)
+        if stopped:
+            self.finish_reason = "stop"
+        elif self.num_tokens == self.max_tokens:
+            self.finish_reason = "length"
+            text += self._rest()
+        return text
+
+    def _rest(self) -> str:
+        """Return the text that detokenizer and stop strings were holding back."""
+        self.detokenizer.finalize()
+        text, stopped = self.stop.feed(self.detokenizer.last_segment)
+        if stopped:
+            self.finish_reason = "stop"
+            return text
+        return text + self.stop.flush()

@@ -1,0 +1,115 @@
+"""The command-line options that say which model and streams, and how to decode with them.
+
+Shared by every verb that generates; each option maps onto a field of `DecodeConfig`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from .config import DecodeConfig, PruneSpec, TreeSpec
+from .demo import DEMO_NAME
+from .errors import OptionError
+from .shipped import AUTO
+
+_SCHEDULES = ("auto", "inline", "deferred")
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
+    """Add --model, --adapter-path and --streams."""
+    parser.add_argument(
+        "--model",
+        default=default,
+        help="model folder, hub id, or 'demo' for the demo model (default: %(default)s)",
+    )
+    parser.add_argument("--adapter-path", help="LoRA adapters of mlx-lm to load with the model")
+    parser.add_argument(
+        "--streams",
+        default=AUTO,
+        help=(
+            "stream folder, hub id, name of a shipped set, or 'none'; 'auto' takes what the "
+            "model's folder holds, else a shipped set for the same base (default: %(default)s)"
+        ),
+    )
+
+
+def add_decode_options(parser: argparse.ArgumentParser, *, several_trees: bool = False) -> None:
+    """Add --tree, --prune, --schedule and --no-conditioning."""
+    default = DecodeConfig()
+    tree_help = (
+        "draft tree: 'chain', 'chain3' (three drafts), '16' (the best 16 rows) or '3^4' (the "
+        f"paper's product tree) (default: {default.tree})"
+    )
+    if several_trees:
+        parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
+    else:
+        parser.add_argument("--tree", default=str(default.tree), help=tree_help)
+    parser.add_argument(
+        "--prune",
+        metavar="KEEP[:THRESHOLD]",
+        help=(
+            "early-exit pruning: at most KEEP rows go on into the upper layers, and none whose "
+            "probability given its parent is below THRESHOLD (default: no pruning)"
+        ),
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=_SCHEDULES,
+        default=default.schedule,
+        help=(
+            "when streams run: in the verifying pass, or after it for the accepted node alone "
+            "(default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--no-conditioning",
+        action="store_true",
+        help="do not re-rank candidates by their parent token (the paper's method as it stands)",
+    )
+
+
+def streams_option(arguments: argparse.Namespace) -> str | None:
+    """Return --streams as `load` takes it."""
+    return None if arguments.streams.lower() == "none" else arguments.streams
+
+
+def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> DecodeConfig:
+    """Return the config that the options describe, with `tree` in place of --tree if given.
+
+    Raises:
+        OptionError: an option cannot be read or is out of range.
+    """
+    return DecodeConfig(
+        tree=TreeSpec.parse(arguments.tree if tree is None else tree),
+        prune=None if arguments.prune is None else parse_prune(arguments.prune),
+        schedule=arguments.schedule,
+        use_conditioner=not arguments.no_conditioning,
+    )
+
+
+def parse_prune(text: str) -> PruneSpec:
+    """Read `8` (keep) or `8:0.02` (keep and threshold).
+
+    Raises:
+        OptionError: the text has neither form.
+    """
+    keep, colon, threshold = text.partition(":")
+    try:
+        return PruneSpec(int(keep), float(threshold) if colon else 0.0)
+    except OptionError:
+        raise
+    except ValueError:
+        raise OptionError(
+            f"cannot read the pruning {text!r}; use '8' (rows to keep) or '8:0.02' (and the "
+            "lowest probability)."
+        ) from None
+
+
+def described(config: DecodeConfig) -> dict[str, object]:
+    """Return the JSON form of a config, the tree as it is written on the command line."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    prune = config.prune
+    values["tree"] = str(config.tree)
+    values["prune"] = None if prune is None else {"keep": prune.keep, "threshold": prune.threshold}
+    return values

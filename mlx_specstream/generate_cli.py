@@ -1,0 +1,281 @@
+"""`specstream generate`: one prompt, one answer, streamed. Flags that mlx-lm has keep its names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .decode_options import (
+    add_decode_options,
+    add_model_options,
+    decode_config,
+    described,
+    streams_option,
+)
+from .errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .generation import GenerationResponse
+    from .loading import StreamModel
+
+DEFAULT_MAX_TOKENS = 256
+_NOT_YET = (
+    "--max-kv-size",
+    "--kv-bits",
+    "--draft-model",
+    "--prompt-cache-file",
+    "--image",
+    "--xtc-probability",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `specstream generate`."""
+    parser = argparse.ArgumentParser(
+        prog="specstream generate",
+        description="Answer one prompt, streaming the text, in fewer passes of the model.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--prompt", "-p", required=True, help="what to answer; '-' reads it from standard input"
+    )
+    parser.add_argument("--system-prompt", help="system prompt for the chat template")
+    parser.add_argument("--prefill-response", help="how the answer begins")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="most tokens to generate, -1 for no limit (default: %(default)s)",
+    )
+    parser.add_argument("--stop", nargs="+", default=[], help="strings that end the answer")
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", default=[], help="further tokens that end the answer"
+    )
+    _add_sampling(parser)
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="take the prompt as it is"
+    )
+    parser.add_argument(
+        "--chat-template-config", help="JSON object with further arguments of the chat template"
+    )
+    parser.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=2048,
+        help="prompt tokens per pass; fewer take less memory (default: %(default)s)",
+    )
+    add_decode_options(parser)
+    parser.add_argument(
+        "--no-speculation", action="store_true", help="decode plainly, one token per pass"
+    )
+    parser.add_argument(
+        "--verbose",
+        type=_as_bool,
+        default=True,
+        metavar="{T,F}",
+        help="T: text and figures, F: the text alone (default: T)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with text, tokens and figures"
+    )
+    for flag in _NOT_YET:
+        parser.add_argument(flag, nargs="*", action=_Refuse, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's sampling flags, those that hold token by token."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temp", type=float, default=0.0, help="temperature; 0 takes the likeliest token"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1: off)")
+    group.add_argument("--min-p", type=float, default=0.0, help="min-p sampling (0: off)")
+    group.add_argument("--top-k", type=int, default=0, help="top-k sampling (0: off)")
+    group.add_argument(
+        "--min-tokens-to-keep", type=int, default=1, help="tokens that min-p leaves at least"
+    )
+    group.add_argument("--seed", type=int, help="seed of the random generator")
+
+
+def main(argv: list[str]) -> int:
+    """Answer the prompt and print it."""
+    arguments = build_parser().parse_args(argv)
+    text = _prompt_text(arguments.prompt)
+    config = decode_config(arguments)
+    check_sampling(arguments)
+    template_options = _template_options(arguments.chat_template_config)
+
+    import mlx.core as mx
+
+    from .generation import stream_generate
+    from .loading import load
+    from .prompts import Prompt, encode_prompt
+
+    if arguments.seed is not None:
+        mx.random.seed(arguments.seed)
+    model, tokenizer = load(
+        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
+    )
+    for token in arguments.extra_eos_token:
+        add_eos_token(tokenizer, token)
+    prompt = encode_prompt(
+        tokenizer,
+        Prompt.user(text, arguments.system_prompt),
+        response=arguments.prefill_response,
+        use_template=not arguments.ignore_chat_template,
+        template_options=template_options,
+    )
+    responses = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=arguments.max_tokens,
+        sampler=make_sampler(arguments),
+        config=config,
+        speculative=not arguments.no_speculation,
+        stop=arguments.stop,
+        prefill_step_size=arguments.prefill_step_size,
+    )
+    shown = arguments.verbose and not arguments.json
+    if shown:
+        print("=" * 10)
+    pieces, tokens, last = [], [], None
+    for last in responses:
+        pieces.append(last.text)
+        tokens.append(last.token)
+        if not arguments.json:
+            print(last.text, end="", flush=True)
+    assert last is not None  # max_tokens is at least 1
+    if arguments.json:
+        record = _record(model, "".join(pieces), tokens, last)
+        print(json.dumps({**record, "config": described(config)}, ensure_ascii=False))
+        return 0
+    print()
+    if shown:
+        from .generation import summary
+
+        print("=" * 10)
+        print(summary(last))
+    return 0
+
+
+def make_sampler(arguments: argparse.Namespace) -> Any:
+    """Return mlx-lm's sampler for the sampling flags, None for the likeliest token."""
+    if arguments.temp == 0:
+        return None
+    from mlx_lm import sample_utils
+
+    return sample_utils.make_sampler(
+        arguments.temp,
+        arguments.top_p,
+        arguments.min_p,
+        arguments.min_tokens_to_keep,
+        top_k=arguments.top_k,
+    )
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Refuse sampling flags out of range before a model is loaded.
+
+    Raises:
+        OptionError: a flag is out of range.
+    """
+    checks = (
+        ("--temp", arguments.temp, 0 <= arguments.temp < float("inf"), "a number of at least 0"),
+        ("--top-p", arguments.top_p, 0 <= arguments.top_p <= 1, "a probability"),
+        ("--min-p", arguments.min_p, 0 <= arguments.min_p <= 1, "a probability"),
+        ("--top-k", arguments.top_k, arguments.top_k >= 0, "at least 0 (0: off)"),
+        (
+            "--min-tokens-to-keep",
+            arguments.min_tokens_to_keep,
+            arguments.min_tokens_to_keep >= 1,
+            "at least 1",
+        ),
+    )
+    for name, value, right, wanted in checks:
+        if not right:
+            raise OptionError(f"{name} must be {wanted}, got {value}.")
+
+
+def add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
+    """Let one more token, given as text or id, end the answer.
+
+    Raises:
+        OptionError: the tokenizer has no such token.
+    """
+    if not token.isdecimal() and token not in tokenizer.get_vocab():
+        raise OptionError(
+            f"the model's tokenizer has no single token {token!r} to end answers with; use --stop "
+            "for a string."
+        )
+    tokenizer.add_eos_token(token)
+
+
+def _record(
+    model: StreamModel, text: str, tokens: Sequence[int], last: GenerationResponse
+) -> dict[str, object]:
+    """Return what --json prints, without the config."""
+    return {
+        "text": text,
+        "tokens": list(tokens),
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": round(last.prompt_tps, 3),
+        "generation_tokens": last.generation_tokens,
+        "generation_tps": round(last.generation_tps, 3),
+        "peak_memory": round(last.peak_memory, 3),
+        "model": model.name,
+        "streams": model.streams_name or None,
+        "speculation": last.stats.to_dict(),
+    }
+
+
+def _prompt_text(option: str) -> str:
+    """Return the prompt, from standard input for '-', with escaped newlines and tabs read as mlx-lm reads them."""
+    if option == "-":
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise DataError("the prompt on standard input is not UTF-8 text.") from None
+    else:
+        text = option.replace("\\n", "\n").replace("\\t", "\t")
+    if not text.strip():
+        raise DataError("the prompt is empty; say what the model is to answer with --prompt.")
+    return text
+
+
+def _template_options(option: str | None) -> dict[str, Any]:
+    if option is None:
+        return {}
+    try:
+        values = json.loads(option)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise OptionError(
+            "--chat-template-config must be a JSON object like '{\"key\": true}', got"
+            f" {option!r}."
+        )
+    return values
+
+
+def _as_bool(text: str) -> bool:
+    """Read mlx-lm's T and F."""
+    return text.lower() not in ("false", "f")
+
+
+class _Refuse(argparse.Action):
+    """A flag of mlx-lm that is not supported: better said than ignored."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise OptionError(
+            f"{self.option_strings[0]} of mlx-lm is not supported yet; leave it out, or use "
+            "mlx-lm itself for this."
+        )

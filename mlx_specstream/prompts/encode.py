@@ -1,0 +1,57 @@
+"""A prompt as the model reads it: through its chat template where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlx_specstream.errors import DataError
+from mlx_specstream.hub import first_line
+
+from .read import Prompt
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    *,
+    response: str | None = None,
+    use_template: bool = True,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the token ids of a prompt.
+
+    Args:
+        response: how the answer begins; the model continues from there.
+        use_template: False, or a tokenizer without a chat template, takes the bare text.
+        template_options: further arguments of the chat template.
+
+    Raises:
+        DataError: the prompt is empty, or the chat template refuses it.
+    """
+    if not prompt.title:
+        raise DataError("the prompt is empty; say what the model is to answer.")
+    if not (use_template and tokenizer.has_chat_template and prompt.messages):
+        text = "\n\n".join(turn["content"] for turn in prompt.messages) or prompt.text
+        ids: list[int] = list(tokenizer.encode(text + (response or "")))
+        return ids
+    turns = [dict(turn) for turn in prompt.messages]
+    if response is not None:
+        turns.append({"role": "assistant", "content": response})
+    try:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=response is None,
+            continue_final_message=response is not None,
+            **(template_options or {}),
+        )
+    except Exception as error:  # whatever a template raises, jinja's own errors among it
+        raise DataError(
+            f"the model's chat template refuses the prompt: {first_line(error)}; leave out the "
+            "system prompt, or ignore the chat template."
+        ) from error
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,203 @@
+"""Replays prompts plainly and speculatively and explains every divergence.
+
+Both runs are greedy, with the same model, cache and limits, so in float32 their tokens are the
+same. In 16 bits a pass over several rows runs other kernels than a pass over one, and where the
+two likeliest tokens are a rounding error apart, either may win. A divergence is a near-tie if a
+fresh plain pass puts both tokens that close to the likeliest; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+
+from .config import DecodeConfig
+from .generation import stream_generate
+from .statistics import SpeculationStats
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .loading import StreamModel
+
+OnToken = Callable[[str], None]
+
+FLOAT32_BOUND = 1e-3
+# Distance between 1 and the next number. Logits are sums that went through every layer, so
+# rounding moves them by a few such steps of their own size.
+_EPSILON = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+_STEPS = 4
+
+
+def rounding_bound(dtype: mx.Dtype, largest_logit: float) -> float:
+    """Return how far apart two logits may be that rounding alone can put in either order.
+
+    float32: 1e-3. float16 and bfloat16: four steps of the largest logit's size, which for a
+    logit of 20 is 0.08 and 0.63.
+    """
+    if dtype not in _EPSILON:
+        return FLOAT32_BOUND
+    return max(FLOAT32_BOUND, _STEPS * _EPSILON[dtype] * abs(largest_logit))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One way of answering a prompt. seconds: after the prompt, from first to last token."""
+
+    tokens: list[int]
+    text: str
+    stats: SpeculationStats
+    seconds: float
+    prompt_seconds: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token at which two answers differ.
+
+    position: its index in the answer. gap: between the reference's two largest logits there.
+    distance: how far below the largest the worse of the two tokens is. A token is -1 where an
+    answer was over already.
+    """
+
+    position: int
+    plain_token: int
+    speculative_token: int
+    gap: float
+    distance: float
+    bound: float
+    plain_text: str = ""
+    speculative_text: str = ""
+
+    @property
+    def near_tie(self) -> bool:
+        """Tell whether rounding explains it."""
+        return self.distance <= self.bound
+
+    def __str__(self) -> str:
+        verdict = "a near-tie, rounding" if self.near_tie else "a real mismatch"
+        return (
+            f"token {self.position}: plain {self.plain_token} {self.plain_text!r}, speculative"
+            f" {self.speculative_token} {self.speculative_text!r}; top-two logit gap"
+            f" {self.gap:.3g}, the worse token {self.distance:.3g} below the best (bound"
+            f" {self.bound:.3g}): {verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt answered both ways; `divergence` is None if the tokens are identical."""
+
+    plain: Replayed
+    speculative: Replayed
+    divergence: Divergence | None
+
+    @property
+    def verdict(self) -> str:
+        """Return `identical`, `near-tie` or `mismatch`."""
+        if self.divergence is None:
+            return "identical"
+        return "near-tie" if self.divergence.near_tie else "mismatch"
+
+
+def replay(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Sequence[int],
+    max_tokens: int,
+    config: DecodeConfig | None,
+    on_token: OnToken = lambda _: None,
+) -> Replayed:
+    """Answer a prompt greedily: speculatively with `config`, plainly if it is None."""
+    tokens: list[int] = []
+    pieces: list[str] = []
+    stats = SpeculationStats()
+    started = first = time.perf_counter()
+    for response in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        config=config,
+        speculative=config is not None,
+    ):
+        if not tokens:
+            first = time.perf_counter()
+        tokens.append(response.token)
+        pieces.append(response.text)
+        stats = response.stats
+        on_token(response.text)
+    return Replayed(tokens, "".join(pieces), stats, time.perf_counter() - first, first - started)
+
+
+def compare(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Sequence[int],
+    plain: Replayed,
+    speculative: Replayed,
+) -> Comparison:
+    """Compare two answers to a prompt token by token; explain the first difference."""
+    position = first_difference(plain.tokens, speculative.tokens)
+    if position is None:
+        return Comparison(plain, speculative, None)
+    logits = reference_logits(model, tokenizer, prompt, plain.tokens, position)
+    tokens = tuple(
+        run.tokens[position] if position < len(run.tokens) else -1 for run in (plain, speculative)
+    )
+    texts = [tokenizer.decode([token]) if token >= 0 else "" for token in tokens]
+    divergence = judge(logits, model.backbone.dtype, position, tokens[0], tokens[1])
+    return Comparison(
+        plain, speculative, replace(divergence, plain_text=texts[0], speculative_text=texts[1])
+    )
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Return the first index at which two answers differ (one may just end), None if none."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return None if len(first) == len(second) else min(len(first), len(second))
+
+
+def reference_logits(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    position: int,
+) -> mx.array:
+    """Return the logits (V,) float32 that a fresh plain pass draws token `position` from.
+
+    The prompt and the tokens before `position` are read as one prompt. In shared mode, where
+    generated tokens are computed beside their streams, they are generated again instead.
+    """
+    again = model.streams is not None and model.streams.shared
+    text = list(prompt) if again else [*prompt, *tokens[:position]]
+    more = position + 1 if again else 1
+    *_, last = stream_generate(model, tokenizer, text, max_tokens=more, speculative=False)
+    return last.logits.astype(mx.float32)
+
+
+def judge(
+    logits: mx.array, dtype: mx.Dtype, position: int, plain: int, speculative: int
+) -> Divergence:
+    """Judge a divergence between two tokens by the reference's logits (V,) float32."""
+    second, best = cast(list[float], mx.sort(logits)[-2:].tolist())
+    worst = min(
+        cast(float, logits[token].item()) if token >= 0 else -float("inf")
+        for token in (plain, speculative)
+    )
+    largest = cast(float, mx.abs(logits).max().item())
+    return Divergence(
+        position,
+        plain,
+        speculative,
+        gap=best - second,
+        distance=best - worst,
+        bound=rounding_bound(dtype, largest),
+    )

@@ -1,0 +1,196 @@
+"""`specstream verify`: are speculative answers the plain ones, token for token, and if not, why.
+
+Exit status 1 if a divergence is more than rounding explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .config import DecodeConfig
+from .decode_options import (
+    add_decode_options,
+    add_model_options,
+    decode_config,
+    described,
+    streams_option,
+)
+from .errors import OptionError, StreamsError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tqdm import tqdm
+
+    from .loading import StreamModel
+    from .verify import Comparison
+
+DEFAULT_MAX_TOKENS = 64
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `specstream verify`."""
+    parser = argparse.ArgumentParser(
+        prog="specstream verify",
+        description=(
+            "Answer prompts plainly and speculatively, greedily, and compare the tokens. "
+            "Exits 1 if they differ by more than rounding explains."
+        ),
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=(
+            "mlx-lm's chat, completions or text JSONL, or plain text with a prompt per line "
+            "(default: a built-in dozen)"
+        ),
+    )
+    parser.add_argument("--num-prompts", type=int, help="use only the first prompts of the file")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="most tokens per answer (default: %(default)s)",
+    )
+    add_decode_options(parser, several_trees=True)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Replay the prompts and print what was found."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.num_prompts is not None and arguments.num_prompts < 1:
+        raise OptionError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
+    if arguments.max_tokens < 1:
+        raise OptionError(f"--max-tokens must be at least 1, got {arguments.max_tokens}.")
+    trees = arguments.tree or [str(DecodeConfig().tree)]
+    configs = [decode_config(arguments, tree) for tree in trees]
+
+    from .loading import load
+    from .prompts import built_in_prompts, encode_prompt, read_prompts
+
+    prompts = (
+        read_prompts(arguments.prompts, arguments.num_prompts)
+        if arguments.prompts
+        else built_in_prompts()[: arguments.num_prompts]
+    )
+    model, tokenizer = load(
+        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
+    )
+    if model.streams is None:
+        raise StreamsError(
+            f"{arguments.model} has no streams, so there is nothing to verify; name some with "
+            "--streams."
+        )
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    from tqdm import tqdm
+
+    with tqdm(total=len(ids) * (1 + len(configs)), unit="answer", disable=None) as bar:
+        results = [
+            _compare_all(model, tokenizer, prompt, arguments.max_tokens, configs, bar)
+            for prompt in ids
+        ]
+    found = list(zip(*results, strict=True))
+    if arguments.json:
+        print(json.dumps(_record(model, configs, found), ensure_ascii=False))
+    else:
+        titles = [prompt.title for prompt in prompts]
+        for config, comparisons in zip(configs, found, strict=True):
+            print(_report(config, titles, comparisons))
+    mismatch = any(c.verdict == "mismatch" for comparisons in found for c in comparisons)
+    return 1 if mismatch else 0
+
+
+def _compare_all(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    max_tokens: int,
+    configs: list[DecodeConfig],
+    bar: tqdm[object],
+) -> list[Comparison]:
+    """Answer one prompt plainly, then with every config, and compare each with the first."""
+    from .verify import compare, replay
+
+    plain = replay(model, tokenizer, prompt, max_tokens, None)
+    bar.update()
+    comparisons = []
+    for config in configs:
+        speculative = replay(model, tokenizer, prompt, max_tokens, config)
+        comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
+        bar.update()
+    return comparisons
+
+
+def counted(comparisons: tuple[Comparison, ...]) -> dict[str, int]:
+    """Return how many comparisons had each verdict."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    return {name: verdicts.count(name) for name in ("identical", "near-tie", "mismatch")}
+
+
+def _report(config: DecodeConfig, titles: list[str], comparisons: tuple[Comparison, ...]) -> str:
+    """Return the lines for one config: prompt by prompt, then the sum."""
+    from .statistics import SpeculationStats
+
+    prune = f", pruned to {config.prune.keep}" if config.prune else ""
+    lines = [f"tree {config.tree}{prune}"]
+    total = SpeculationStats()
+    for title, comparison in zip(titles, comparisons, strict=True):
+        stats = comparison.speculative.stats
+        total += stats
+        lines.append(
+            f"  {comparison.verdict:<9}  {stats.tokens:>4} tokens {stats.passes:>4} passes "
+            f"{stats.tokens_per_step:5.2f} per pass  {_cut(title)}"
+        )
+        if comparison.divergence is not None:
+            lines.append(f"             {comparison.divergence}")
+    counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())
+    return "\n".join([*lines, f"  {counts}: {total}"])
+
+
+def _record(
+    model: StreamModel, configs: list[DecodeConfig], found: list[tuple[Comparison, ...]]
+) -> dict[str, object]:
+    """Return what --json prints."""
+    return {
+        "model": model.name,
+        "streams": model.streams_name,
+        "dtype": str(model.backbone.dtype).rpartition(".")[2],
+        "runs": [
+            {
+                "config": described(config),
+                **counted(comparisons),
+                "prompts": [_prompt_record(comparison) for comparison in comparisons],
+            }
+            for config, comparisons in zip(configs, found, strict=True)
+        ],
+    }
+
+
+def _prompt_record(comparison: Comparison) -> dict[str, object]:
+    divergence = comparison.divergence
+    record: dict[str, object] = {
+        "verdict": comparison.verdict,
+        "divergence": None if divergence is None else _finite(asdict(divergence)),
+    }
+    for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
+        record[name] = {
+            "tokens": run.tokens,
+            "seconds": round(run.seconds, 4),
+            "figures": run.stats.to_dict(),
+        }
+    return record
+
+
+def _finite(values: dict[str, object]) -> dict[str, object]:
+    """Return values as JSON can hold them: infinity becomes null."""
+    return {key: None if value == float("inf") else value for key, value in values.items()}
+
+
+def _cut(title: str, width: int = 48) -> str:
+    return title if len(title) <= width else title[: width - 1] + "…"
