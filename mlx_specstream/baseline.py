@@ -57,7 +57,7 @@ class PlainDecoder:
                 # Their history must be on the host first; otherwise run one pass ahead.
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
-            _, tokens = read_report(report, cache)
+            tokens, _, _ = read_report(report, 1, cache)
             cache.advance(1)
             self.chooser.history += tokens
             result = StepResult(tokens, 0, logits)
@@ -71,7 +71,7 @@ class PlainDecoder:
             report, logits = ahead
 
     def _pass(self, tree: DraftTree, cache: KVCache, pending: int = 0) -> tuple[mx.array, mx.array]:
-        """Return the report (3,) and logits (1, V) of one token, as a graph.
+        """Return the report (4,) and logits (1, V) of one token, as a graph.
 
         `pending` rows behind the committed ones belong to a pass that is still under way.
         """
@@ -82,9 +82,8 @@ class PlainDecoder:
         logits = self.backbone.head(normed)[0]
         drawn, finite = self.chooser(logits, tree)
         finite = finite & ~mx.any(mx.isnan(normed))
-        report = mx.concatenate(
-            [mx.zeros((1,), dtype=mx.int32), finite.reshape(1).astype(mx.int32), drawn]
-        )
+        zero = mx.zeros((1,), dtype=mx.int32)
+        report = mx.concatenate([zero, finite.reshape(1).astype(mx.int32), drawn, zero])
         return report, logits
 
 

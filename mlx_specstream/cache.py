@@ -4,15 +4,15 @@
              committed text        | rows of the running pass   | free
 
 A pass appends the keys and values of all its rows behind the committed text (draft nodes, then
-stream rows); attention reads up to there under a mask. `commit` then gathers the accepted path's
-rows into place, in the graph, and `advance` moves the end of the committed text once the host
-knows how far. Everything behind it is scratch that the next pass overwrites: a rejected draft
+stream rows); attention reads up to there under a mask. Once the host knows the accepted path,
+`commit` moves its rows into place, as a part of the next graph, and `advance` moves the end of
+the committed text. Everything behind it is scratch that the next pass overwrites: a rejected draft
 or a stream is never part of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -45,14 +45,13 @@ class LayerKV:
         assert self.values is not None
         return self.keys[..., :end, :], self.values[..., :end, :]
 
-    def gather(self, at: int, rows: mx.array) -> None:
-        """Copy the rows with indices `at` + `rows` (n,) to [at, at + n)."""
+    def move(self, to: int, rows: mx.array) -> None:
+        """Copy the rows with indices `rows` (n,) to [to, to + n)."""
         assert self.keys is not None
         assert self.values is not None
-        end = at + rows.shape[0]
-        index = rows + at
-        self.keys[..., at:end, :] = mx.take(self.keys, index, axis=2)
-        self.values[..., at:end, :] = mx.take(self.values, index, axis=2)
+        end = to + rows.shape[0]
+        self.keys[..., to:end, :] = mx.take(self.keys, rows, axis=2)
+        self.values[..., to:end, :] = mx.take(self.values, rows, axis=2)
 
 
 class LayerPass:
@@ -89,14 +88,20 @@ class KVCache:
         self.layers = [LayerKV() for _ in range(num_layers)]
         self.length = 0
 
-    def commit(self, rows: mx.array, layers: range) -> None:
-        """Gather a pass's rows `rows` (n,) int32 to the end of the committed text, in the graph.
+    def commit(self, rows: Sequence[int], layers: range) -> None:
+        """Bring a pass's rows, given by their places in the pass, to the end of the committed text.
 
-        Rows beyond the accepted path may be anything: they stay behind the committed length.
-        `layers` that hold fewer rows, because the tree was pruned above, get their own `rows`.
+        In the graph, and only those that are not in place. `layers` that hold fewer rows, because
+        the tree was pruned above, get their own `rows`.
         """
-        for index in layers:
-            self.layers[index].gather(self.length, rows)
+        in_place = 0
+        while in_place < len(rows) and rows[in_place] == in_place:
+            in_place += 1
+        if in_place == len(rows):
+            return
+        index = mx.array(list(rows[in_place:]), dtype=mx.int32) + self.length
+        for layer in layers:
+            self.layers[layer].move(self.length + in_place, index)
 
     def advance(self, rows: int) -> None:
         """Count `rows` more rows as committed."""

@@ -22,6 +22,7 @@ from .backbone import Backbone
 
 NUM_CANDIDATES = 32  # of a stream's best, the ones that are re-ranked
 GROUP = 64  # neighbouring ids whose maximum is looked at first
+NUM_GROUPS = 128  # at least NUM_CANDIDATES, the widest TreeSpec.branching
 _EPSILON = 1e-6
 
 
@@ -38,36 +39,36 @@ class Candidates:
 
 
 def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates:
-    """Return the `count` best candidates of each stream from logits (γ, V)."""
-    logits = logits.astype(mx.float32)
-    ids = top_ids(logits, min(count, logits.shape[-1]))
-    best = mx.take_along_axis(logits, ids, axis=-1)
-    log_probs = best - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return Candidates(ids.astype(mx.int32), log_probs, hidden)
+    """Return the `count` best candidates of each stream from logits (γ, V).
 
-
-def top_ids(logits: mx.array, count: int) -> mx.array:
-    """Return the ids (R, count) of the highest of logits (R, V), highest first.
-
-    In two rounds: the best `count` all lie in the `count` groups of highest maximum, so only
-    those are partitioned. Partitioning whole rows of a large vocabulary is many times slower.
+    In two rounds: the best `count` all lie in the `count` groups of neighbouring ids with the
+    highest maxima, so only the best groups are looked into. Partitioning and normalising whole
+    rows of a large vocabulary is many times slower; probabilities are therefore relative to the
+    best `NUM_GROUPS` groups, which hold nearly all of a row's mass. They only rank drafts.
     """
     R, V = logits.shape
-    if count == 1:
-        return mx.argmax(logits, axis=-1, keepdims=True)
-    if 2 * GROUP * count < V:
-        missing = -V % GROUP
-        if missing:
+    count = min(count, V)
+    logits = logits.astype(mx.float32)
+    if V > 2 * GROUP * NUM_GROUPS:
+        if missing := -V % GROUP:
             logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
         groups = logits.reshape(R, -1, GROUP)
-        best = mx.argpartition(-groups.max(axis=-1), kth=count - 1, axis=-1)[:, :count]
-        ids = (best[..., None] * GROUP + mx.arange(GROUP)).reshape(R, -1)
-        logits = mx.take_along_axis(logits, ids, axis=-1)
+        best = mx.argpartition(-groups.max(axis=-1), kth=NUM_GROUPS - 1, axis=-1)
+        best = best[:, :NUM_GROUPS, None]
+        logits = mx.take_along_axis(groups, best, axis=1).reshape(R, -1)
+        ids = (best * GROUP + mx.arange(GROUP)).reshape(R, -1)
     else:
         ids = mx.broadcast_to(mx.arange(V), (R, V))
-    top = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
-    order = mx.argsort(-mx.take_along_axis(logits, top, axis=-1), axis=-1)
-    return mx.take_along_axis(ids, mx.take_along_axis(top, order, axis=-1), axis=-1)
+    if count == 1:
+        top = mx.argmax(logits, axis=-1, keepdims=True)
+    else:
+        top = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
+    values = mx.take_along_axis(logits, top, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    values = mx.take_along_axis(values, order, axis=-1)
+    ids = mx.take_along_axis(ids, mx.take_along_axis(top, order, axis=-1), axis=-1)
+    log_probs = values - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return Candidates(ids.astype(mx.int32), log_probs, hidden)
 
 
 @dataclass(frozen=True)
@@ -88,28 +89,35 @@ class Conditioner:
 
 
 class ConditionedProposer:
-    """Candidates of each level given their parents, as `tree.build` asks for them."""
+    """Candidates of each level given their parents, as `tree.build` asks for them.
+
+    What does not depend on the parent is computed once for all levels: the stream's half of W1,
+    and E_c·W2 and E_c·B of every candidate, so that a level costs two small products.
+    """
 
     def __init__(self, conditioner: Conditioner, backbone: Backbone, marginal: Candidates) -> None:
-        self.conditioner = conditioner
         self.backbone = backbone
         self.marginal = marginal
-        ids = marginal.ids
-        rows = backbone.head_rows(ids.reshape(-1))
-        self.rows = rows.reshape(*ids.shape, -1)  # (γ, C, h)
-        # The marginal's mass and shape are the same for every parent.
+        m, h = conditioner.mlp_out.shape[::-1]
+        from_parent, from_stream = conditioner.mlp_in[:, :h], conditioner.mlp_in[:, h:]
+        self.hidden_size = m
+        self.from_parent = mx.concatenate([from_parent.T, conditioner.lora_a], axis=1)  # (h, m + r)
+        self.of_stream = _unit(marginal.hidden) @ from_stream.T  # (γ, m)
+        rows = backbone.head_rows(marginal.ids.reshape(-1))
+        out = mx.concatenate([conditioner.mlp_out, conditioner.lora_b.T], axis=1)  # (h, m + r)
+        self.keys = (rows @ out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
+        # The candidates' mass is the same for every parent.
         self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
 
     def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
-        """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
-        hidden = self.marginal.hidden[level]
-        delta = self.conditioner.correction(self.backbone.embedding_rows(parents), hidden)
-        gain = (delta @ self.rows[level].T).astype(mx.float32)
+        """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
+        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
+        m = self.hidden_size
+        state = mx.concatenate([nn.silu(e[:, :m] + self.of_stream[level]), e[:, m:]], axis=1)
+        gain = (state @ self.keys[level].T).astype(mx.float32)
         scores = self.marginal.log_probs[level] + gain
-        log_probs = scores - mx.logsumexp(scores, axis=-1, keepdims=True) + self.mass[level]
-        order = mx.argsort(-log_probs, axis=-1)
-        ids = mx.take(self.marginal.ids[level], order)
-        return ids, mx.take_along_axis(log_probs, order, axis=-1)
+        log_probs = scores + (self.mass[level] - mx.logsumexp(scores, axis=-1, keepdims=True))
+        return mx.broadcast_to(self.marginal.ids[level], scores.shape), log_probs
 
 
 class MarginalProposer:

@@ -141,7 +141,8 @@ class TreeSpec:
     * `product`: the paper's static tree, `branching` candidates of every stream under every
       node [SS §3.1.2]; rows = 1 + branching + branching² + ...
 
-    `depth` 0 means as deep as there are streams. `branching` bounds a node's children.
+    `depth` 0 means as deep as there are streams. `branching` is how many of a stream's best
+    candidates are considered without regard to their parent.
 
     Raises:
         OptionError: a value is out of range.
@@ -189,28 +190,31 @@ class TreeSpec:
         return str(self.rows)
 
     def level_widths(self, num_streams: int) -> tuple[int, ...]:
-        """Return how many nodes each level holds before the best `rows` are picked.
+        """Return how many nodes each level holds, before the best `rows` of all are picked.
 
         A beam of rows − 1 nodes per level is exact for best-first trees: no level of the best
-        `rows` nodes can hold more.
+        `rows` nodes can hold more. A level holds fewer where there are fewer candidates.
+
+        Raises:
+            OptionError: a product tree of more than 1024 rows.
         """
         depth = min(self.depth or num_streams, num_streams)
         if self.kind == "chain":
             return (1,) * depth
-        widths: list[int] = []
-        for _ in range(depth):
-            full = (widths[-1] if widths else 1) * self.branching
-            widths.append(full if self.kind == "product" else min(full, self.rows - 1))
-        if self.kind == "product" and sum(widths) >= 1024:
+        if self.kind == "best":
+            return (self.rows - 1,) * depth if self.rows > 1 else ()
+        widths = tuple(self.branching ** (level + 1) for level in range(depth))
+        if sum(widths) >= 1024:
             raise OptionError(
                 f"the tree {self} has {sum(widths) + 1} rows; at most 1024 are allowed."
             )
-        return tuple(width for width in widths if width)
+        return widths
 
     def num_nodes(self, num_streams: int) -> int:
         """Return the rows of a full tree, root included."""
-        total = 1 + sum(self.level_widths(num_streams))
-        return min(total, self.rows) if self.kind == "best" else total
+        if self.kind == "best":
+            return self.rows if num_streams else 1
+        return 1 + sum(self.level_widths(num_streams))
 
 
 @dataclass(frozen=True)

@@ -106,20 +106,19 @@ class StreamDecoder:
             step = following
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:
-        """Wait for a step, the loop's one synchronisation, and count what it accepted."""
-        accepted, tokens = read_report(step.report, cache)
-        kept = accepted + 1
-        cache.advance(kept)
-        self.chooser.history += tokens[:kept]
-        draft = self._record(step, kept) if self.keep_drafts else None
-        return StepResult(tokens[:kept], step.tree.num_nodes - 1, step.logits[:kept], draft)
+        """Wait for a step, the loop's one synchronisation, and commit what it accepted.
 
-    def _record(self, step: Step, kept: int) -> DraftRecord:
-        """Return a computed step's tree on the host."""
-        tree = step.tree
-        return DraftRecord(
-            to_ints(tree.tokens),
-            to_ints(tree.parents),
-            to_ints(tree.depths),
-            to_ints(step.path.nodes)[:kept],
-        )
+        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map.
+        """
+        tokens, nodes, lower_rows = read_report(step.report, step.tree.depth + 1, cache)
+        cache.commit(lower_rows, self.streams.lower)
+        cache.commit(nodes, self.streams.upper)
+        cache.advance(len(tokens))
+        self.chooser.history += tokens
+        draft = None
+        if self.keep_drafts:
+            tree = step.tree
+            draft = DraftRecord(
+                to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
+            )
+        return StepResult(tokens, step.tree.num_nodes - 1, step.logits[: len(tokens)], draft)

@@ -46,19 +46,26 @@ class StepResult:
         return [*range(1, len(self.tokens)), 0]
 
 
-def read_report(report: mx.array, cache: KVCache) -> tuple[int, list[int]]:
-    """Wait for a step's report and return how many drafts it accepted, and its path's tokens.
+def read_report(
+    report: mx.array, places: int, cache: KVCache
+) -> tuple[list[int], list[int], list[int]]:
+    """Wait for a step's report; return the path's tokens, nodes, and rows in the lower layers.
+
+    `places` is the longest path the step's tree can hold, its depth + 1.
 
     Raises:
         ModelError: the model computed NaN.
     """
-    accepted, finite, *tokens = to_ints(report)
+    accepted, finite, *values = to_ints(report)
     if not finite:
         raise ModelError(
             f"the model's output is not a number (NaN) after {cache.length} tokens: its weights "
             "are damaged, or overflow in this precision; check the files or use another dtype."
         )
-    return accepted, tokens
+    tokens, nodes = values[:places], values[places : 2 * places]
+    lower_rows = values[2 * places :] or nodes
+    kept = accepted + 1
+    return tokens[:kept], nodes[:kept], lower_rows[:kept]
 
 
 def to_ints(array: mx.array) -> list[int]:

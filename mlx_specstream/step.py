@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .accept import AcceptedPath, accept
+from .accept import accept
 from .backbone import RowMask
 from .cache import KVCache
 from .condition import (
@@ -39,12 +39,12 @@ from .tree import DraftTree, Proposer, ancestors, build
 class Step:
     """A step as a graph that has not been waited for.
 
-    report: (depth + 3,) int32: accepted drafts, whether all is finite, the path's tokens.
-    logits: (depth + 1, V), the target's at the path's nodes.
+    report: int32, what the host needs: accepted drafts, whether all is finite, then for the
+    path's depth + 1 places the tokens drawn, the nodes, and (pruned) their rows in the lower
+    layers. logits: (depth + 1, V), the target's at the path's nodes.
     """
 
     tree: DraftTree
-    path: AcceptedPath
     report: mx.array
     logits: mx.array
     next_tree: DraftTree
@@ -55,7 +55,7 @@ class Step:
         The report goes first: evaluated after the tree, its rows outlive the attention that
         reads them and MLX copies cache buffers that it otherwise updates in place.
         """
-        mx.async_eval(self.report, self.path.nodes, self.logits, *self.next_tree.arrays)
+        mx.async_eval(self.report, self.logits, *self.next_tree.arrays)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Stepper:
     def step(self, tree: DraftTree, cache: KVCache) -> Step:
         """Return the graph of one step over `tree`, whose root follows the committed text.
 
-        New rows are scratch behind the committed length, which only the loop moves on.
+        New rows are scratch behind the committed text until the loop has read the report.
         """
         verified = self.verify(tree, cache)
         tree = verified.tree
@@ -104,11 +104,11 @@ class Stepper:
         proposer = self.candidates(self.stream_states(verified, path.node, cache))
         next_tree = build(path.next_root, self.tree, self.streams.num_streams, proposer)
 
-        self._commit(verified, path, cache)
-        report = mx.concatenate(
-            [path.length.reshape(1), finite.reshape(1).astype(mx.int32), path.tokens]
-        )
-        return Step(tree, path, report, mx.take(logits, path.nodes, axis=0), next_tree)
+        parts = [path.length.reshape(1), finite.reshape(1), path.tokens, path.nodes]
+        if verified.lower_rows is not None:
+            parts.append(mx.take(verified.lower_rows, path.nodes))
+        report = mx.concatenate([part.astype(mx.int32) for part in parts])
+        return Step(tree, report, mx.take(logits, path.nodes, axis=0), next_tree)
 
     def verify(self, tree: DraftTree, cache: KVCache) -> Verified:
         """Run the tree's nodes through the model, with every node's streams if inline."""
@@ -177,20 +177,6 @@ class Stepper:
         if self.conditioner is None:
             return MarginalProposer(marginal)
         return ConditionedProposer(self.conditioner, backbone, marginal)
-
-    def _commit(self, verified: Verified, path: AcceptedPath, cache: KVCache) -> None:
-        """Gather the accepted path's rows behind the committed text.
-
-        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. An
-        unpruned chain lies in place already.
-        """
-        rows = verified.lower_rows
-        in_place = self.tree.kind == "chain" or path.nodes.shape[0] == 1
-        if rows is None and in_place:
-            return
-        lower = path.nodes if rows is None else mx.take(rows, path.nodes)
-        cache.commit(lower, self.streams.lower)
-        cache.commit(path.nodes, self.streams.upper)
 
 
 def _mask(seen: mx.array, positions: mx.array, length: int) -> RowMask:

@@ -28,7 +28,7 @@ import mlx.core as mx
 from .config import TreeSpec
 
 # (level from 0, parent tokens (W,)) -> candidates (W, k) int32 and their log-probabilities
-# (W, k) float32, best first. Candidates of one parent are distinct.
+# (W, k) float32, in any order. Candidates of one parent are distinct.
 Proposer = Callable[[int, mx.array], tuple[mx.array, mx.array]]
 
 # Taken off a path's log-probability per level, so that a certain child (log-probability 0)
@@ -99,10 +99,13 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
     first, level_tokens, level_scores = 0, root, scores[0]
     for level, width in enumerate(widths):
         ids, log_probs = propose(level, level_tokens)
-        k = min(spec.branching, int(ids.shape[1]))
-        above = int(level_tokens.shape[0])
-        paths = (level_scores[:, None] + log_probs[:, :k] - _LEVEL_COST).reshape(-1)
-        ids = ids[:, :k].reshape(-1)
+        above, k = int(level_tokens.shape[0]), int(ids.shape[1])
+        if spec.kind == "product" and k > spec.branching:
+            k = spec.branching
+            best = mx.argsort(-log_probs, axis=-1)[:, :k]
+            ids, log_probs = (mx.take_along_axis(a, best, axis=-1) for a in (ids, log_probs))
+        paths = (level_scores[:, None] + (log_probs - _LEVEL_COST)).reshape(-1)
+        ids = ids.reshape(-1)
         width = min(width, above * k)
         if width < above * k:
             best = _best(paths, width)
