@@ -78,7 +78,7 @@ def test_best_tree_holds_the_best_nodes(
     spec = TreeSpec(kind="best", rows=rows, branching=branching, depth=depth)
     paths, scores = checked(spec, gamma, table)
     deep = min(depth or gamma, gamma)
-    wanted = reference.best_first(4, rows, deep, branching, table.plain)
+    wanted = reference.best_first(4, rows, deep, VOCAB, table.plain)
     assert len(paths) == len(wanted) <= spec.num_nodes(gamma)
     # Nodes of equal score may stand in for one another, so compare scores, and every node whose
     # score is not that of the worst. The level cost is far below the table's resolution of 1/4.
@@ -189,7 +189,7 @@ def test_root_only() -> None:
 
 
 def test_building_waits_for_nothing() -> None:
-    """Tokens and scores may still be unknown: shapes come from the spec alone."""
+    """Tokens and scores may still be unknown: shapes come from spec and proposer alone."""
     asked = []
 
     def propose(level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
@@ -198,5 +198,5 @@ def test_building_waits_for_nothing() -> None:
         return mx.broadcast_to(mx.arange(3), (W, 3)), mx.zeros((W, 3))
 
     tree = build(mx.array([0]), TreeSpec(kind="best", rows=6, branching=2), 3, propose)
-    assert asked == [(0, (1,)), (1, (2,)), (2, (4,))]
+    assert asked == [(0, (1,)), (1, (3,)), (2, (5,))]
     assert tree.num_nodes == 6
