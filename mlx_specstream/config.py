@@ -142,14 +142,15 @@ class TreeSpec:
       node [SS §3.1.2]; rows = 1 + branching + branching² + ...
 
     `depth` 0 means as deep as there are streams. `branching` is how many of a stream's best
-    candidates are considered without regard to their parent.
+    candidates are considered without regard to their parent. The default is five rows: Apple's
+    matrix kernels read the weights once for up to five, so these drafts are the cheapest.
 
     Raises:
         OptionError: a value is out of range.
     """
 
     kind: TreeKind = "best"
-    rows: int = 16
+    rows: int = 5
     branching: int = 8
     depth: int = 0
 
