@@ -82,7 +82,7 @@ class SpeculativeModel:
             x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
         insertion = x
 
-        x = torch.cat((x, self.adapters.start(x[:, at]).reshape(B, n * G, -1)), dim=1)
+        x = torch.cat((x, self.adapters.start(x[:, at]).flatten(1, 2)), dim=1)
         positions = torch.cat((positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1)
         mask, rotation = self.stream_mask(mask, at), backbone.rotation(positions)
         angles = self.config.value_rotation * torch.arange(1, G + 1).repeat(n)
@@ -94,7 +94,7 @@ class SpeculativeModel:
             seen = self._in_window(mask, positions, index)
             x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
         x = backbone.norm(x)
-        return StreamOutput(x[:, :L], x[:, L:].view(B, n, G, -1), insertion)
+        return StreamOutput(x[:, :L], x[:, L:].unflatten(1, (n, G)), insertion)
 
     def stream_mask(self, mask: Tensor, at: Tensor) -> Tensor:
         """Extend a main mask (B, L, L) by the streams of rows `at`: (B, L + nγ, L + nγ) [SS Eq. 1-2]."""

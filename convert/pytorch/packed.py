@@ -28,6 +28,7 @@ from mlx_specstream.convert.pytorch.adapters import StreamAdapters
 from mlx_specstream.convert.pytorch.backbone import Backbone, DecoderLayer, Rotation
 from mlx_specstream.convert.pytorch.model import rotate_values
 from mlx_specstream.convert.pytorch.states import States
+from mlx_specstream.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,8 @@ class PackedStreams:
             S = int(t[-1, 0]) + 1
             s = torch.arange(S)
             hidden = s > t
-            if window is not None:
-                raise NotImplementedError("packed training has no sliding window; use texts shorter than the window")
+            if window is not None and S + self.adapters.config.num_streams > window:
+                raise DataError(f"a text of {S} tokens is longer than the model's window of {window}; cut it shorter.")
             texts.append(
                 Text(start, start + len(rows), states.keys[number, :, :S], states.values[number, :, :S], hidden)
             )

@@ -14,6 +14,7 @@ answer token but the last. Later lines replace earlier ones of the same key.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class StateWriter:
 
 
 class StateReader:
-    """Random access to the states that a `StateWriter` wrote; memory-mapped."""
+    """Random access to the states that a `StateWriter` wrote."""
 
     def __init__(self, prefix: str | Path) -> None:
         data, index = _paths(prefix)
@@ -89,7 +90,7 @@ class StateReader:
         self.entries: dict[Key, tuple[int, int, int]] = {
             (e["source"], e["index"]): (e["offset"], e["length"], e["answer"]) for e in entries
         }
-        self.memory = np.memmap(data, dtype=np.int16, mode="r")
+        self.data = data.open("rb")
 
     def __contains__(self, key: Key) -> bool:
         return key in self.entries
@@ -98,13 +99,12 @@ class StateReader:
         offset, length, answer = self.entries[key]
         shape = self.shape
         kv_shape = (shape.num_msa_layers, shape.num_kv_heads, length, shape.head_dim)
-        start, tensors = offset // 2, []
-        for dims in (kv_shape, kv_shape, (answer, shape.hidden_size)):
-            size = int(np.prod(dims))
-            flat = torch.from_numpy(np.array(self.memory[start : start + size]))
-            tensors.append(flat.view(getattr(torch, shape.dtype)).view(dims))
-            start += size
-        return States(*tensors)
+        shapes = (kv_shape, kv_shape, (answer, shape.hidden_size))
+        sizes = [math.prod(dims) for dims in shapes]
+        self.data.seek(offset)
+        whole = np.fromfile(self.data, dtype=np.int16, count=sum(sizes))
+        parts = torch.from_numpy(whole).view(getattr(torch, shape.dtype)).split(sizes)
+        return States(*(part.view(dims) for part, dims in zip(parts, shapes, strict=True)))
 
 
 def compute_states(backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int) -> States:

@@ -9,6 +9,9 @@
 The output is a schema-1 checkpoint plus `train_log.jsonl` and `train_args.json`. While training, `OUT.partial-train/`
 holds the state that a second run with the same output continues from, exactly: adapters, optimizer, place in the data.
 Without `--states` the base states are computed in every step.
+
+Several processes share a step when started by `torchrun --nproc-per-node 2 -m mlx_specstream.convert.pytorch.train ...`;
+on a CPU whose cores others use too, single-threaded processes (`--threads 1`) lose far less than threads do.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ import torch
 from tqdm import tqdm
 
 from mlx_specstream.config import StreamConfig
+from mlx_specstream.convert.pytorch import workers
 from mlx_specstream.convert.pytorch.adapters import StreamAdapters
 from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint, save_checkpoint
 from mlx_specstream.convert.pytorch.data import (
     Example,
     Selection,
+    Targets,
     epoch_batches,
     read_examples,
     select,
@@ -126,6 +131,14 @@ class Trainer:
             examples = [e for e in examples if e.key in self.reader]
         return split_held_out(examples, self.args.held_out)
 
+    def _refresh(self) -> None:
+        """Take in texts that were added to the data files since; held-out prompts stay held out."""
+        if self.args.states:
+            self.reader = StateReader(self.args.states)
+        held = {e.prompt for e in self.held_out}
+        train, newly_held = self._texts()
+        self.train = [e for e in (*train, *newly_held) if e.prompt not in held]
+
     def _states(self, example: Example) -> States:
         if self.reader is not None:
             return self.reader[example.key]
@@ -159,9 +172,15 @@ class Trainer:
         flat = wanted.valid.flatten().nonzero()[:, 0]
         vocabulary = self.sampler.draw(wanted.tokens.flatten()[flat], args.seed * 1_000_003 + self.progress.step)
         head = self.backbone.head_weight[vocabulary.ids]
+        weights = stream_weights(wanted.valid, args.alpha_decay)
+        positions = len(wanted.valid)
+
+        mine, rows = workers.share(batch)
+        wanted = Targets(wanted.tokens[rows], wanted.parents[rows], wanted.valid[rows])
+        flat = wanted.valid.flatten().nonzero()[:, 0]
         places = vocabulary.index[wanted.tokens.flatten()[flat]]
-        weights = stream_weights(wanted.valid, args.alpha_decay).flatten()[flat]
-        hidden = self.packed.forward(self.pack(batch)).flatten(0, 1)[flat]
+        weights = weights[rows].flatten()[flat]
+        hidden = self.packed.forward(self.pack(mine)).flatten(0, 1)[flat]
         total, marginal = HeadCrossEntropy.apply(hidden, head, vocabulary.log_weight, places, weights)
         stream = flat % config.num_streams
         record: dict[str, object] = {"loss": _per_stream(marginal, stream, config.num_streams)}
@@ -176,33 +195,42 @@ class Trainer:
             group["lr"] = base * factor
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        workers.sum_gradients(self.adapters.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), args.clip)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.progress.step += 1
-        self.progress.positions += len(wanted.valid)
+        self.progress.positions += positions
         return {**record, "grad_norm": round(float(norm), 4), "lr_factor": round(factor, 5)}
 
     def evaluate(self) -> dict[str, object]:
         """Measure the held-out texts with the whole vocabulary, at a fixed sample of positions."""
         chosen = [select(e, self.args.eval_fraction, f"held out {e.key}") for e in self.held_out]
-        ranks = [measure(self.packed, part, self.pack(part)) for part in (chosen[i : i + 8] for i in range(0, len(chosen), 8))]
-        return summarize(ranks)
+        parts = [chosen[i : i + 8] for i in range(0, len(chosen), 8)][workers.rank() :: workers.count()]
+        ranks = [measure(self.packed, part, self.pack(part)) for part in parts]
+        return summarize(workers.gather(ranks))
 
     def run(self) -> None:
         """Train until the budget is spent, then write the checkpoint."""
         args, progress = self.args, self.progress
         log = (self.work / "train_log.jsonl").open("a", encoding="utf-8")
+        first = workers.rank() == 0
 
         def write(record: dict[str, object]) -> None:
+            if not first:
+                return
             log.write(json.dumps({**asdict(progress), **record}) + "\n")
             log.flush()
 
-        self._announce()
-        last_save = last_eval = last = time.monotonic()
-        bar = tqdm(total=1000, desc="training", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+        if first:
+            self._announce()
+        last_save = last_eval = last = workers.first_s(time.monotonic())
+        bar = tqdm(total=1000, desc="training", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
+                   disable=not first)  # fmt: skip
         bar.update(int(1000 * self.fraction()))
         while self.fraction() < 1:
+            if progress.epoch and not progress.batch:
+                self._refresh()
             batches = epoch_batches(
                 self.train, num_positions=args.positions, fraction=args.fraction, seed=args.seed, epoch=progress.epoch
             )
@@ -211,7 +239,7 @@ class Trainer:
                     continue
                 record = self.step(batch)
                 progress.batch += 1
-                now = time.monotonic()
+                now = workers.first_s(time.monotonic())
                 progress.elapsed_s, last = progress.elapsed_s + now - last, now
                 write(record)
                 bar.update(int(1000 * self.fraction()) - bar.n)
@@ -223,7 +251,7 @@ class Trainer:
                     last_save = now
                 if args.eval_seconds and now - last_eval > args.eval_seconds and self.held_out:
                     write({"held_out": self.evaluate()})
-                    last_eval = time.monotonic()
+                    last_eval = workers.first_s(time.monotonic())
             else:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         bar.close()
@@ -231,7 +259,8 @@ class Trainer:
             write({"held_out": self.evaluate(), "final": True})
         log.close()
         self._save_state()
-        self._export()
+        if first:
+            self._export()
 
     def _announce(self) -> None:
         answers = sum(e.num_positions for e in self.train)
@@ -257,6 +286,8 @@ class Trainer:
             print(f"about {3 * forward_s:.1f} s a step, {steps:.0f} steps within the budget", flush=True)
 
     def _save_state(self) -> None:
+        if workers.rank():
+            return
         state = {
             "adapters": self.adapters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -349,7 +380,8 @@ def main(argv: list[str]) -> int:
         print("error: --max-minutes must be zero or more", file=sys.stderr)
         return 2
     try:
-        Trainer(args).run()
+        with workers.group():
+            Trainer(args).run()
     except SpecStreamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

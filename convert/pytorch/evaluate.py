@@ -1,0 +1,182 @@
+"""Tokens per step of trained streams, teacher-forced over the model's own greedy text.
+
+For every text each position's drafts are scored, as a chain and as best-first trees of several sizes, with marginal and
+with parent-conditioned candidates; then the text is walked as decoding would: a step that accepts a drafts moves a + 1
+tokens on. Both figures are given, over all positions and walking.
+
+    python -m mlx_specstream.convert.pytorch.evaluate --model DIR --checkpoint OUT --data own_test.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlx_specstream.convert.pytorch.backbone import Backbone
+from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
+from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
+from mlx_specstream.convert.pytorch.data import Example, Selection, Targets, read_examples, targets
+from mlx_specstream.convert.pytorch.measure import walk
+from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
+from mlx_specstream.convert.pytorch.states import StateReader, compute_states
+from mlx_specstream.errors import SpecStreamError
+
+POSITIONS = 64
+"""Positions whose trees are built together."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Each stream's best tokens. ids: (N, γ, C) int64. log_probs: (N, γ, C). hidden: (N, γ, h)."""
+
+    ids: Tensor
+    log_probs: Tensor
+    hidden: Tensor
+
+
+def candidates(packed: PackedStreams, hidden: Tensor) -> Candidates:
+    """Return the best `NUM_CANDIDATES` tokens of normed stream states (N, γ, h), whole vocabulary."""
+    logits = (hidden @ packed.backbone.head_weight.t()).float()
+    best = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
+    return Candidates(best.indices, best.values - logits.logsumexp(-1, keepdim=True), hidden)
+
+
+def conditioned_log_probs(packed: PackedStreams, found: Candidates, level: int, parents: Tensor) -> Tensor:
+    """Return log-probabilities (N, W, C) of stream `level`'s candidates given each of the parents (N, W)."""
+    conditioner = packed.adapters.conditioner
+    assert conditioner is not None
+    hidden = found.hidden[:, level, None].expand(-1, parents.shape[1], -1)
+    change = conditioner(packed.backbone.embed(parents), hidden) - hidden
+    gain = change.float() @ packed.backbone.head_weight[found.ids[:, level]].float().transpose(1, 2)
+    log_probs = found.log_probs[:, level, None]
+    scores = log_probs + gain
+    return scores.log_softmax(-1) + log_probs.logsumexp(-1, keepdim=True)
+
+
+def accepted_in_tree(packed: PackedStreams, found: Candidates, wanted: Targets, rows: int, conditioned: bool) -> Tensor:
+    """Return how many drafts of a best-first tree with `rows` rows (root included) the text accepts, (N,).
+
+    Level by level, the best rows - 1 nodes are expanded: no better node can hang below a worse one. A tree of γ + 1 rows
+    is not a chain; `rows=0` asks for the chain.
+    """
+    N, G, C = found.ids.shape
+    width = rows - 1 if rows else 1
+    tokens, scores = wanted.parents[:, :1], torch.zeros(N, 1)
+    right = torch.ones(N, 1, dtype=torch.bool)
+    all_scores, all_right = [], []
+    for level in range(G):
+        if conditioned:
+            log_probs = conditioned_log_probs(packed, found, level, tokens)
+        else:
+            log_probs = found.log_probs[:, level, None].expand(-1, tokens.shape[1], -1)
+        ids = found.ids[:, level, None].expand_as(log_probs)
+        hit = (ids == wanted.tokens[:, level, None, None]) & wanted.valid[:, level, None, None] & right[:, :, None]
+        best = (scores[:, :, None] + log_probs).flatten(1).topk(min(width, tokens.shape[1] * C), dim=-1)
+        scores, tokens, right = best.values, ids.flatten(1).gather(1, best.indices), hit.flatten(1).gather(1, best.indices)
+        all_scores.append(scores)
+        all_right.append(right)
+    if not rows:
+        return torch.cat(all_right, dim=1).sum(1)
+    kept = torch.cat(all_scores, dim=1).topk(width, dim=-1).indices
+    return torch.cat(all_right, dim=1).gather(1, kept).sum(1)
+
+
+@dataclass
+class Tally:
+    """Tokens and steps, over all positions and walking."""
+
+    positions: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    steps: int = 0
+
+    def add(self, accepted: Tensor) -> None:
+        """Count one text's positions (A,), in order."""
+        self.positions += len(accepted)
+        self.accepted += int(accepted.sum())
+        self.tokens += len(accepted)
+        self.steps += len(walk(accepted))
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "all_positions": round(1 + self.accepted / max(1, self.positions), 4),
+            "walking": round(self.tokens / max(1, self.steps), 4),
+        }
+
+
+def evaluate(
+    packed: PackedStreams, texts: Sequence[Example], sizes: Sequence[int], reader: StateReader | None = None
+) -> dict[str, object]:
+    """Return tokens per step by kind of candidates and tree size (0: chain), and per-stream top-1 and top-3."""
+    G = packed.adapters.config.num_streams
+    kinds = ("marginal", "conditioned") if packed.adapters.conditioner is not None else ("marginal",)
+    tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
+    hits, valid = torch.zeros(2, G), torch.zeros(G)
+    for text in tqdm(texts, desc="evaluate", unit="text"):
+        states = reader[text.key] if reader else compute_states(
+            packed.backbone, text.prompt, text.answer, packed.adapters.config.num_msa_layers
+        )  # fmt: skip
+        selection = Selection(text, tuple(range(len(text.answer))))
+        rows = torch.tensor(selection.positions)
+        hidden = packed.forward(PackedBatch([states], [rows], [len(text.prompt) - 1]))
+        wanted = targets([selection], G)
+        accepted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in tallies}
+        for start in range(0, len(rows), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            some = Targets(wanted.tokens[part], wanted.parents[part], wanted.valid[part])
+            found = candidates(packed, hidden[part])
+            match = (found.ids == some.tokens[..., None]) & some.valid[..., None]
+            hits += torch.stack([match[..., :1].any(-1).sum(0), match[..., :3].any(-1).sum(0)])
+            valid += some.valid.sum(0)
+            for kind, size in tallies:
+                accepted[kind, size].append(accepted_in_tree(packed, found, some, size, kind == "conditioned"))
+        for key, tally in tallies.items():
+            tally.add(torch.cat(accepted[key]))
+    figures: dict[str, object] = {"texts": len(texts), "tokens": sum(len(t.answer) for t in texts)}
+    figures["top1"], figures["top3"] = ([round(float(v), 4) for v in row / valid.clamp(min=1)] for row in hits)
+    for (kind, size), tally in tallies.items():
+        figures[f"{kind} {'chain' if not size else f'{size} rows'}"] = tally.figures()
+    return figures
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evaluate", description="Tokens per step over the model's own text.")
+    parser.add_argument("--model", required=True, help="local Hugging Face model folder")
+    parser.add_argument("--checkpoint", required=True, help="schema-1 folder")
+    parser.add_argument("--data", required=True, nargs="+", help="JSON-lines files that distill.py wrote")
+    parser.add_argument("--states", help="base states that distill.py kept (prefix)")
+    parser.add_argument("--rows", type=int, nargs="*", default=[4, 8, 16, 32], help="tree sizes, root included")
+    parser.add_argument("--limit", type=int, default=0, help="texts measured; 0 means all")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--output", help="JSON file for the figures")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+        packed = PackedStreams(backbone, load_checkpoint(args.checkpoint, backbone))
+        texts = read_examples(args.data)
+        texts = texts[: args.limit] if args.limit else texts
+        with torch.inference_mode():
+            figures = evaluate(packed, texts, args.rows, StateReader(args.states) if args.states else None)
+    except SpecStreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=1))
+    if args.output:
+        Path(args.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
