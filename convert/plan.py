@@ -59,7 +59,10 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone)."""
+    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone).
+
+    `origin` is where the base comes from; `trained` are the streams as trained, nothing merged.
+    """
 
     options: Options
     source: Path
@@ -68,6 +71,8 @@ class Plan:
     streams: StreamPlan | None
     files: dict[str, Path | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    origin: Checkpoint | None = None
+    trained: tuple[StreamConfig, dict[str, Named]] | None = None
 
     @property
     def writes_base(self) -> bool:
@@ -114,12 +119,14 @@ def make_plan(options: Options) -> Plan:
             raise CheckpointError(f"{base_checkpoint.path} holds the adapter tensor {min(stray)}.")
     base = _plan_base(base_checkpoint, tensors, deltas, options)
     streams = None
+    trained = (config, named) if config is not None else None
     if config is not None:
         config, named, base = _merge_shared(config, named, base, base_checkpoint, tensors, options)
         streams = StreamPlan(config, _stream_steps(config, named, base.dims(), path, options))
     files = tokenizer_files(base_checkpoint)
     name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
-    return Plan(options, path, base, name, streams, files, _notes(base, streams, files))
+    notes = _notes(base, streams, files)
+    return Plan(options, path, base, name, streams, files, notes, base_checkpoint, trained)
 
 
 def _name_of(base: Checkpoint, options: Options) -> str:

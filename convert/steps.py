@@ -27,11 +27,16 @@ class Delta:
 
 @dataclass(frozen=True)
 class Step:
-    """Make `outputs` (as bits, in order) from `sources` (for people to read: "file: tensor")."""
+    """Make `outputs` (as bits, in order) from `sources` (for people to read: "file: tensor").
+
+    `source` is None where mlx-lm's own `sanitize` computed the tensor.
+    """
 
     outputs: tuple[TensorSpec, ...]
     sources: tuple[str, ...]
     how: str
+    source: Named | None
+    delta: Delta | None
     make: Callable[[], list[np.ndarray]] = field(compare=False, repr=False)
 
     @staticmethod
@@ -59,7 +64,8 @@ class Step:
         how += ["merge LoRA"] if delta else []
         how += [f"{quantised.mode} {quantised.bits} bit"] if quantised else []
         make = lambda: _make(source, dtype, quantised, delta)  # noqa: E731
-        return Step(outputs, names, ", ".join(how) or "copy", make)
+        named = source if isinstance(source, Named) else None
+        return Step(outputs, names, ", ".join(how) or "copy", named, delta, make)
 
 
 def plain_dtype(named: Named) -> str:
