@@ -30,6 +30,7 @@ from .config import DecodeConfig
 from .decode import PREFILL_CHUNK, StepResult, StreamDecoder
 from .errors import OptionError
 from .loading import StreamModel
+from .result import DraftRecord
 from .sampling import LogitsProcessor, Sampler, TokenChooser
 from .statistics import SpeculationStats
 
@@ -54,7 +55,8 @@ class GenerationResponse:
 
     text: may be empty, for a character or a stop string may still be incomplete. origin: who
     proposed the token, its stream 1..γ, or 0 for the main stream. stats: figures up to and
-    including the pass this token came from. logits: (V,), before processors, on the device.
+    including the pass this token came from. draft: the tree that pass verified, if drafts were
+    asked for. logits: (V,), before processors, on the device.
     finish_reason: `stop` (end of turn, stop string), `length`, or None before the last token.
     """
 
@@ -68,6 +70,7 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: FinishReason | None
     stats: SpeculationStats
+    draft: DraftRecord | None = field(repr=False)
     logits: mx.array = field(repr=False)
     processed: Callable[[mx.array], mx.array] = field(repr=False)
 
@@ -140,6 +143,7 @@ def stream_generate(
     config: DecodeConfig | None = None,
     speculative: bool = True,
     stop: Sequence[str] = (),
+    keep_drafts: bool = False,
     **mlx_lm_options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate an answer token by token.
@@ -155,6 +159,7 @@ def stream_generate(
         config: how to decode; None for the default tree.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
+        keep_drafts: put every verified tree into its tokens' responses.
 
     Raises:
         OptionError: an argument that cannot be used. Raised by the call, before the first token.
@@ -170,8 +175,11 @@ def stream_generate(
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
     chooser = TokenChooser(_sampler(sampler), tuple(logits_processors or ()), list(ids))
+    decoder = decoder_for(model, config, chooser, speculative)
+    if isinstance(decoder, StreamDecoder):
+        decoder.keep_drafts = keep_drafts
     run = _Run(
-        decoder=decoder_for(model, config, chooser, speculative),
+        decoder=decoder,
         answer=Answer(tokenizer.detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
         prompt=ids,
         cache=cache,
@@ -279,6 +287,7 @@ class _Run:
                     peak_memory=mx.get_peak_memory() / 1e9,
                     finish_reason=piece.finish_reason,
                     stats=self.stats,
+                    draft=result.draft,
                     logits=result.logits[index],
                     processed=self._processing(),
                 )
