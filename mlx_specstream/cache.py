@@ -138,23 +138,39 @@ class KVCache:
             OptionError: another kind of cache, or layers of different lengths.
         """
         result = cls(len(caches))
+        _check_plain(caches, len(caches))
         lengths = {int(cache.offset) for cache in caches}
-        if len(lengths) != 1 or any(type(cache).__name__ != "KVCache" for cache in caches):
-            raise OptionError(
-                "the prompt cache must be made of mlx-lm's plain KVCache layers of one length; "
-                "make it with mlx_lm.models.cache.make_prompt_cache(model)."
-            )
-        result.length = lengths.pop()
+        if len(lengths) != 1:
+            raise OptionError(_WANTED)
+        end = result.length = lengths.pop()
         for layer, cache in zip(result.layers, caches, strict=True):
-            if result.length:
-                keys, values = cache.state
-                layer.write(0, keys[..., : result.length, :], values[..., : result.length, :])
+            if end:
+                layer.write(0, cache.keys[..., :end, :], cache.values[..., :end, :])
         return result
 
     def to_mlx_lm(self, caches: list[Any]) -> None:
-        """Put the committed rows into mlx-lm's `KVCache` objects, which forget what they had."""
+        """Put the committed rows into mlx-lm's `KVCache` objects, which forget what they had.
+
+        Raises:
+            OptionError: another kind of cache, or another number of layers.
+        """
+        _check_plain(caches, len(self.layers))
+        # Not through `cache.state`, whose form differs between versions of mlx-lm.
         for layer, cache in zip(self.layers, caches, strict=True):
-            cache.state = layer.read(self.length)
+            cache.keys, cache.values = layer.read(self.length) if self.length else (None, None)
+            cache.offset = self.length
+
+
+_WANTED = (
+    "the prompt cache must be made of mlx-lm's plain KVCache layers of one length; "
+    "make it with mlx_lm.models.cache.make_prompt_cache(model)."
+)
+
+
+def _check_plain(caches: list[Any], num_layers: int) -> None:
+    """Raise OptionError unless these are mlx-lm's own growing caches, one per layer."""
+    if len(caches) != num_layers or any(type(cache).__name__ != "KVCache" for cache in caches):
+        raise OptionError(_WANTED)
 
 
 def _grown(old: mx.array | None, rows: mx.array, capacity: int) -> mx.array:
