@@ -226,6 +226,11 @@ def check_backbone(backbone: Backbone) -> None:
     )
     found = backbone.logits(hidden).astype(mx.float32)
     error = cast(float, mx.abs(found - mx.take(expected, order, axis=0)).max().item())
+    if mx.any(mx.isnan(expected)).item():
+        raise ModelError(
+            "the model's output is not a number (NaN): its weights are damaged, or overflow in this "
+            "precision; check the files or use another dtype."
+        )
     scale = max(1.0, cast(float, mx.abs(expected).max().item()))
     tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
     if not error <= tolerance:
