@@ -33,7 +33,7 @@ class StreamDecoder:
     `keep_drafts` puts every verified tree into its step's result.
 
     Raises:
-        StreamsError: pruning was asked for, but the streams hold no pruner.
+        StreamsError: pruning was asked for, but the streams hold no pruner; a tensor is missing.
         OptionError: the schedule does not fit the streams' mode.
     """
 
@@ -44,7 +44,7 @@ class StreamDecoder:
     stepper: Stepper = field(init=False)
 
     def __post_init__(self) -> None:
-        trained, tensors = self.streams.config, self.streams.tensors
+        trained, tensor = self.streams.config, self.streams.tensor
         tree, pruner, conditioner = self.config.tree, None, None
         if self.chooser.processors and tree.kind != "chain":
             depth = len(tree.level_widths(trained.num_streams))
@@ -56,10 +56,10 @@ class StreamDecoder:
                     "pruning needs an early-exit pruner, and these streams have none; "
                     "decode without pruning, or train one."
                 )
-            pruner = Pruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
+            pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
         if trained.conditioner_rank and self.config.use_conditioner:
             names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
-            conditioner = Conditioner(*(tensors[f"conditioner.{name}"] for name in names))
+            conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
         self.stepper = Stepper(
             streams=self.streams,
             tree=tree,
@@ -110,7 +110,8 @@ class StreamDecoder:
 
         Pruned upper layers hold fewer rows than the lower ones, so each has its own row map.
         """
-        tokens, nodes, lower_rows = read_report(step.report, step.tree.depth + 1, cache)
+        places = min(step.tree.depth + 1, step.tree.num_nodes)
+        tokens, nodes, lower_rows = read_report(step.report, places, cache)
         cache.commit(lower_rows, self.streams.lower)
         cache.commit(nodes, self.streams.upper)
         cache.advance(len(tokens))

@@ -88,7 +88,12 @@ class Streams:
         self.first_msa = N - config.num_msa_layers
         self.lower = range(self.first_msa)
         self.upper = range(self.first_msa, N)
-        self.embeddings = self._tensor("stream_embeddings")
+        self.embeddings = self.tensor("stream_embeddings")
+        self.init_map = (
+            (self.tensor("stream_init.lora_a"), self.tensor("stream_init.lora_b"))
+            if config.stream_init_rank
+            else None
+        )
         self.split = RowSplit()
         self.shared = config.mode == "shared"
         gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
@@ -99,7 +104,12 @@ class Streams:
             for index in range(N)
         ]
 
-    def _tensor(self, name: str) -> mx.array:
+    def tensor(self, name: str) -> mx.array:
+        """Return a tensor by name.
+
+        Raises:
+            StreamsError: there is none.
+        """
         if name not in self.tensors:
             raise StreamsError(f"the stream weights lack the tensor {name!r}.")
         return self.tensors[name]
@@ -120,9 +130,9 @@ class Streams:
                 raise StreamsError(
                     f"the streams adapt {path!r}, which layer {index} of this model lacks."
                 )
-            b = self._tensor(f"{name}.lora_b")
+            b = self.tensor(f"{name}.lora_b")
             scaled = (b.astype(mx.float32) * self.config.lora_scale).astype(b.dtype)
-            owner[leaf] = StreamLinear(owner[leaf], self._tensor(f"{name}.lora_a"), scaled, split)
+            owner[leaf] = StreamLinear(owner[leaf], self.tensor(f"{name}.lora_a"), scaled, split)
         return layer
 
     @property
@@ -136,8 +146,8 @@ class Streams:
         main: (1, n, h), main rows at the input of the first MSA layer. Returns (1, n·γ, h),
         the streams of one node side by side.
         """
-        if self.config.stream_init_rank:
-            a, b = self._tensor("stream_init.lora_a"), self._tensor("stream_init.lora_b")
+        if self.init_map is not None:
+            a, b = self.init_map
             main = main + (main @ a) @ b
         _, n, h = main.shape
         return (main[:, :, None] + self.embeddings).reshape(1, n * self.num_streams, h)
