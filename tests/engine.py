@@ -28,7 +28,7 @@ from mlx_specstream.result import StepResult
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.step import Stepper
 from mlx_specstream.streams import Streams
-from mlx_specstream.tree import DraftTree, Proposer
+from mlx_specstream.tree import Proposer
 from tests import tiny
 
 ALL_MODULES = tuple(
@@ -49,10 +49,14 @@ def small_model(
     vocab: int = 12,
     seed: int = 0,
     attention: float = 1.0,
+    window: int | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Return a model of width 32; `attention` scales what its attention layers add."""
-    sizes = {
+    """Return a model of width 32.
+
+    `attention` scales what its attention layers add. With a `window` every other layer slides.
+    """
+    sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
@@ -61,6 +65,9 @@ def small_model(
     }
     if family == "qwen2":
         del sizes["head_dim"]
+    if window is not None:
+        types = ["full_attention", "sliding_attention"] * layers
+        sizes |= {"sliding_window": window, "layer_types": types[:layers]}
     model = tiny.tiny_model(family, seed=seed, **{**sizes, **overrides})
     for layer in model.layers:
         out = layer.self_attn.o_proj
@@ -244,14 +251,3 @@ def assert_same_text(found: Sequence[int], expected: Decoded) -> None:
             gap = float(logits[-1] - logits[-2])
             assert gap < TIE_GAP, f"token {place}: {token}, plain {wanted} (gap {gap:.3g})"
             return
-
-
-def chain_tree(tokens: Sequence[int]) -> DraftTree:
-    """Return the tree of one path."""
-    n = len(tokens)
-    return DraftTree(
-        mx.array(list(tokens), dtype=mx.int32),
-        mx.array([0, *range(n - 1)], dtype=mx.int32),
-        mx.arange(n, dtype=mx.int32),
-        depth=n - 1,
-    )

@@ -56,7 +56,7 @@ def test_accept_against_a_walk(
     assert path.nodes.shape[0] == min(draft.depth + 1, len(tokens))
     assert path.tokens.tolist()[:n] == [drawn[node] for node in wanted]
     assert path.next_root.item() == drawn[wanted[-1]]
-    assert 0 <= min(path.nodes.tolist())
+    assert min(path.nodes.tolist()) >= 0
     assert max(path.nodes.tolist()) < len(tokens)
 
 
