@@ -110,8 +110,7 @@ class StreamDecoder:
 
         Pruned upper layers hold fewer rows than the lower ones, so each has its own row map.
         """
-        places = min(step.tree.depth + 1, step.tree.num_nodes)
-        tokens, nodes, lower_rows = read_report(step.report, places, cache)
+        tokens, nodes, lower_rows = read_report(step.report, step.tree.depth + 1, cache)
         cache.commit(lower_rows, self.streams.lower)
         cache.commit(nodes, self.streams.upper)
         cache.advance(len(tokens))

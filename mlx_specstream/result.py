@@ -51,7 +51,7 @@ def read_report(
 ) -> tuple[list[int], list[int], list[int]]:
     """Wait for a step's report; return the path's tokens, nodes, and rows in the lower layers.
 
-    `places` is the longest path the step's tree can hold: its depth + 1, or all of its nodes.
+    `places` is the longest path the step's tree can hold: its depth + 1.
 
     Raises:
         ModelError: the model computed NaN.

@@ -141,7 +141,7 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
         mx.take(tree.tokens, kept),
         mx.take(place, mx.take(tree.parents, kept)),
         mx.take(tree.depths, kept),
-        depth=tree.depth,
+        depth=min(tree.depth, kept.shape[0] - 1),
         alive=None if tree.alive is None else mx.take(tree.alive, kept),
     )
 
