@@ -1,0 +1,197 @@
+# ruff: noqa: RUF009 (`option` is `dataclasses.field` in other words)
+"""How a run trains: every option, its default, its help and its bounds, in one place.
+
+Names that mlx-lm's `lora` has keep their meaning there. The command line is made from this class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlx_specstream.config import Mode, RopeOffset, StreamConfig
+from mlx_specstream.errors import OptionError
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+def option(
+    default: Any,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """Return a field with its help and bounds; `free` ones may change when a run is resumed."""
+    bounds = {"help": text, "low": low, "high": high, "choices": choices, "free": free}
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training run.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    # what is trained
+    mode: Mode = option(
+        "lossless", "lossless: exact text; shared: a fine-tune", choices=("lossless", "shared")
+    )
+    num_streams: int = option(4, "streams γ, tokens guessed beyond the next one", 1, 32)
+    num_msa_layers: int = option(0, "upper layers N_s that run streams; 0: four in ten", 0)
+    lora_rank: int = option(16, "rank of the stream adapters; 0: none", 0)
+    lora_alpha: float = option(32.0, "the adapters are scaled by alpha / rank", 0)
+    target_modules: tuple[str, ...] = option((), "linear modules that get adapters (all)")
+    conditioner_rank: int = option(64, "parent-conditioned candidates; 0: the paper's own", 0)
+    conditioner_hidden: int = option(128, "width of the conditioner's MLP", 0)
+    stream_init_rank: int = option(0, "rank of the map f in S = f(M) + P; 0: identity", 0)
+    rope_offset: RopeOffset = option(
+        "position_plus_stream",
+        "RoPE position of stream j at t: t + j, or t",
+        choices=("position_plus_stream", "position"),
+    )
+    value_rotation: float = option(0.0, "angle ε by which stream values turn", 0)
+    pruner_rank: int = option(
+        0, "also train an early-exit pruner of this rank; 8 is the paper's", 0
+    )
+    # data
+    max_seq_length: int = option(1024, "longer texts are cut", 4)
+    mask_prompt: bool = option(True, "train on completions only")
+    position_fraction: float = option(0.5, "share of a text's positions used per epoch", 0, 1)
+    held_out: int = option(64, "texts kept for validation if there is no valid.jsonl", 0)
+    # optimisation
+    iters: int = option(1000, "batches to train on", 1)
+    batch_size: int = option(8, "texts per batch, over all processes", 1)
+    grad_accumulation_steps: int = option(1, "batches per update", 1)
+    learning_rate: float = option(2e-3, "of the adapters and the conditioner", 0)
+    embedding_learning_rate: float = option(0.0, "of the stream embeddings; 0: from their scale", 0)
+    lr_schedule: Schedule = option(
+        "linear", "decay after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup: int = option(20, "updates of linear warm-up", 0)
+    final_lr: float = option(0.05, "share of the learning rate left at the end", 0, 1)
+    beta2: float = option(0.99, "AdamW's second moment", 0, 1)
+    weight_decay: float = option(0.0, "AdamW's", 0)
+    clip: float = option(1.0, "largest norm of the gradient", 0)
+    alpha_decay: float = option(0.8, "α_j ∝ this to the power j - 1; 1: equal", 0, 1)
+    soft_targets: float = option(
+        0.0, "share of the loss that is the frozen model's distribution", 0, 1
+    )
+    main_loss: float = option(1.0, "α_0, weight of the main stream's loss (shared mode)", 0)
+    stream_loss: float = option(0.1, "weight of the streams' loss (shared mode)", 0)
+    gate_start: float = option(
+        -6.0, "main→stream attention opens from this score (shared mode)", -50, 0
+    )
+    seed: int = option(0, "of everything random", 0)
+    # computing
+    sampled_vocab: int = option(
+        -1, "tokens the head computes in a step; 0: all; -1: all on a GPU, 5120 on a CPU", -1
+    )
+    segment_size: int = option(16, "positions of a segment", 1)
+    rows_per_pass: int = option(4096, "stream rows that are in memory at a time", 1)
+    grad_checkpoint: bool = option(False, "recompute layers on the way back to save memory")
+    # watching
+    steps_per_report: int = option(10, "batches between lines of the log", 1, free=True)
+    steps_per_eval: int = option(200, "batches between validations; 0: only at the end", 0)
+    val_batches: int = option(-1, "batches of a validation; -1: all", -1)
+    save_every: int = option(50, "batches between checkpoints", 1, free=True)
+    patience: int = option(0, "stop after this many validations without a gain; 0: never", 0)
+    verdict_prompts: int = option(8, "validation prompts decoded before and after", 0)
+    verdict_tokens: int = option(64, "tokens decoded of each", 1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for f in dataclasses.fields(self):
+            value, flag = getattr(self, f.name), flag_of(f.name)
+            low, high = f.metadata["low"], f.metadata["high"]
+            if low is not None and not value >= low:
+                raise OptionError(f"{flag} must be at least {low}, got {value}.")
+            if high is not None and not value <= high:
+                raise OptionError(f"{flag} must be at most {high}, got {value}.")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise OptionError(
+                    f"{flag} must be one of {', '.join(f.metadata['choices'])}, got {value!r}."
+                )
+        if not self.position_fraction > 0:
+            raise OptionError("--position-fraction must be above 0.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise OptionError("--learning-rate must be above 0.")
+        if bool(self.conditioner_rank) != bool(self.conditioner_hidden):
+            raise OptionError("--conditioner-rank and --conditioner-hidden are both 0 or both not.")
+
+    @property
+    def num_updates(self) -> int:
+        """Return how often the weights are updated; the last update may see fewer batches."""
+        return -(-self.iters // self.grad_accumulation_steps)
+
+    def stream_config(self, num_layers: int, modules: tuple[str, ...]) -> StreamConfig:
+        """Return what is trained, for a model with these layers and linear modules.
+
+        Raises:
+            OptionError: as many MSA layers as layers, or a module that the model lacks.
+        """
+        num_msa = self.num_msa_layers or max(1, round(0.4 * num_layers))
+        if num_msa >= num_layers:
+            raise OptionError(
+                f"--num-msa-layers {num_msa} leaves no layer below the streams; the model has "
+                f"{num_layers} layers, so name at most {num_layers - 1}."
+            )
+        targets = (self.target_modules or modules) if self.lora_rank else ()
+        if missing := [name for name in targets if name not in modules]:
+            raise OptionError(
+                f"--target-modules names {missing[0]!r}, which the model's layers lack; they have "
+                f"{', '.join(modules)}."
+            )
+        return StreamConfig(
+            num_streams=self.num_streams,
+            num_msa_layers=num_msa,
+            mode=self.mode,
+            rope_offset=self.rope_offset,
+            stream_init_rank=self.stream_init_rank,
+            lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha if self.lora_rank else 0.0,
+            target_modules=targets,
+            value_rotation=self.value_rotation,
+            pruner_rank=self.pruner_rank,
+            conditioner_rank=self.conditioner_rank,
+            conditioner_hidden=self.conditioner_hidden,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+
+    def changed(self, before: Mapping[str, Any]) -> str | None:
+        """Return the first option that must not, but does differ from those of a run begun."""
+        now = self.to_dict()
+        for f in dataclasses.fields(self):
+            if not f.metadata["free"] and before.get(f.name, f.default) != now[f.name]:
+                return f"{flag_of(f.name)} was {before.get(f.name)} and is now {now[f.name]}"
+        return None
+
+
+def flag_of(name: str) -> str:
+    """Return an option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The published parameter count of lossless mode, 5.4e5 on a 7B model: q and v, rank 8, four
+    # layers; marginal candidates, equal weights, every position.
+    "paper": {
+        "num_msa_layers": 4,
+        "lora_rank": 8,
+        "lora_alpha": 16.0,
+        "target_modules": ("self_attn.q_proj", "self_attn.v_proj"),
+        "conditioner_rank": 0,
+        "conditioner_hidden": 0,
+        "alpha_decay": 1.0,
+        "position_fraction": 1.0,
+    },
+}
