@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--extra-eos-token", nargs="+", default=[], help="further tokens that end the answer"
     )
-    _add_sampling(parser)
+    add_sampling_options(parser)
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="take the prompt as it is"
     )
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add mlx-lm's sampling flags, those that hold token by token."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -238,7 +238,7 @@ def _record(
 
 
 def _prompt_text(option: str) -> str:
-    """Return the prompt, from standard input for '-', with escaped newlines and tabs read as mlx-lm reads them."""
+    """Return the prompt, from standard input for "-"; escaped newlines and tabs as in mlx-lm."""
     if option == "-":
         try:
             text = sys.stdin.read()

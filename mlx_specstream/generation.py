@@ -27,10 +27,11 @@ from .answer import Answer, FinishReason, Piece
 from .baseline import PlainDecoder, plain_decoder
 from .cache import KVCache
 from .config import DecodeConfig
-from .decode import PREFILL_CHUNK, StepResult, StreamDecoder
+from .decode import StreamDecoder
 from .errors import OptionError
 from .loading import StreamModel
-from .result import DraftRecord
+from .prefill import PREFILL_CHUNK
+from .result import DraftRecord, StepResult
 from .sampling import LogitsProcessor, Sampler, TokenChooser
 from .statistics import SpeculationStats
 
