@@ -1,19 +1,20 @@
 """Everything Speculative Streaming trains, as one module; no base weight is in it.
 
-    stream_embeddings (γ, h)            P_j [SS §3.1.1, Eq. 3]
-    stream_init       h -> r -> h       f(M) = M + B·A·M, optional
-    lora              {layer: {module: (A (r, in), B (out, r))}}
-    pruner            h -> r -> h       o(M) = M + B·A·M [SS §3.1.3]
-    conditioner       parent-conditioned candidates, see `condition.py`
+stream_embeddings (γ, h)            P_j [SS §3.1.1, Eq. 3]
+stream_init       h -> r -> h       f(M) = M + B·A·M, optional
+lora              {layer: {module: (A (r, in), B (out, r))}}
+pruner            h -> r -> h       o(M) = M + B·A·M [SS §3.1.3]
+conditioner       parent-conditioned candidates, see `condition.py`
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.convert.pytorch.backbone import Backbone
@@ -33,13 +34,15 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        return self.scale * F.linear(F.linear(x, a), b)
+        return self.scale * functional.linear(functional.linear(x, a), b)
 
 
 class StreamAdapters(nn.Module):
     """The trained parameters for one base model; float32."""
 
-    def __init__(self, config: StreamConfig, backbone: Backbone, embedding_std: float = 1.0) -> None:
+    def __init__(
+        self, config: StreamConfig, backbone: Backbone, embedding_std: float = 1.0
+    ) -> None:
         """Make untrained adapters.
 
         Args:
@@ -51,11 +54,15 @@ class StreamAdapters(nn.Module):
         super().__init__()
         num_layers, h = len(backbone.layers), backbone.hidden_size
         if config.num_msa_layers >= num_layers:
-            raise ValueError(f"{config.num_msa_layers} MSA layers leave none below; the model has {num_layers} layers")
+            raise ValueError(
+                f"{config.num_msa_layers} MSA layers leave none below; the model has {num_layers} layers"
+            )
         self.config = config
         self.first_msa_layer = num_layers - config.num_msa_layers
         self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, h) * embedding_std)
-        self.stream_init = LowRank(h, h, config.stream_init_rank) if config.stream_init_rank else None
+        self.stream_init = (
+            LowRank(h, h, config.stream_init_rank) if config.stream_init_rank else None
+        )
         self.pruner = LowRank(h, h, config.pruner_rank) if config.pruner_rank else None
         self.conditioner = None
         if config.conditioner_rank:
@@ -66,11 +73,16 @@ class StreamAdapters(nn.Module):
             modules = backbone.layers[index].linear_modules()
             missing = [name for name in config.target_modules if name not in modules]
             if missing:
-                raise ValueError(f"layer {index} has no module {missing[0]!r}; it has {', '.join(modules)}")
+                raise ValueError(
+                    f"layer {index} has no module {missing[0]!r}; it has {', '.join(modules)}"
+                )
             layers[str(index)] = nn.ModuleDict(
                 {
                     name.replace(".", "/"): LowRank(
-                        modules[name].in_features, modules[name].out_features, config.lora_rank, config.lora_scale
+                        modules[name].in_features,
+                        modules[name].out_features,
+                        config.lora_rank,
+                        config.lora_scale,
                     )
                     for name in config.target_modules
                 }
@@ -83,7 +95,7 @@ class StreamAdapters(nn.Module):
             return None
         modules = self.lora[str(layer)]
         key = name.replace(".", "/")
-        return modules[key] if key in modules else None
+        return modules[key] if key in modules else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def start(self, main: Tensor) -> Tensor:
         """Return the streams' first states S_tj = f(M_t) + P_j [SS Eq. 3]: (..., h) -> (..., γ, h)."""
@@ -103,3 +115,19 @@ class StreamAdapters(nn.Module):
         if self.pruner is not None:
             main = main + self.pruner(main)
         return backbone.head(backbone.norm(main))
+
+
+def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
+    """Return adapters of a changed config that hold everything the given ones have learned.
+
+    Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner).
+    """
+    config = dataclasses.replace(adapters.config, **changes)  # type: ignore[arg-type]
+    if config == adapters.config:
+        return adapters
+    grown, learned = StreamAdapters(config, backbone), adapters.state_dict()
+    extra = config.num_streams - adapters.config.num_streams
+    embeddings = learned["stream_embeddings"]
+    learned["stream_embeddings"] = torch.cat((embeddings, embeddings[-1:].repeat(extra, 1)))
+    grown.load_state_dict({**grown.state_dict(), **learned})
+    return grown

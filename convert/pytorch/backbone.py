@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
+
+from mlx_specstream.errors import ModelError
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
@@ -29,9 +31,9 @@ Linear = Callable[[str, nn.Linear, Tensor], Tensor]
 """Computes `module(x)` or something near it; `name` is the module's path inside the layer."""
 
 
-def plain_linear(name: str, module: nn.Linear, x: Tensor) -> Tensor:
+def plain_linear(_: str, module: nn.Linear, x: Tensor) -> Tensor:
     """Return `module(x)`: the base model's own linear layer."""
-    return F.linear(x, module.weight, module.bias)
+    return functional.linear(x, module.weight, module.bias)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -57,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     B, H, L, D = q.shape
     groups = H // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).reshape(B, L, H * D)
 
 
@@ -78,7 +80,7 @@ class DecoderLayer:
     def queries_keys_values(
         self, x: Tensor, rotation: Rotation, linear: Linear = plain_linear
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project the residual `x` (B, L, h) to rotated queries (B, H, L, D), rotated keys and values (B, K, L, D)."""
+        """Project the residual `x` (B, L, h) to rotated queries (B, H, L, D), rotated keys, values (B, K, L, D)."""
         B, L, _ = x.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
         x = self.module.input_layernorm(x)
@@ -87,7 +89,8 @@ class DecoderLayer:
             q, k, v = fused.split((H * D, K * D, K * D), dim=-1)
         else:
             q, k, v = (
-                linear(f"self_attn.{name}", getattr(self.attention, name), x) for name in ("q_proj", "k_proj", "v_proj")
+                linear(f"self_attn.{name}", getattr(self.attention, name), x)
+                for name in ("q_proj", "k_proj", "v_proj")
             )
         q, k, v = q.view(B, L, H, D), k.view(B, L, K, D), v.view(B, L, K, D)
         if hasattr(self.attention, "q_norm"):
@@ -116,14 +119,15 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         config = model.config
         if config.model_type not in SUPPORTED_FAMILIES:
-            raise ValueError(
-                f"model_type {config.model_type!r} is not supported here; expected one of {', '.join(SUPPORTED_FAMILIES)}"
-            )
+            known = ", ".join(SUPPORTED_FAMILIES)
+            raise ModelError(f"model_type {config.model_type!r} is not supported here; expected one of {known}.")
         self.model, self.config = model, config
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.num_kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self.layers = [
             DecoderLayer(layer, config.num_attention_heads, self.num_kv_heads, self.head_dim)
             for layer in model.model.layers

@@ -68,10 +68,14 @@ def read_config(path: str | Path) -> StreamConfig:
     """
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
-        raise CheckpointError(f"{path} has no {CONFIG_NAME}; a schema-1 checkpoint folder was expected.")
+        raise CheckpointError(
+            f"{path} has no {CONFIG_NAME}; a schema-1 checkpoint folder was expected."
+        )
     fields = json.loads(file.read_text(encoding="utf-8"))
     if fields.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file} has schema {fields.get('schema')!r}; only schema {SCHEMA} is known here.")
+        raise CheckpointError(
+            f"{file} has schema {fields.get('schema')!r}; only schema {SCHEMA} is known here."
+        )
     known = set(StreamConfig.__dataclass_fields__)
     return StreamConfig(**{name: value for name, value in fields.items() if name in known})
 
@@ -88,10 +92,14 @@ def load_checkpoint(path: str | Path, backbone: Backbone) -> StreamAdapters:
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())[0]
         word = "lacks" if odd in wanted else "has an unknown"
-        raise CheckpointError(f"{path} {word} tensor {odd!r}; its config asks for {len(wanted)} tensors.")
+        raise CheckpointError(
+            f"{path} {word} tensor {odd!r}; its config asks for {len(wanted)} tensors."
+        )
     for name, parameter in wanted.items():
         if tensors[name].shape != parameter.shape:
             given, shape = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise CheckpointError(f"{path}: tensor {name!r} is {given}; expected {shape} for this base model.")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {given}; expected {shape} for this base model."
+            )
         parameter.data.copy_(tensors[name])
     return adapters

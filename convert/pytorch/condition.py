@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 NUM_CANDIDATES = 32
 """Only a stream's best candidates are re-ranked, at decoding and when measuring."""
@@ -44,5 +44,7 @@ class Conditioner(nn.Module):
         w1, w2, a, b = (
             m.weight.to(hidden.dtype) for m in (self.mlp_in, self.mlp_out, self.lora_A, self.lora_B)
         )
-        mlp = F.linear(F.silu(F.linear(torch.cat((e, s), dim=-1), w1)), w2)
-        return hidden + mlp + F.linear(F.linear(e, a), b)
+        mlp = functional.linear(
+            functional.silu(functional.linear(torch.cat((e, s), dim=-1), w1)), w2
+        )
+        return hidden + mlp + functional.linear(functional.linear(e, a), b)

@@ -38,7 +38,9 @@ class Example:
         return max(0, len(self.answer) - 1)
 
 
-def read_examples(files: Iterable[str | Path], tokenizer: object = None, max_length: int = 1024) -> list[Example]:
+def read_examples(
+    files: Iterable[str | Path], tokenizer: object = None, max_length: int = 1024
+) -> list[Example]:
     """Read JSON-lines files; texts with fewer than two answer tokens or more than `max_length` in all are left out.
 
     Raises:
@@ -50,7 +52,9 @@ def read_examples(files: Iterable[str | Path], tokenizer: object = None, max_len
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number + 1} is not JSON ({error.msg}); repair or remove it.") from error
+                raise DataError(
+                    f"{file}, line {number + 1} is not JSON ({error.msg}); repair or remove it."
+                ) from error
             prompt, answer = record_ids(record, tokenizer, f"{file}, line {number + 1}")
             key = (str(record.get("source", file.stem)), int(record.get("index", number)))
             if len(answer) > 1 and len(prompt) + len(answer) <= max_length:
@@ -58,7 +62,9 @@ def read_examples(files: Iterable[str | Path], tokenizer: object = None, max_len
     return examples
 
 
-def record_ids(record: dict[str, object], tokenizer: object, where: str) -> tuple[list[int], list[int]]:
+def record_ids(
+    record: dict[str, object], tokenizer: object, where: str
+) -> tuple[list[int], list[int]]:
     """Return prompt and answer ids of one record."""
     if "answer_ids" in record:
         return list(record["prompt_ids"]), list(record["answer_ids"])  # type: ignore[call-overload]
@@ -69,7 +75,9 @@ def record_ids(record: dict[str, object], tokenizer: object, where: str) -> tupl
             {"role": "assistant", "content": record["completion"]},
         ]
     if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
-        raise DataError(f"{where} has neither answer_ids, nor messages that end with the assistant, nor a completion.")
+        raise DataError(
+            f"{where} has neither answer_ids, nor messages that end with the assistant, nor a completion."
+        )
     if tokenizer is None:
         raise DataError(f"{where} holds text, not ids; a tokenizer is needed.")
     template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
@@ -79,7 +87,7 @@ def record_ids(record: dict[str, object], tokenizer: object, where: str) -> tupl
 
 
 def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """Return (train, held out): the `count` examples whose prompts hash lowest, so the split is stable as data grows."""
+    """Return (train, held out): the `count` texts whose prompts hash lowest; more data barely moves the split."""
 
     def rank(example: Example) -> bytes:
         return hashlib.sha256(json.dumps(example.prompt).encode()).digest()
@@ -126,7 +134,7 @@ def targets(batch: Sequence[Selection], num_streams: int) -> Targets:
 def select(example: Example, fraction: float, seed: str) -> Selection:
     """Choose a random `fraction` of an example's positions, at least one."""
     count = example.num_positions
-    chosen = random.Random(seed).sample(range(count), max(1, round(count * fraction)))
+    chosen = random.Random(seed).sample(range(count), max(1, round(count * fraction)))  # noqa: S311
     return Selection(example, tuple(sorted(chosen)))
 
 
@@ -135,7 +143,7 @@ def epoch_batches(
 ) -> Iterator[list[Selection]]:
     """Yield one epoch's batches of about `num_positions` stream positions; a function of its arguments alone."""
     order = list(examples)
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311
     batch: list[Selection] = []
     filled = 0
     for example in order:

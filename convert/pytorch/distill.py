@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 from mlx_specstream.convert.pytorch.backbone import Backbone
@@ -38,7 +38,7 @@ from mlx_specstream.convert.pytorch.states import States, StateShape, StateWrite
 from mlx_specstream.errors import SpecStreamError
 
 SORT_WINDOW = 2048
-"""Prompts are sorted by length inside windows of this size: neighbours pad little, and any prefix stays a fair sample."""
+"""Prompts are sorted by length inside windows of this size: neighbours pad little, a prefix stays a fair sample."""
 
 
 @dataclass
@@ -66,7 +66,9 @@ def prompt_text(record: dict[str, object]) -> str:
     messages = record.get("messages")
     if isinstance(messages, list):
         return next(str(m["content"]) for m in messages if m["role"] == "user")
-    raise SpecStreamError(f"a prompt record needs a 'prompt' or 'messages' key; this one has {sorted(record)}")
+    raise SpecStreamError(
+        f"a prompt record needs a 'prompt' or 'messages' key; this one has {sorted(record)}"
+    )
 
 
 def read_done(path: Path) -> set[tuple[str, int]]:
@@ -95,7 +97,11 @@ def read_prompts(path: Path, tokenizer: object, max_prompt_tokens: int) -> list[
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
         if len(ids) <= max_prompt_tokens:
-            prompts.append(Prompt(path.stem if path.stem != "train" else path.parent.name, index, text, list(ids)))
+            prompts.append(
+                Prompt(
+                    path.stem if path.stem != "train" else path.parent.name, index, text, list(ids)
+                )
+            )
     return prompts
 
 
@@ -130,7 +136,9 @@ class Decoder:
     ) -> None:
         self.backbone, self.max_new_tokens, self.eos = backbone, max_new_tokens, eos
         self.first_msa_layer = len(backbone.layers) - num_msa_layers
-        self.hidden = torch.zeros(batch_size, max_new_tokens if num_msa_layers else 0, backbone.hidden_size).to(backbone.dtype)
+        self.hidden = torch.zeros(
+            batch_size, max_new_tokens if num_msa_layers else 0, backbone.hidden_size
+        ).to(backbone.dtype)
         shape = (batch_size, backbone.num_kv_heads, max_length, backbone.head_dim)
         self.keys = [torch.zeros(shape, dtype=backbone.dtype) for _ in backbone.layers]
         self.values = [torch.zeros(shape, dtype=backbone.dtype) for _ in backbone.layers]
@@ -151,14 +159,18 @@ class Decoder:
         rows = torch.tensor(slots)
         rotation = tuple(table[:, :width] for table in self.rotations)
         x = self.backbone.embed(ids)
-        for i, (layer, keys, values) in enumerate(zip(self.backbone.layers, self.keys, self.values, strict=True)):
+        for i, (layer, keys, values) in enumerate(
+            zip(self.backbone.layers, self.keys, self.values, strict=True)
+        ):
             if i == self.first_msa_layer:
                 self.hidden[rows, 0] = x[torch.arange(len(slots)), lengths - 1]
             q, k, v = layer.queries_keys_values(x, rotation)
             keys[rows, :, :width], values[rows, :, :width] = k, v
             groups = layer.num_heads // layer.num_kv_heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale)
+            out = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=layer.scale
+            )
             x = layer.finish(x, out.transpose(1, 2).flatten(2))
         tokens = greedy(self.backbone, self.backbone.norm(x[torch.arange(len(slots)), lengths - 1]))
         self.lengths[rows] = lengths
@@ -176,14 +188,18 @@ class Decoder:
         mask = (torch.arange(S) <= positions[:, None])[:, None, None]
         x = self.backbone.embed(self.last[:, None])
         answered = torch.tensor([len(p.answer) if p is not None else 0 for p in self.prompts])
-        for i, (layer, keys, values) in enumerate(zip(self.backbone.layers, self.keys, self.values, strict=True)):
+        for i, (layer, keys, values) in enumerate(
+            zip(self.backbone.layers, self.keys, self.values, strict=True)
+        ):
             if i == self.first_msa_layer:
                 self.hidden[rows, answered] = x[:, 0]
             q, k, v = layer.queries_keys_values(x, rotation)
             keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
             # One query row per head: the heads of a group stand in for rows, so that keys are read once.
             q = q.view(B, layer.num_kv_heads, -1, layer.head_dim)
-            out = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, scale=layer.scale)
+            out = functional.scaled_dot_product_attention(
+                q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, scale=layer.scale
+            )
             x = layer.finish(x, out.reshape(B, 1, -1))
         tokens = greedy(self.backbone, self.backbone.norm(x[:, 0]))
         self.lengths[slots] += 1
@@ -197,11 +213,18 @@ class Decoder:
             for i, buffer in enumerate(buffers):
                 buffers[i] = buffer[keep]
         self.prompts = [self.prompts[slot] for slot in keep]
-        self.lengths, self.last, self.hidden = self.lengths[keep], self.last[keep], self.hidden[keep]
+        self.lengths, self.last, self.hidden = (
+            self.lengths[keep],
+            self.last[keep],
+            self.hidden[keep],
+        )
 
     def _states(self, slot: int, length: int, answer: int) -> States:
         top = slice(self.first_msa_layer, None)
-        keys, values = (torch.stack([b[slot, :, :length] for b in bufs[top]]) for bufs in (self.keys, self.values))
+        keys, values = (
+            torch.stack([b[slot, :, :length] for b in bufs[top]])
+            for bufs in (self.keys, self.values)
+        )
         return States(keys, values, self.hidden[slot, :answer].clone())
 
     def _take(self, slots: list[int], tokens: Tensor) -> list[Prompt]:
@@ -269,18 +292,31 @@ def distill(args: argparse.Namespace) -> None:
     done = read_done(output)
     writer = None
     if args.states:
-        shape = (args.num_msa_layers, backbone.num_kv_heads, backbone.head_dim, backbone.hidden_size, args.dtype)
+        shape = (
+            args.num_msa_layers,
+            backbone.num_kv_heads,
+            backbone.head_dim,
+            backbone.hidden_size,
+            args.dtype,
+        )
         writer = StateWriter(args.states, StateShape(*shape))
     for data in map(Path, args.data):
         prompts = read_prompts(data, tokenizer, args.max_prompt_tokens)
-        random.Random(args.seed).shuffle(prompts)
+        random.Random(args.seed).shuffle(prompts)  # noqa: S311
         if args.max_prompts:
             prompts = prompts[: args.max_prompts]
         prompts = [p for p in prompts if (p.source, p.index) not in done]
         started, tokens = time.monotonic(), 0
-        stop = {"batch_size": args.batch_size, "max_new_tokens": args.max_tokens, "eos": {tokenizer.eos_token_id}}
+        stop = {
+            "batch_size": args.batch_size,
+            "max_new_tokens": args.max_tokens,
+            "eos": {tokenizer.eos_token_id},
+        }
         stop["num_msa_layers"] = args.num_msa_layers if writer else 0
-        with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), desc=data.name, unit="prompt") as bar:
+        with (
+            output.open("a", encoding="utf-8") as file,
+            tqdm(total=len(prompts), desc=data.name, unit="prompt") as bar,
+        ):
             for prompt in answer(backbone, prompts, **stop):
                 if writer and prompt.states is not None:
                     writer.append((prompt.source, prompt.index), prompt.states)
@@ -289,23 +325,44 @@ def distill(args: argparse.Namespace) -> None:
                 file.flush()
                 tokens += len(prompt.answer)
                 bar.update()
-                bar.set_postfix(tokens=tokens, tokens_per_s=f"{tokens / (time.monotonic() - started):.0f}")
-        print(f"{data}: {len(prompts)} prompts, {tokens} tokens, {time.monotonic() - started:.0f} s", flush=True)
+                bar.set_postfix(
+                    tokens=tokens, tokens_per_s=f"{tokens / (time.monotonic() - started):.0f}"
+                )
+        print(
+            f"{data}: {len(prompts)} prompts, {tokens} tokens, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="distill", description="Write a model's own greedy answers to prompts.")
+    parser = argparse.ArgumentParser(
+        prog="distill", description="Write a model's own greedy answers to prompts."
+    )
     parser.add_argument("--model", required=True, help="local Hugging Face model folder")
-    parser.add_argument("--data", required=True, nargs="+", help="JSON-lines files with 'prompt' or 'messages'")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="JSON-lines files with 'prompt' or 'messages'"
+    )
     parser.add_argument("--output", required=True, help="JSON-lines file to append to")
-    parser.add_argument("--states", help="also keep the base states for the trainer here (prefix of two files)")
-    parser.add_argument("--num-msa-layers", type=int, default=12, help="layers whose states are kept")
-    parser.add_argument("--max-tokens", type=int, default=192, help="longest answer (default: %(default)s)")
-    parser.add_argument("--max-prompt-tokens", type=int, default=384, help="leave longer prompts out")
-    parser.add_argument("--max-prompts", type=int, default=0, help="prompts taken of each file; 0 means all")
+    parser.add_argument(
+        "--states", help="also keep the base states for the trainer here (prefix of two files)"
+    )
+    parser.add_argument(
+        "--num-msa-layers", type=int, default=12, help="layers whose states are kept"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=192, help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=384, help="leave longer prompts out"
+    )
+    parser.add_argument(
+        "--max-prompts", type=int, default=0, help="prompts taken of each file; 0 means all"
+    )
     parser.add_argument("--batch-size", type=int, default=192, help="sequences decoded together")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -49,7 +49,9 @@ def candidates(packed: PackedStreams, hidden: Tensor) -> Candidates:
     return Candidates(best.indices, best.values - logits.logsumexp(-1, keepdim=True), hidden)
 
 
-def conditioned_log_probs(packed: PackedStreams, found: Candidates, level: int, parents: Tensor) -> Tensor:
+def conditioned_log_probs(
+    packed: PackedStreams, found: Candidates, level: int, parents: Tensor
+) -> Tensor:
     """Return log-probabilities (N, W, C) of stream `level`'s candidates given each of the parents (N, W)."""
     conditioner = packed.adapters.conditioner
     assert conditioner is not None
@@ -61,11 +63,13 @@ def conditioned_log_probs(packed: PackedStreams, found: Candidates, level: int, 
     return scores.log_softmax(-1) + log_probs.logsumexp(-1, keepdim=True)
 
 
-def accepted_in_tree(packed: PackedStreams, found: Candidates, wanted: Targets, rows: int, conditioned: bool) -> Tensor:
+def accepted_in_tree(
+    packed: PackedStreams, found: Candidates, wanted: Targets, rows: int, conditioned: bool
+) -> Tensor:
     """Return how many drafts of a best-first tree with `rows` rows (root included) the text accepts, (N,).
 
-    Level by level, the best rows - 1 nodes are expanded: no better node can hang below a worse one. A tree of γ + 1 rows
-    is not a chain; `rows=0` asks for the chain.
+    Level by level, the best rows - 1 nodes are expanded: no better node can hang below a worse one. `rows=0` asks for
+    the chain.
     """
     N, G, C = found.ids.shape
     width = rows - 1 if rows else 1
@@ -78,9 +82,21 @@ def accepted_in_tree(packed: PackedStreams, found: Candidates, wanted: Targets, 
         else:
             log_probs = found.log_probs[:, level, None].expand(-1, tokens.shape[1], -1)
         ids = found.ids[:, level, None].expand_as(log_probs)
-        hit = (ids == wanted.tokens[:, level, None, None]) & wanted.valid[:, level, None, None] & right[:, :, None]
-        best = (scores[:, :, None] + log_probs).flatten(1).topk(min(width, tokens.shape[1] * C), dim=-1)
-        scores, tokens, right = best.values, ids.flatten(1).gather(1, best.indices), hit.flatten(1).gather(1, best.indices)
+        hit = (
+            (ids == wanted.tokens[:, level, None, None])
+            & wanted.valid[:, level, None, None]
+            & right[:, :, None]
+        )
+        best = (
+            (scores[:, :, None] + log_probs)
+            .flatten(1)
+            .topk(min(width, tokens.shape[1] * C), dim=-1)
+        )
+        scores, tokens, right = (
+            best.values,
+            ids.flatten(1).gather(1, best.indices),
+            hit.flatten(1).gather(1, best.indices),
+        )
         all_scores.append(scores)
         all_right.append(right)
     if not rows:
@@ -113,11 +129,16 @@ class Tally:
 
 
 def evaluate(
-    packed: PackedStreams, texts: Sequence[Example], sizes: Sequence[int], reader: StateReader | None = None
+    packed: PackedStreams,
+    texts: Sequence[Example],
+    sizes: Sequence[int],
+    reader: StateReader | None = None,
 ) -> dict[str, object]:
     """Return tokens per step by kind of candidates and tree size (0: chain), and per-stream top-1 and top-3."""
     G = packed.adapters.config.num_streams
-    kinds = ("marginal", "conditioned") if packed.adapters.conditioner is not None else ("marginal",)
+    kinds = (
+        ("marginal", "conditioned") if packed.adapters.conditioner is not None else ("marginal",)
+    )
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
     for text in tqdm(texts, desc="evaluate", unit="text"):
@@ -137,23 +158,33 @@ def evaluate(
             hits += torch.stack([match[..., :1].any(-1).sum(0), match[..., :3].any(-1).sum(0)])
             valid += some.valid.sum(0)
             for kind, size in tallies:
-                accepted[kind, size].append(accepted_in_tree(packed, found, some, size, kind == "conditioned"))
+                accepted[kind, size].append(
+                    accepted_in_tree(packed, found, some, size, kind == "conditioned")
+                )
         for key, tally in tallies.items():
             tally.add(torch.cat(accepted[key]))
     figures: dict[str, object] = {"texts": len(texts), "tokens": sum(len(t.answer) for t in texts)}
-    figures["top1"], figures["top3"] = ([round(float(v), 4) for v in row / valid.clamp(min=1)] for row in hits)
+    figures["top1"], figures["top3"] = (
+        [round(float(v), 4) for v in row / valid.clamp(min=1)] for row in hits
+    )
     for (kind, size), tally in tallies.items():
         figures[f"{kind} {'chain' if not size else f'{size} rows'}"] = tally.figures()
     return figures
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Tokens per step over the model's own text.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description="Tokens per step over the model's own text."
+    )
     parser.add_argument("--model", required=True, help="local Hugging Face model folder")
     parser.add_argument("--checkpoint", required=True, help="schema-1 folder")
-    parser.add_argument("--data", required=True, nargs="+", help="JSON-lines files that distill.py wrote")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="JSON-lines files that distill.py wrote"
+    )
     parser.add_argument("--states", help="base states that distill.py kept (prefix)")
-    parser.add_argument("--rows", type=int, nargs="*", default=[4, 8, 16, 32], help="tree sizes, root included")
+    parser.add_argument(
+        "--rows", type=int, nargs="*", default=[4, 8, 16, 32], help="tree sizes, root included"
+    )
     parser.add_argument("--limit", type=int, default=0, help="texts measured; 0 means all")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--output", help="JSON file for the figures")
@@ -168,7 +199,9 @@ def main(argv: list[str]) -> int:
         texts = read_examples(args.data)
         texts = texts[: args.limit] if args.limit else texts
         with torch.inference_mode():
-            figures = evaluate(packed, texts, args.rows, StateReader(args.states) if args.states else None)
+            figures = evaluate(
+                packed, texts, args.rows, StateReader(args.states) if args.states else None
+            )
     except SpecStreamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

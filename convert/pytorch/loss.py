@@ -33,10 +33,12 @@ class Vocabulary:
 class VocabularySampler:
     """Draws each step's subset."""
 
-    def __init__(self, vocab_size: int, texts: Iterable[Iterable[int]], num_frequent: int, num_random: int) -> None:
+    def __init__(
+        self, vocab_size: int, texts: Iterable[Iterable[int]], num_frequent: int, num_random: int
+    ) -> None:
         counts = Counter(token for text in texts for token in text)
         self.vocab_size, self.num_random = vocab_size, num_random
-        self.frequent = torch.tensor([token for token, _ in counts.most_common(num_frequent)])
+        self.frequent = torch.tensor([token for token, _ in counts.most_common(num_frequent)], dtype=torch.long)
 
     def draw(self, targets: Tensor, seed: int) -> Vocabulary:
         """Return targets ∪ frequent ∪ random others; the whole vocabulary if that is not larger."""
@@ -47,7 +49,9 @@ class VocabularySampler:
         others = (~chosen).nonzero()[:, 0]
         if self.num_random < len(others):
             generator = torch.Generator().manual_seed(seed)
-            sample = others[torch.randint(len(others), (self.num_random,), generator=generator)].unique()
+            sample = others[
+                torch.randint(len(others), (self.num_random,), generator=generator)
+            ].unique()
         else:
             sample = others
         ids = torch.cat((fixed, sample))
@@ -68,7 +72,12 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor, weights: Tensor
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         grad, losses = torch.empty_like(hidden), torch.empty(len(hidden))
         for start in range(0, len(hidden), CHUNK):

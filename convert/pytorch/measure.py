@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
-from mlx_specstream.convert.pytorch.data import Selection, Targets, targets
-from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
+from mlx_specstream.convert.pytorch.data import Targets
+from mlx_specstream.convert.pytorch.packed import PackedStreams
 
 ROWS = 512
 """Rows whose logits over the whole vocabulary exist at the same time."""
@@ -37,7 +37,7 @@ class Ranks:
 
 def rank_targets(packed: PackedStreams, hidden: Tensor, wanted: Targets) -> Ranks:
     """Rank the true tokens for normed stream states (N, γ, h)."""
-    N, G, h = hidden.shape
+    N, G, _ = hidden.shape
     head, conditioner = packed.backbone.head_weight, packed.adapters.conditioner
     rows, tokens = hidden.flatten(0, 1), wanted.tokens.flatten()
     marginal, conditioned, losses = [], [], []
@@ -85,7 +85,10 @@ def summarize(ranks: Sequence[Ranks]) -> dict[str, object]:
     """Return figures over all positions: losses, top-1/2/3 per stream, expected chain tokens per step."""
     valid = torch.cat([r.valid for r in ranks])
     count = valid.sum(0).clamp(min=1)
-    figures: dict[str, object] = {"positions": len(valid), "loss": _rounded(sum(r.loss for r in ranks) / count)}
+    figures: dict[str, object] = {
+        "positions": len(valid),
+        "loss": _rounded(sum(r.loss for r in ranks) / count),
+    }
     for name in ("marginal", "conditioned"):
         parts = [getattr(r, name) for r in ranks]
         if parts[0] is None:
@@ -99,10 +102,3 @@ def summarize(ranks: Sequence[Ranks]) -> dict[str, object]:
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(float(v), 4) for v in values]
-
-
-def measure(packed: PackedStreams, batch: Sequence[Selection], packed_batch: PackedBatch) -> Ranks:
-    """Run the streams over one batch and rank its targets."""
-    with torch.inference_mode():
-        hidden = packed.forward(packed_batch)
-        return rank_targets(packed, hidden, targets(batch, hidden.shape[1]))

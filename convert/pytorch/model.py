@@ -57,7 +57,11 @@ class SpeculativeModel:
         return adapted
 
     def forward(
-        self, ids: Tensor, at: Tensor | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        at: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> StreamOutput:
         """Run the model once.
 
@@ -79,11 +83,15 @@ class SpeculativeModel:
             linear = self.linear(index, 0 if shared else L)
             q, k, v = backbone.layers[index].queries_keys_values(x, rotation, linear)
             seen = self._in_window(mask, positions, index)
-            x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
+            x = backbone.layers[index].finish(
+                x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear
+            )
         insertion = x
 
         x = torch.cat((x, self.adapters.start(x[:, at]).flatten(1, 2)), dim=1)
-        positions = torch.cat((positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1)
+        positions = torch.cat(
+            (positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1
+        )
         mask, rotation = self.stream_mask(mask, at), backbone.rotation(positions)
         angles = self.config.value_rotation * torch.arange(1, G + 1).repeat(n)
         for index in range(split, len(backbone.layers)):
@@ -92,7 +100,9 @@ class SpeculativeModel:
             if self.config.value_rotation:
                 v = torch.cat((v[:, :, :L], rotate_values(v[:, :, L:], angles)), dim=2)
             seen = self._in_window(mask, positions, index)
-            x = backbone.layers[index].finish(x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear)
+            x = backbone.layers[index].finish(
+                x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear
+            )
         x = backbone.norm(x)
         return StreamOutput(x[:, :L], x[:, L:].unflatten(1, (n, G)), insertion)
 
@@ -120,4 +130,6 @@ def rotate_values(values: Tensor, angles: Tensor) -> Tensor:
     """Multiply values (B, K, R, D) by e^{iθ}, θ (R,), neighbouring channels as complex numbers [SS Eq. 9]."""
     cos, sin = angles.cos()[:, None].to(values.dtype), angles.sin()[:, None].to(values.dtype)
     real, imaginary = values.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
+    return torch.stack(
+        (real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1
+    ).flatten(-2)

@@ -82,7 +82,9 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         scaled = grad * weight
-        share = (scaled * x).sum(-1, keepdim=True, dtype=torch.float32) * inverse.pow(3) / x.shape[-1]
+        share = (
+            (scaled * x).sum(-1, keepdim=True, dtype=torch.float32) * inverse.pow(3) / x.shape[-1]
+        )
         return torch.addcmul(scaled * inverse, x, share, value=-1).to(x.dtype), None, None
 
 
@@ -141,7 +143,13 @@ class StreamAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, texts: list[Text], num_streams: int, scale: float
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        texts: list[Text],
+        num_streams: int,
+        scale: float,
     ) -> Tensor:
         (R, H, D), K, G = q.shape, k.shape[1], num_streams
         g, N = H // K, R // num_streams
@@ -159,7 +167,9 @@ class StreamAttention(torch.autograd.Function):
             scores = scores.view(K, n, g * G, S).masked_fill_(text.hidden[:, None], -torch.inf)
             prob = torch.cat((scores, own[:, at]), dim=-1).softmax(-1)
             main = torch.bmm(prob[..., :S].reshape(K, -1, S), text.values)
-            torch.add(main.view(K, n, g * G, D), torch.matmul(prob[..., S:], vs[:, at]), out=out[:, at])
+            torch.add(
+                main.view(K, n, g * G, D), torch.matmul(prob[..., S:], vs[:, at]), out=out[:, at]
+            )
             probs.append(prob)
         ctx.save_for_backward(rows, ks, vs, out, *probs)
         ctx.texts, ctx.shape, ctx.scale = texts, (R, H, K, D, G), scale
@@ -177,7 +187,9 @@ class StreamAttention(torch.autograd.Function):
             at = slice(text.start, text.stop)
             n, S = text.stop - text.start, text.keys.shape[1]
             main = prob[..., :S]
-            slope = torch.bmm(grad[:, at].reshape(K, -1, D), text.values.transpose(1, 2)).view(K, n, g * G, S)
+            slope = torch.bmm(grad[:, at].reshape(K, -1, D), text.values.transpose(1, 2)).view(
+                K, n, g * G, S
+            )
             slope.sub_(inner[:, at]).mul_(main)
             grad_rows[:, at] = torch.bmm(slope.view(K, -1, S), text.keys).view(K, n, g * G, D)
             own_probs[:, at] = prob[..., S:]
@@ -229,9 +241,17 @@ class PackedStreams:
             s = torch.arange(S)
             hidden = s > t
             if window is not None and S + self.adapters.config.num_streams > window:
-                raise DataError(f"a text of {S} tokens is longer than the model's window of {window}; cut it shorter.")
+                raise DataError(
+                    f"a text of {S} tokens is longer than the model's window of {window}; cut it shorter."
+                )
             texts.append(
-                Text(start, start + len(rows), states.keys[number, :, :S], states.values[number, :, :S], hidden)
+                Text(
+                    start,
+                    start + len(rows),
+                    states.keys[number, :, :S],
+                    states.values[number, :, :S],
+                    hidden,
+                )
             )
             start += len(rows)
         return texts
@@ -247,7 +267,9 @@ class PackedStreams:
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)
         if self.adapters.config.value_rotation:
-            angles = self.adapters.config.value_rotation * torch.arange(1, G + 1).repeat(len(x) // G)
+            angles = self.adapters.config.value_rotation * torch.arange(1, G + 1).repeat(
+                len(x) // G
+            )
             v = rotate_values(v.transpose(0, 1)[None], angles)[0].transpose(0, 1)
         attended = StreamAttention.apply(q, k, v, texts, G, layer.scale)
         x = x + self._linear(index, layer, ("self_attn.o_proj",), attended.flatten(1))
@@ -264,7 +286,11 @@ class PackedStreams:
     @staticmethod
     def _names(layer: DecoderLayer, part: str, names: tuple[str, ...]) -> tuple[str, ...]:
         fused = {"self_attn": "self_attn.qkv_proj", "mlp": "mlp.gate_up_proj"}[part]
-        return (fused,) if fused in layer.linear_modules() else tuple(f"{part}.{name}" for name in names)
+        return (
+            (fused,)
+            if fused in layer.linear_modules()
+            else tuple(f"{part}.{name}" for name in names)
+        )
 
     @staticmethod
     def _norm(module: nn.Module, x: Tensor) -> Tensor:

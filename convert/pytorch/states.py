@@ -62,7 +62,9 @@ class StateWriter:
             with index.open() as lines:
                 given = json.loads(lines.readline())
             if given != asdict(shape):
-                raise DataError(f"{index} holds states of {given}, not of {asdict(shape)}; choose another file")
+                raise DataError(
+                    f"{index} holds states of {given}, not of {asdict(shape)}; choose another file"
+                )
         self.shape = shape
         self.data, self.index = data.open("ab"), index.open("a", encoding="utf-8")
         if self.index.tell() == 0:
@@ -74,7 +76,13 @@ class StateWriter:
             self.data.write(tensor.contiguous().view(torch.int16).numpy().tobytes())
         self.data.flush()
         length, answer = states.keys.shape[2], states.hidden.shape[0]
-        line = {"source": key[0], "index": key[1], "offset": offset, "length": length, "answer": answer}
+        line = {
+            "source": key[0],
+            "index": key[1],
+            "offset": offset,
+            "length": length,
+            "answer": answer,
+        }
         self.index.write(json.dumps(line) + "\n")
         self.index.flush()
 
@@ -107,7 +115,9 @@ class StateReader:
         return States(*(part.view(dims) for part, dims in zip(parts, shapes, strict=True)))
 
 
-def compute_states(backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int) -> States:
+def compute_states(
+    backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int
+) -> States:
     """Run the base model over one text and keep what lossless training needs of it."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
     L = ids.shape[1]
@@ -120,7 +130,9 @@ def compute_states(backbone: Backbone, prompt: Sequence[int], answer: Sequence[i
         if index == first_layer:
             hidden = x[0, first_row:].clone()
         window = backbone.window(index)
-        mask = causal if window is None else causal & (positions[0][:, None] - positions[0] < window)
+        mask = (
+            causal if window is None else causal & (positions[0][:, None] - positions[0] < window)
+        )
         q, k, v = layer.queries_keys_values(x, rotation)
         x = layer.finish(x, attend(q, k, v, mask, layer.scale))
         if index >= first_layer:

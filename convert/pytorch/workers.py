@@ -60,10 +60,14 @@ def share(batch: Sequence[Selection]) -> tuple[list[Selection], slice]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the processes' gradients in place."""
+    """Add up the processes' gradients in place; a parameter without one counts as zero."""
     if count() == 1:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
     flat = torch.cat([g.flatten() for g in grads])
     distributed.all_reduce(flat)
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

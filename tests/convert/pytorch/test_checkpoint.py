@@ -22,7 +22,9 @@ from mlx_specstream.errors import CheckpointError  # noqa: E402
 @pytest.fixture
 def saved(tmp_path, make_backbone, make_adapters):
     backbone = make_backbone()
-    adapters = make_adapters(backbone, conditioner_rank=4, conditioner_hidden=8, pruner_rank=2, stream_init_rank=2)
+    adapters = make_adapters(
+        backbone, conditioner_rank=4, conditioner_hidden=8, pruner_rank=2, stream_init_rank=2
+    )
     save_checkpoint(tmp_path / "out", adapters, "someone/base", extra_files={"note.txt": "hello"})
     return tmp_path / "out", backbone, adapters
 

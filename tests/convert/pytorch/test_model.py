@@ -34,13 +34,17 @@ def slow_streams(backbone, adapters, ids, t):
         for j, x in enumerate(rows):
             position = torch.tensor([[t + j + 1]])
             q, k, v = layer.queries_keys_values(
-                x[None, None], backbone.rotation(position), lambda n, m, y, i=index: m(y) + lora(adapters, i, n, y)
+                x[None, None],
+                backbone.rotation(position),
+                lambda n, m, y, i=index: m(y) + lora(adapters, i, n, y),
             )
             if adapters.config.value_rotation:
                 v = rotate_values(v, torch.tensor([adapters.config.value_rotation * (j + 1)]))
             seen.append((k[0, :, 0], v[0, :, 0]))
             first = 0 if window is None else max(0, t + j + 1 - window + 1)
-            keys, values = full_keys(backbone, ids, index) if window else (cached.keys[0], cached.values[0])
+            keys, values = (
+                full_keys(backbone, ids, index) if window else (cached.keys[0], cached.values[0])
+            )
             keys = torch.cat([keys[:, first : t + 1], torch.stack([s[0] for s in seen], 1)], 1)
             values = torch.cat([values[:, first : t + 1], torch.stack([s[1] for s in seen], 1)], 1)
             heads = []
@@ -50,7 +54,9 @@ def slow_streams(backbone, adapters, ids, t):
                 heads.append(weights @ values[group])
             attended = torch.cat(heads)[None, None]
             new.append(
-                layer.finish(x[None, None], attended, lambda n, m, y, i=index: m(y) + lora(adapters, i, n, y))[0, 0]
+                layer.finish(
+                    x[None, None], attended, lambda n, m, y, i=index: m(y) + lora(adapters, i, n, y)
+                )[0, 0]
             )
         rows = new
     return backbone.norm(torch.stack(rows))
@@ -76,7 +82,11 @@ def test_streams_match_the_slow_loop(family, changes, make_backbone, make_adapte
     backbone = make_backbone(family)
     adapters = make_adapters(backbone, **changes)
     with torch.no_grad():
-        streams = SpeculativeModel(backbone, adapters).forward(torch.tensor([IDS]), torch.tensor([2, 7])).streams
+        streams = (
+            SpeculativeModel(backbone, adapters)
+            .forward(torch.tensor([IDS]), torch.tensor([2, 7]))
+            .streams
+        )
         for row, t in enumerate((2, 7)):
             expected = slow_streams(backbone, adapters, IDS, t)
             torch.testing.assert_close(streams[0, row], expected, atol=2e-4, rtol=1e-4)
@@ -85,7 +95,9 @@ def test_streams_match_the_slow_loop(family, changes, make_backbone, make_adapte
 def test_rope_offset_moves_the_streams(make_backbone, make_adapters):
     backbone = make_backbone()
     assert make_adapters(backbone).positions(torch.tensor([4])).tolist() == [[5, 6, 7]]
-    assert make_adapters(backbone, rope_offset="position").positions(torch.tensor([4])).tolist() == [[4, 4, 4]]
+    assert make_adapters(backbone, rope_offset="position").positions(
+        torch.tensor([4])
+    ).tolist() == [[4, 4, 4]]
 
 
 def test_shared_mode_lets_main_see_its_own_streams_only(make_backbone, make_adapters):
@@ -113,7 +125,9 @@ def test_a_tree_is_verified_like_each_of_its_paths(make_backbone, make_adapters)
             mask[len(prefix) + node] |= mask[len(prefix) + parent]
     positions = torch.tensor([[*range(len(prefix)), *(len(prefix) + d for d in depth)]])
     with torch.no_grad():
-        out = model.forward(torch.tensor([prefix + tree]), torch.tensor([L - 1]), positions, mask[None])
+        out = model.forward(
+            torch.tensor([prefix + tree]), torch.tensor([L - 1]), positions, mask[None]
+        )
         path = model.forward(torch.tensor([[*prefix, 7, 9, 10]]), torch.tensor([6]))
     torch.testing.assert_close(out.main[0, -1], path.main[0, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.streams, path.streams, atol=1e-4, rtol=1e-4)

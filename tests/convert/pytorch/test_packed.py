@@ -7,7 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from mlx_specstream.convert.pytorch.data import Example, Selection  # noqa: E402
+from mlx_specstream.convert.pytorch.loss import VocabularySampler  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
+from mlx_specstream.convert.pytorch.objectives import Common, LosslessObjective  # noqa: E402
 from mlx_specstream.convert.pytorch.packed import GatedSiLU, PackedBatch, PackedStreams, RMSNorm  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
@@ -18,7 +21,9 @@ ROWS = [[0, 2], [1, 2, 5]]
 
 def packed_batch(backbone, texts=TEXTS, rows=ROWS):
     states = [compute_states(backbone, prompt, answer, 2) for prompt, answer in texts]
-    return PackedBatch(states, [torch.tensor(r) for r in rows], [len(prompt) - 1 for prompt, _ in texts])
+    return PackedBatch(
+        states, [torch.tensor(r) for r in rows], [len(prompt) - 1 for prompt, _ in texts]
+    )
 
 
 def reference(backbone, adapters):
@@ -30,20 +35,35 @@ def reference(backbone, adapters):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("changes", [{}, {"value_rotation": 0.1, "stream_init_rank": 3, "rope_offset": "position"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"value_rotation": 0.1, "stream_init_rank": 3, "rope_offset": "position"}],
+    ids=str,
+)
 def test_forward_and_gradients_are_the_reference_s(family, changes, make_backbone, make_adapters):
     backbone = make_backbone(family)
-    backbone.config.sliding_window = None if family == "mistral" else getattr(backbone.config, "sliding_window", None)
+    backbone.config.sliding_window = (
+        None if family == "mistral" else getattr(backbone.config, "sliding_window", None)
+    )
     adapters = make_adapters(backbone, **changes)
     grads, outputs = [], []
     weights = None
-    for run in (lambda: PackedStreams(backbone, adapters).forward(packed_batch(backbone)), lambda: reference(backbone, adapters)):
+    for run in (
+        lambda: PackedStreams(backbone, adapters).forward(packed_batch(backbone)),
+        lambda: reference(backbone, adapters),
+    ):
         adapters.zero_grad()
         out = run()
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)) if weights is None else weights
+        weights = (
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+            if weights is None
+            else weights
+        )
         (out * weights).sum().backward()
         outputs.append(out.detach())
-        grads.append({name: p.grad.clone() for name, p in adapters.named_parameters() if p.grad is not None})
+        grads.append(
+            {name: p.grad.clone() for name, p in adapters.named_parameters() if p.grad is not None}
+        )
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=1e-4)
     assert grads[0].keys() == grads[1].keys()
     for name, expected in grads[1].items():
@@ -52,7 +72,9 @@ def test_forward_and_gradients_are_the_reference_s(family, changes, make_backbon
 
 def test_some_modules_may_have_no_adapter(make_backbone, make_adapters):
     backbone = make_backbone()
-    adapters = make_adapters(backbone, target_modules=("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
+    adapters = make_adapters(
+        backbone, target_modules=("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    )
     with torch.no_grad():
         out = PackedStreams(backbone, adapters).forward(packed_batch(backbone))
         torch.testing.assert_close(out, reference(backbone, adapters), atol=2e-4, rtol=1e-4)
@@ -62,6 +84,28 @@ def test_a_text_beyond_the_sliding_window_is_refused(make_backbone, make_adapter
     backbone = make_backbone("mistral")
     with pytest.raises(DataError, match="window of 6"):
         PackedStreams(backbone, make_adapters(backbone)).forward(packed_batch(backbone))
+
+
+def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
+    backbone = make_backbone()
+    adapters = make_adapters(backbone, conditioner_rank=4, conditioner_hidden=8)
+    batch = [
+        Selection(Example(("t", i), tuple(p), tuple(a)), tuple(range(len(a) - 1)))
+        for i, (p, a) in enumerate(TEXTS)
+    ]
+    sampler = VocabularySampler(backbone.vocab_size, [], num_frequent=0, num_random=1000)
+    common = Common(backbone, adapters, sampler, lambda e: compute_states(backbone, e.prompt, e.answer, 2))
+    objective = LosslessObjective(common)
+    optimizer, losses = torch.optim.Adam(adapters.parameters(), lr=0.02), []
+    for step in range(60):
+        optimizer.zero_grad()
+        total, figures = objective.loss(batch, step)
+        total.backward()
+        optimizer.step()
+        losses.append(float(total))
+    assert losses[-1] < 0.2 * losses[0]
+    assert len(figures["conditioned_loss"]) == 3
+    assert objective.evaluate(batch)["conditioned_chain"] > 2
 
 
 def test_hand_written_derivatives():

@@ -1,0 +1,75 @@
+"""Texts, positions, targets and epochs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mlx_specstream.convert.pytorch import workers  # noqa: E402
+from mlx_specstream.convert.pytorch.data import (  # noqa: E402
+    Example,
+    Selection,
+    epoch_batches,
+    read_examples,
+    split_held_out,
+    targets,
+)
+from mlx_specstream.errors import DataError  # noqa: E402
+
+
+def examples(count):
+    return [Example(("s", i), (1, i), tuple(range(10, 13 + i % 5))) for i in range(count)]
+
+
+def test_targets_follow_the_text():
+    text = Example(("s", 0), (5, 6), (10, 11, 12, 13))
+    wanted = targets([Selection(text, (0, 2))], num_streams=3)
+    assert wanted.tokens.tolist() == [[11, 12, 13], [13, 0, 0]]
+    assert wanted.parents.tolist() == [[10, 11, 12], [12, 13, 0]]
+    assert wanted.valid.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_epochs_are_functions_of_seed_and_number():
+    arguments = {"num_positions": 12, "fraction": 0.5, "seed": 3}
+    first = list(epoch_batches(examples(30), epoch=0, **arguments))
+    assert first == list(epoch_batches(examples(30), epoch=0, **arguments))
+    assert first != list(epoch_batches(examples(30), epoch=1, **arguments))
+    keys = [s.example.key for batch in first for s in batch]
+    assert len(keys) == len(set(keys)) >= 27  # a short last batch may be dropped
+    assert all(p < s.example.num_positions for batch in first for s in batch for p in s.positions)
+
+
+def test_held_out_prompts_are_stable_and_apart():
+    train, held = split_held_out(examples(40), 8)
+    assert len(held) == 8
+    assert {e.prompt for e in train}.isdisjoint(e.prompt for e in held)
+    again, _ = split_held_out(examples(44), 8)
+    assert len(set(train) - set(again)) <= 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shares_of_a_batch_are_the_batch(monkeypatch, processes):
+    batch = [Selection(e, tuple(range(e.num_positions))) for e in examples(7)]
+    monkeypatch.setattr(workers, "count", lambda: processes)
+    found, rows = [], []
+    for rank in range(processes):
+        monkeypatch.setattr(workers, "rank", lambda rank=rank: rank)
+        mine, part = workers.share(batch)
+        rows.append(part)
+        found += [(s.example.key, p) for s in mine for p in s.positions]
+        assert sum(len(s.positions) for s in mine) == part.stop - part.start
+    assert found == [(s.example.key, p) for s in batch for p in s.positions]
+    assert [r.start for r in rows[1:]] == [r.stop for r in rows[:-1]]
+
+
+def test_bad_lines_are_named(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt_ids": [1], "answer_ids": [2, 3]}) + "\nnot json\n")
+    with pytest.raises(DataError, match="line 2"):
+        read_examples([file])
+    file.write_text(json.dumps({"text": "x"}) + "\n")
+    with pytest.raises(DataError, match="line 1"):
+        read_examples([file])

@@ -1,0 +1,140 @@
+"""Every training entry point, end to end on a tiny model: one run, its resume, and what comes after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from mlx_specstream.convert.pytorch import distill, evaluate, train  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SMALL = [
+    *("--num-streams", "3", "--num-msa-layers", "2", "--lora-rank", "4", "--lora-alpha", "8", "--lr", "1e-2"),
+    *("--conditioner-rank", "4", "--conditioner-hidden", "8", "--positions", "24", "--num-frequent", "16"),
+    *("--num-random", "24", "--held-out", "4", "--warmup", "2", "--dtype", "float32", "--save-dtype", "float32"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A model folder with a word tokenizer, prompts, and the model's own answers with their states."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from .conftest import VOCAB, tiny_backbone
+
+    path = tmp_path_factory.mktemp("work")
+    words = {f"w{i}": i for i in range(VOCAB)}
+    words |= {"<unk>": 0, "<user>": 1, "<eos>": 2, "<assistant>": 3}
+    words = {word: i for word, i in words.items() if word[0] == "<" or i > 3}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path / "model")
+    tiny_backbone().model.save_pretrained(path / "model")
+    lines = [json.dumps({"prompt": f"w{i} w{i * 7 % 90 + 4}"}) for i in range(4, 34)]
+    (path / "prompts.jsonl").write_text("\n".join(lines))
+    arguments = ["--model", str(path / "model"), "--data", str(path / "prompts.jsonl"), "--dtype", "float32"]
+    options = ["--output", str(path / "own.jsonl"), "--max-tokens", "12", "--batch-size", "8"]
+    assert distill.main([*arguments, *options]) == 0
+    return path
+
+
+def run(work: Path, output: str, *options: str) -> list[dict]:
+    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / output)]
+    assert train.main([*paths, *SMALL, *options]) == 0
+    return [json.loads(line) for line in (work / output / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_its_exact_resume_and_what_follows(work):
+    log = run(work, "whole", "--steps", "12", "--save-seconds", "0")
+    assert [record["step"] for record in log if "conditioned_loss" in record] == list(range(1, 13))
+    held_out = log[-1]["held_out"]
+    assert held_out["marginal_chain"] >= 1
+    assert held_out["conditioned_chain"] >= 1
+
+    class StopError(Exception):
+        pass
+
+    original = train.Trainer.step
+
+    def step(self, batch):
+        if self.progress.step == 7:
+            raise StopError
+        return original(self, batch)
+
+    train.Trainer.step = step
+    try:
+        with pytest.raises(StopError):
+            run(work, "halves", "--steps", "12", "--save-seconds", "0")
+    finally:
+        train.Trainer.step = original
+    assert not (work / "halves").exists()
+    run(work, "halves", "--steps", "12", "--save-seconds", "0")
+    backbone = Backbone.load(work / "model")
+    whole, halves = (load_checkpoint(work / name, backbone) for name in ("whole", "halves"))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, halves.get_parameter(name)), name
+
+    start = ["--start-from", str(work / "whole"), "--steps", "3"]
+    log = run(work, "grown", *start, "--num-streams", "5")
+    assert len(log[0]["loss"]) == 5
+    log = run(work, "pruner", *start, "--train", "pruner", "--pruner-rank", "2")
+    assert "top1" in log[-1]["held_out"]
+    pruned = load_checkpoint(work / "pruner", backbone)
+    assert torch.equal(pruned.stream_embeddings, whole.stream_embeddings)
+    assert pruned.pruner.lora_B.weight.abs().max() > 0
+    figures = work / "figures.json"
+    arguments = ["--model", str(work / "model"), "--checkpoint", str(work / "whole"), "--data", str(work / "own.jsonl")]
+    assert evaluate.main([*arguments, "--rows", "4", "16", "--dtype", "float32", "--output", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    for kind in ("marginal", "conditioned"):
+        chain, wide = found[f"{kind} chain"], found[f"{kind} 16 rows"]
+        assert 1 <= chain["all_positions"] <= wide["all_positions"] <= 4
+
+
+def test_shared_mode_trains_main_too(work):
+    log = run(work, "shared", "--mode", "shared", "--steps", "4", "--conditioner-rank", "0", "--eval-fraction", "1")
+    assert "main_loss" in log[0]
+    assert 0 <= log[-1]["held_out"]["main_top1"] <= 1
+    adapters = load_checkpoint(work / "shared", Backbone.load(work / "model"))
+    assert adapters.delta(0, "self_attn.q_proj").lora_B.weight.abs().max() > 0
+
+
+def test_a_time_budget_ends_the_run(work):
+    log = run(work, "timed", "--max-minutes", "0.02")
+    assert log[-2]["lr_factor"] < 1
+    assert log[-1]["elapsed_s"] >= 1.2
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_one(work):
+    alone = run(work, "alone", "--steps", "3")
+    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / "pair")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*launcher, "mlx_specstream.convert.pytorch.train", *paths, *SMALL, "--steps", "3"]
+    root = Path(train.__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    pair = [json.loads(line) for line in (work / "pair" / "train_log.jsonl").read_text().splitlines()]
+    for one, two in zip(alone[:3], pair[:3], strict=True):
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_a_pruner_needs_streams(work, capsys):
+    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / "none")]
+    assert train.main([*paths, *SMALL, "--train", "pruner"]) == 2
+    assert "--start-from" in capsys.readouterr().err
