@@ -96,17 +96,16 @@ class Oracle:
         head = self.backbone.head(states)
         for level, draft in enumerate(drafts):
             scores = head[level]
+            allowed = torch.arange(scores.shape[-1])
             if conditioner is not None:
-                best = scores.topk(min(32, scores.shape[-1])).indices
+                allowed = scores.topk(min(32, scores.shape[-1])).indices
                 embedded = self.backbone.embed(torch.tensor([parent]))
                 change = conditioner(embedded, states[level][None]) - states[level][None]
-                gain = (change @ self.backbone.head_weight[best].t())[0]
-                conditioned = torch.full_like(scores, -torch.inf)
-                conditioned[best] = scores[best] + gain
-                scores = conditioned
+                scores = scores + (change @ self.backbone.head_weight.t())[0]
+            best = allowed[scores[allowed].argmax()]
             findings.drafts += 1
-            if int(scores.argmax()) != draft:
-                findings.wrong_drafts.append(float(scores.max() - scores[draft]))
+            if int(best) != draft:
+                findings.wrong_drafts.append(max(0.0, float(scores[best] - scores[draft])))
             parent = draft
 
 

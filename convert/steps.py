@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_specstream.convert.names import Named
-from mlx_specstream.tensorfile import MLX_TYPES, TensorSpec, to_bits, to_mlx
+from mlx_specstream.errors import CheckpointError
+from mlx_specstream.tensorfile import TensorSpec, cast_bits, dtype_name, to_bits, to_mlx
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,30 @@ def _make(
     source: Named | mx.array, dtype: str, quantised: nn.Module | None, delta: Delta | None
 ) -> list[np.ndarray]:
     if isinstance(source, Named):
-        bits = materialise(source)
-        if plain_dtype(source) == dtype and quantised is None and delta is None:
-            return [bits]
-        value = to_mlx(bits, plain_dtype(source))
-        del bits
+        bits, own = materialise(source), plain_dtype(source)
     else:
-        value = source
+        bits, own = to_bits(source), dtype_name(source.dtype)
     if delta is not None:
-        a = to_mlx(materialise(delta.a), plain_dtype(delta.a)).astype(mx.float32)
-        b = to_mlx(materialise(delta.b), plain_dtype(delta.b)).astype(mx.float32)
-        value = value.astype(mx.float32) + delta.scale * (b @ a)
-    value = value.astype(MLX_TYPES[dtype])
+        a, b = (cast_bits(materialise(n), plain_dtype(n), "F32") for n in (delta.a, delta.b))
+        bits, own = cast_bits(bits, own, "F32") + np.float32(delta.scale) * (b @ a), "F32"
+    if own != dtype:
+        bits = _cast(bits, own, dtype, source)
     if quantised is None:
-        return [to_bits(value)]
+        return [bits]
+    value = to_mlx(bits, dtype)
+    del bits
     parts = mx.quantize(value, quantised.group_size, quantised.bits, mode=quantised.mode)
     mx.eval(parts)
     del value
     return [to_bits(part) for part in parts]
+
+
+def _cast(bits: np.ndarray, own: str, dtype: str, source: Named | mx.array) -> np.ndarray:
+    cast = cast_bits(bits, own, dtype)
+    if dtype == "F16" and own != "F16" and not np.isfinite(cast).all():
+        name = source.name if isinstance(source, Named) else "a tensor"
+        raise CheckpointError(
+            f"{name} holds values beyond float16's range (65504), or no numbers; use "
+            "bfloat16 or float32."
+        )
+    return cast

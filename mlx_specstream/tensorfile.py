@@ -207,6 +207,30 @@ def to_bits(tensor: mx.array) -> np.ndarray:
     return np.array(tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor, order="C")
 
 
+def cast_bits(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Return a float tensor's bits in another float type, rounded to nearest even as PyTorch does.
+
+    MLX's own cast truncates on some processors; this one gives the same bits everywhere.
+
+        1.005859375  F32 0x3f80c000  ->  BF16 0x3f81
+    """
+    if source == target:
+        return bits
+    wide = _widened(bits, source)
+    if target != "BF16":
+        with np.errstate(over="ignore"):
+            return wide.astype(NUMPY_TYPES[target])
+    raw = np.ascontiguousarray(wide, np.float32).view(np.uint32)
+    rounded = (raw + (((raw >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _widened(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits if dtype == "F64" else bits.astype(np.float32)
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return the safetensors name of an MLX dtype, `mx.bfloat16` -> "BF16"."""
     return _NAMES[dtype]
