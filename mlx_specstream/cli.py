@@ -29,8 +29,14 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
+    "convert": Verb(
+        "mlx_specstream.convert.cli", "turn a checkpoint into an MLX model with streams"
+    ),
     "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
+    "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
+    "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),
     "verify": Verb("mlx_specstream.verify_cli", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""
@@ -70,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except (
+        OSError
+    ) as error:  # a file that is not there, may not be read, or does not fit on the disk
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -72,10 +72,11 @@ class Record:
     where: str
 
 
-def read_records(source: str | Path, split: str) -> list[Record]:
+def read_records(source: str | Path, split: str, *, need_answer: bool = True) -> list[Record]:
     """Read one split of a JSON-lines file, a folder of them, or a data set on the hub.
 
     A single file is the `train` split. A split that does not exist gives an empty list.
+    Without `need_answer`, a prompt alone is a record too.
 
     Raises:
         DataError: nothing of that name, an unreadable file, or a record in no known form.
@@ -88,13 +89,13 @@ def read_records(source: str | Path, split: str) -> list[Record]:
                 "in mlx-lm's layout or a single .jsonl file."
             )
         file = path / f"{split}.jsonl"
-        return list(_lines(file)) if file.exists() else []
+        return list(_lines(file, need_answer)) if file.exists() else []
     if path.exists():
-        return list(_lines(path)) if split == "train" else []
-    return _from_hub(str(source), split)
+        return list(_lines(path, need_answer)) if split == "train" else []
+    return _from_hub(str(source), split, need_answer)
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def _lines(path: Path, need_answer: bool) -> Iterator[Record]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -110,10 +111,10 @@ def _lines(path: Path) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             said = getattr(error, "msg", "it is nested too deeply")
             raise DataError(f"{where} is not JSON ({said}); repair or remove the line.") from None
-        yield Record(check_record(fields, where), where)
+        yield Record(check_record(fields, where, need_answer), where)
 
 
-def _from_hub(name: str, split: str) -> list[Record]:
+def _from_hub(name: str, split: str, need_answer: bool) -> list[Record]:
     """Load a split of a hub data set with the `datasets` package, as mlx-lm does."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DataError(
@@ -140,10 +141,10 @@ def _from_hub(name: str, split: str) -> list[Record]:
         (dict(fields), f"{name} {split}, record {number}")
         for number, fields in enumerate(loaded[split], start=1)
     )
-    return [Record(check_record(fields, where), where) for fields, where in rows]
+    return [Record(check_record(fields, where, need_answer), where) for fields, where in rows]
 
 
-def check_record(fields: object, where: str) -> dict[str, Any]:
+def check_record(fields: object, where: str, need_answer: bool = True) -> dict[str, Any]:
     """Return the record if it has one of the known forms.
 
     Raises:
@@ -161,6 +162,8 @@ def check_record(fields: object, where: str) -> dict[str, Any]:
         texts = []
     elif "text" in fields:
         texts = [("text", fields["text"])]
+    elif "prompt" in fields and not need_answer:
+        texts = [("prompt", fields["prompt"])]
     else:
         known = ", ".join(sorted(map(str, fields))) or "no keys"
         raise DataError(

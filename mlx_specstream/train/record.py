@@ -69,14 +69,15 @@ def draw_curve(folder: Path) -> Path | None:
                 linewidth=1,
             )
     left.set(xlabel="batches", ylabel="cross-entropy", title="training loss")
-    left.legend(fontsize="x-small")
     for key in ("marginal_chain", "conditioned_chain"):
         rows = [(r["batch"], r["valid"][key]) for r in checks if key in r["valid"]]  # type: ignore[index,operator]
         if rows:
             label = key.removesuffix("_chain")
             right.plot([x for x, _ in rows], [y for _, y in rows], "o-", label=label)
     right.set(xlabel="batches", ylabel="tokens per step", title="chain, held-out texts")
-    right.legend(fontsize="x-small")
+    for axes in (left, right):
+        if axes.has_data():
+            axes.legend(fontsize="x-small")
     with atomic_file(folder / CURVE_FILE, if_exists="replace") as path:
         figure.savefig(path, dpi=120)
     return folder / CURVE_FILE
