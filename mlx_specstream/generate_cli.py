@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         tokenizer,
         prompt,
         max_tokens=arguments.max_tokens,
-        sampler=make_sampler(arguments),
+        sampler=make_sampler(arguments, model.backbone.vocab_size),
         config=config,
         speculative=not arguments.no_speculation,
         stop=arguments.stop,
@@ -166,10 +166,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def make_sampler(arguments: argparse.Namespace) -> Any:
-    """Return mlx-lm's sampler for the sampling flags, None for the likeliest token."""
+def make_sampler(arguments: argparse.Namespace, vocab_size: int | None = None) -> Any:
+    """Return mlx-lm's sampler for the sampling flags, None for the likeliest token.
+
+    Raises:
+        OptionError: --top-k is not below the size of the vocabulary, if that is given.
+    """
     if arguments.temp == 0:
         return None
+    if vocab_size is not None and arguments.top_k >= vocab_size:
+        raise OptionError(
+            f"--top-k must be below the model's {vocab_size} tokens, got {arguments.top_k}."
+        )
     from mlx_lm import sample_utils
 
     return sample_utils.make_sampler(

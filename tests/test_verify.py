@@ -1,0 +1,202 @@
+"""`specstream verify`: identical answers pass, a broken engine fails, near-ties are told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_specstream import cli, step
+from mlx_specstream.config import DecodeConfig
+from mlx_specstream.errors import DataError
+from mlx_specstream.prompts import built_in_prompts, encode_prompt, read_prompts
+from mlx_specstream.verify import (
+    Replayed,
+    compare,
+    first_difference,
+    judge,
+    replay,
+    rounding_bound,
+)
+from tests import tiny
+from tests.scripted import save_random_streams, with_streams
+
+WORDS = ["--num-prompts", "3", "--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("with-streams") / "tiny")
+    return str(save_random_streams(folder, tiny_llama))
+
+
+def verified(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    assert cli.main(["verify", *words]) == status
+    return capsys.readouterr().out
+
+
+def accept_one_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the engine: the first draft of every step counts as right."""
+    original = step.accept
+
+    def credulous(tree: Any, seen: mx.array, drawn: mx.array) -> Any:
+        if tree.num_nodes > 1:
+            drawn = mx.concatenate([tree.tokens[1:2], drawn[1:]])
+        return original(tree, seen, drawn)
+
+    monkeypatch.setattr(step, "accept", credulous)
+
+
+def test_identical(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", folder, *WORDS, "--tree", "chain", "--tree", "6"]
+    out = verified(capsys, *words)
+    assert out.count("3 identical, 0 near-tie, 0 mismatch") == 2
+    record = json.loads(verified(capsys, *words, "--json"))
+    assert [run["config"]["tree"] for run in record["runs"]] == ["chain", "6"]
+    for run in record["runs"]:
+        assert (run["identical"], run["mismatch"]) == (3, 0)
+        for prompt in run["prompts"]:
+            assert prompt["divergence"] is None
+            assert prompt["plain"]["tokens"] == prompt["speculative"]["tokens"]
+            assert len(prompt["plain"]["tokens"]) == prompt["plain"]["figures"]["passes"]
+    assert record["dtype"] == "float32"
+
+
+def test_a_broken_engine_fails(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept_one_draft(monkeypatch)
+    words = ["--model", folder, *WORDS, "--tree", "chain"]
+    assert "a real mismatch" in verified(capsys, *words, status=1)
+    record = json.loads(verified(capsys, *words, "--json", status=1))
+    run = record["runs"][0]
+    assert run["mismatch"] > 0
+    for prompt in run["prompts"]:
+        divergence = prompt["divergence"]
+        if divergence is None:
+            continue
+        at = divergence["position"]
+        plain, ours = prompt["plain"]["tokens"], prompt["speculative"]["tokens"]
+        assert plain[:at] == ours[:at]
+        assert divergence["plain_token"] == plain[at] != ours[at]
+        assert divergence["speculative_token"] == ours[at]
+        assert divergence["distance"] >= divergence["gap"] > 0
+
+
+def test_the_gap_is_the_references(tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper) -> None:
+    model = with_streams(tiny_llama)
+    prompt = list(b"some prompt")
+    plain = replay(model, byte_tokenizer, prompt, 8, None)
+    assert plain.tokens == replay(model, byte_tokenizer, prompt, 8, DecodeConfig()).tokens
+    other = (plain.tokens[5] + 1) % 250
+    wrong = Replayed([*plain.tokens[:5], other], "", plain.stats, 0.0, 0.0)
+    found = compare(model, byte_tokenizer, prompt, plain, wrong).divergence
+    assert found is not None
+    logits = tiny_llama(mx.array([[*prompt, *plain.tokens[:5]]]))[0, -1]
+    first, second = sorted(logits.tolist())[:-3:-1]  # type: ignore[arg-type]
+    assert found.position == 5
+    assert found.gap == pytest.approx(first - second, abs=1e-4)
+    assert found.distance == pytest.approx(first - logits[other].item(), abs=1e-4)
+    assert found.plain_text == byte_tokenizer.decode([plain.tokens[5]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "near"),
+    [
+        (mx.float32, 5e-4, True),
+        (mx.float32, 2e-3, False),
+        (mx.float16, 0.05, True),
+        (mx.float16, 0.2, False),
+        (mx.bfloat16, 0.5, True),
+        (mx.bfloat16, 1.0, False),
+    ],
+)
+def test_near_ties_depend_on_the_dtype(dtype: mx.Dtype, gap: float, near: bool) -> None:
+    logits = mx.array([20.0, 20.0 - gap, 3.0, -1.0])
+    found = judge(logits, dtype, 0, 0, 1)
+    assert found.near_tie is near
+    # A token far below is a mismatch, whatever the two best do.
+    assert not judge(logits, dtype, 0, 0, 2).near_tie
+    # So is an answer that is over where the other goes on.
+    assert not judge(logits, dtype, 0, 0, -1).near_tie
+
+
+def test_bound_of_float32_is_fixed() -> None:
+    assert rounding_bound(mx.float32, 1000.0) == 1e-3
+    assert rounding_bound(mx.bfloat16, 0.0) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "place"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0), ([], [], None)],
+)
+def test_first_difference(first: list[int], second: list[int], place: int | None) -> None:
+    assert first_difference(first, second) == place
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def test_the_built_in_dozen() -> None:
+    titles = [prompt.title for prompt in built_in_prompts()]
+    assert len(titles) == len(set(titles)) == 12
+
+
+def test_prompt_files(tmp_path: Path, byte_tokenizer: TokenizerWrapper) -> None:
+    lines = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "c", "completion": "d"},
+        {"text": "e"},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    ids = [encode_prompt(byte_tokenizer, prompt) for prompt in read_prompts(data)]
+    chat = [[tiny.USER, ord(x), tiny.EOS, tiny.ASSISTANT] for x in "ac"]
+    assert ids == [*chat, [ord("e")]]
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("one\n\n{not json\nthree\n")
+    assert [prompt.title for prompt in read_prompts(plain, 2)] == ["one", "{not json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b"{", "line 1 is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n[]', "line 2 holds no prompt"),
+        ("a.jsonl", b'{"messages": []}', "line 1 holds no prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}', "line 1 holds no prompt"),
+        ("a.jsonl", b'{"prompt": " "}', "line 1 holds no prompt"),
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("", b"", "cannot be read"),
+    ],
+)
+def test_bad_prompt_files(name: str, content: bytes, sentence: str, tmp_path: Path) -> None:
+    if name:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--streams", "none"], "has no streams"),
+        (["--prompts", "missing.jsonl"], "cannot be read"),
+        (["--tree", "4", "--tree", "?"], "cannot read the tree"),
+    ],
+)
+def test_bad_options(
+    words: list[str], sentence: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", "--model", folder, *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
