@@ -11,6 +11,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_specstream.demo import resolve_demo
+from mlx_specstream.errors import SpecStreamError
 from tests import tiny
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -46,3 +48,12 @@ def byte_tokenizer() -> TokenizerWrapper:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny llama and the byte tokenizer that `mlx_lm.load` reads."""
     return tiny.save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo model's folder; its tests are marked `demo` and skipped where the model cannot be had."""
+    try:
+        return resolve_demo()
+    except SpecStreamError as error:
+        pytest.skip(f"the demo model cannot be had here: {error}")

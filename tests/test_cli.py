@@ -1,0 +1,154 @@
+"""The command line's first word, its exit statuses, and what it never does: import much, or show a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from mlx_specstream import __version__, cli
+from mlx_specstream.errors import ModelError
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], int]], None]:
+    """Puts a verb `try` in the table whose main is a function of the test."""
+
+    def install(main: Callable[[list[str]], int]) -> None:
+        module = ModuleType("tried")
+        module.main = main  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "tried", module)
+        monkeypatch.setitem(cli.VERBS, "try", cli.Verb("tried", "a verb of the tests"))
+
+    return install
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_is_there(name: str) -> None:
+    module = importlib.import_module(cli.VERBS[name].module)
+    parser = module.build_parser()
+    assert isinstance(parser, argparse.ArgumentParser)
+    assert parser.prog == f"specstream {name}"
+    assert callable(module.main)
+    assert parser.format_help()
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"specstream {name}" in capsys.readouterr().out
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in cli.VERBS.items():
+        assert any(line.split() == [name, *row.summary.split()] for line in lines)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"specstream {__version__}\n"
+
+
+def test_no_verb_and_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "verbs:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["explode"])
+    assert caught.value.code == 2
+    assert "'explode'" in capsys.readouterr().err
+
+
+def test_the_rest_is_the_verbs(verb) -> None:
+    seen: list[list[str]] = []
+
+    def main(argv: list[str]) -> int:
+        seen.append(argv)
+        return 1
+
+    verb(main)
+    assert cli.main(["try", "--help", "-x", "--version"]) == 1
+    assert seen == [["--help", "-x", "--version"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (
+            ModelError("No model\nat /x; name another."),
+            2,
+            "specstream: No model at /x; name another.\n",
+        ),
+        (KeyboardInterrupt(), 130, "specstream: interrupted.\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/x/y"),
+            2,
+            "specstream: /x/y: No such file or directory.\n",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    verb, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, said: str
+) -> None:
+    def main(argv: list[str]) -> int:
+        raise error
+
+    verb(main)
+    assert cli.main(["try"]) == status
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_is_not_hidden(verb) -> None:
+    def main(argv: list[str]) -> int:
+        raise ZeroDivisionError
+
+    verb(main)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["try"])
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom mlx_specstream import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'mlx', 'mlx_lm', 'numpy', 'transformers', 'torch', 'rich', 'tqdm', 'tokenizers'}\n"
+        "sys.exit(repr(heavy & {name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = python(code, capture_output=True)
+    assert done.stderr.strip() == "set()"
+
+
+def test_a_reader_that_goes_away() -> None:
+    """`specstream ... | head -1`: quiet, with the status shells give a broken pipe."""
+    code = (
+        "import sys, types\nfrom mlx_specstream import cli\n"
+        "tried = types.ModuleType('tried')\n"
+        "tried.main = lambda argv: print('x' * 10**6) or 0\n"
+        "sys.modules['tried'] = tried\n"
+        "cli.VERBS['try'] = cli.Verb('tried', '')\n"
+        "sys.exit(cli.main(['try']))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = python(code, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == cli.EXIT_BROKEN_PIPE
+    assert done.stderr == ""
