@@ -1,0 +1,143 @@
+"""`specstream chat`: options, and which screen and which input fit where it was started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_specstream.decode_options import add_decode_options, add_model_options, streams_option
+from mlx_specstream.errors import OutputError
+from mlx_specstream.generate_cli import add_sampling_options
+
+from ..conversation import Conversation
+from ..saving import load_conversation
+from .interrupt import without_echo
+from .places import history_file, newest_conversation
+from .settings import DEFAULT_MAX_TOKENS, Settings
+
+if TYPE_CHECKING:
+    from .view import View
+
+_NEWEST = ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `specstream chat`."""
+    parser = argparse.ArgumentParser(
+        prog="specstream chat",
+        description=(
+            "Chat with a model in the terminal, in fewer passes of the model. Reads lines from a "
+            "pipe as well: echo hi | specstream chat"
+        ),
+    )
+    add_model_options(parser)
+    parser.add_argument("--system-prompt", help="system prompt for the chat template")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="most tokens of an answer, -1 for no limit (default: %(default)s)",
+    )
+    add_sampling_options(parser)
+    add_decode_options(parser)
+    parser.add_argument(
+        "--no-speculation", action="store_true", help="decode plainly, one token per pass"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=_NEWEST,
+        metavar="FILE",
+        help="go on with the last conversation, or with the one in FILE",
+    )
+    parser.add_argument(
+        "--no-save",
+        action="store_true",
+        help="write neither the conversation nor the typed lines to disk",
+    )
+    parser.add_argument(
+        "--draft", action="store_true", help="show the drafts of every answer (as /draft on)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Load the model and chat."""
+    arguments = build_parser().parse_args(argv)
+    settings = Settings.from_arguments(arguments)
+    interactive = _can_edit_lines()
+    own, conversation = _resumed(arguments)
+    if arguments.system_prompt is not None:
+        conversation.system = arguments.system_prompt or None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if interactive:
+        print(f"loading {arguments.model} ...", flush=True)
+
+    from rich.console import Console
+
+    from mlx_specstream import load
+
+    from .app import completer, run
+    from .chat import Chat, short_name
+    from .keeper import Keeper
+    from .reader import EditorReader, LineReader, Reader
+    from .session import ChatSession
+    from .status import fitted
+    from .view import PlainView, TerminalView
+
+    with without_echo():
+        model, tokenizer = load(
+            arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
+        )
+    chat = Chat(
+        ChatSession(model, tokenizer, settings, conversation),
+        TerminalView(Console()) if interactive else PlainView(),
+        Keeper(short_name(model.name), automatic=interactive and not arguments.no_save, own=own),
+        interactive=interactive,
+        live_drafts=arguments.draft,
+    )
+    reader: Reader
+    if not interactive:
+        reader = LineReader(prompts=sys.stderr if sys.stdin.isatty() else None)
+        return run(chat, reader)
+    reader = EditorReader(
+        None if arguments.no_save else _history(chat.view),
+        completer(chat),
+        lambda width: fitted([*chat.status(chat.session.reply), "/help"], width),
+    )
+    chat.view.note(f"{chat.described()} · /help")
+    if conversation.exchanges:
+        chat.show_exchange(len(conversation.exchanges))
+    status = run(chat, reader)
+    if chat.keeper.own is not None and chat.session.conversation.exchanges:
+        chat.view.note("(saved; specstream chat --resume goes on with it)")
+    return status
+
+
+def _resumed(arguments: argparse.Namespace) -> tuple[Path | None, Conversation]:
+    """Return the file to go on with and its conversation, an empty one without --resume."""
+    if arguments.resume is None:
+        return None, Conversation()
+    path = newest_conversation() if arguments.resume == _NEWEST else Path(arguments.resume)
+    path = path.expanduser()
+    return path, load_conversation(path)
+
+
+def _can_edit_lines() -> bool:
+    """Tell whether a person sits at a terminal that can move its cursor."""
+    dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+    return sys.stdin.isatty() and sys.stdout.isatty() and not dumb
+
+
+def _history(view: View) -> Path | None:
+    """Return the file of typed lines; None, with a remark, where there can be none."""
+    try:
+        return history_file()
+    except OutputError as error:
+        view.note(f"(typed lines are not kept: {error})")
+        return None

@@ -1,0 +1,187 @@
+"""A chat with a model: asks, keeps conversation and KV cache in step, and remembers the last answer.
+
+Whatever happens to an answer (the end, Ctrl-C, an error), the cache holds a beginning of the
+prompt and the tokens that were given out. An answer that was stopped before its first word
+leaves the conversation as if nothing had been asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_specstream import GenerationResponse, StreamModel, stream_generate
+from mlx_specstream.prompts import Prompt, encode_prompt
+from mlx_specstream.result import DraftRecord
+
+from ..conversation import Conversation, Message
+from ..prefix import PrefixCache
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+PREFILL_STEP = 512  # prompt tokens between two looks at Ctrl-C
+
+
+class StoppedError(Exception):
+    """Ctrl-C while the prompt was being read."""
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """One pass: the tokens it gave out and who proposed each, and the tree it verified if any."""
+
+    tokens: list[int]
+    origins: list[int]
+    draft: DraftRecord | None
+
+
+@dataclass
+class Reply:
+    """An answer as it grows, with what it took to make it.
+
+    prompt: all token ids that asked for it. prefilled: how many of them were computed; the cache
+    held the others.
+    """
+
+    prompt: list[int]
+    prefilled: int
+    forgot: int = 0
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    steps: list[DraftStep] = field(default_factory=list)
+    last: GenerationResponse | None = None
+    stopped: bool = False
+
+    def add(self, response: GenerationResponse) -> None:
+        """Take in the next token; a step's tokens are counted from stream 1, main comes last."""
+        self.text += response.text
+        self.tokens.append(response.token)
+        if self.last is None or response.stats.passes != self.last.stats.passes:
+            self.steps.append(DraftStep([], [], response.draft))
+        self.steps[-1].tokens.append(response.token)
+        self.steps[-1].origins.append(response.origin)
+        self.last = response
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class ChatSession:
+    """One conversation with one model.
+
+    current: the answer that is growing, or the last one that was begun. reply: the last one that
+    is part of the conversation. Both are None before the first.
+    """
+
+    model: StreamModel
+    tokenizer: TokenizerWrapper
+    settings: Settings = field(default_factory=Settings)
+    conversation: Conversation = field(default_factory=Conversation)
+    current: Reply | None = None
+    reply: Reply | None = None
+    prefix: PrefixCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefix = PrefixCache.empty(self.model.backbone.num_layers)
+        self.use(self.settings)
+
+    def use(self, settings: Settings) -> None:
+        """Change the settings; a new seed starts its random numbers over."""
+        self.settings = settings
+        if settings.seed is not None:
+            mx.random.seed(settings.seed)
+
+    @property
+    def mode(self) -> str:
+        """Return lossless, shared or plain."""
+        if self.model.streams is None or self.settings.mode == "plain":
+            return "plain"
+        return self.model.streams.config.mode
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of messages in the model's chat template."""
+        return encode_prompt(self.tokenizer, Prompt(tuple(messages)))
+
+    def answer(
+        self,
+        conversation: Conversation,
+        stopped: Callable[[], bool] = _never,
+        on_prompt: Callable[[int, int], None] | None = None,
+    ) -> Iterator[GenerationResponse]:
+        """Yield the answer to `conversation`'s waiting question, which then becomes the session's.
+
+        Args:
+            stopped: asked after every token, and between parts of the prompt.
+            on_prompt: told how many of the prompt's tokens that must be computed are done.
+
+        Raises:
+            SpecStreamError: it cannot be answered; the session stays as it was.
+        """
+        settings = self.settings
+        forgotten = conversation.forgotten
+        ids = conversation.prompt(self.encode, self.model.context_length, settings.max_tokens)
+        rest = self.prefix.reuse(ids)
+        reply = Reply(ids, len(rest), max(0, conversation.forgotten - forgotten))
+        self.current = reply
+
+        def progress(done: int, total: int) -> None:
+            if done < total and stopped():
+                raise StoppedError
+            if on_prompt is not None:
+                on_prompt(done, total)
+
+        finished = False
+        try:
+            stream = stream_generate(
+                self.model,
+                self.tokenizer,
+                rest,
+                max_tokens=self._budget(len(ids)),
+                sampler=settings.sampler(self.model.backbone.vocab_size),
+                prompt_cache=self.prefix.kv,
+                prefill_step_size=PREFILL_STEP,
+                prompt_progress_callback=progress,
+                config=settings.decode,
+                speculative=settings.mode == "speculative",
+                keep_drafts=True,
+            )
+            try:
+                for response in stream:
+                    reply.add(response)
+                    yield response
+                    if response.finish_reason is None and stopped():
+                        reply.stopped = True
+                        break
+            finally:
+                stream.close()  # type: ignore[attr-defined]
+            finished = True
+        except StoppedError:
+            finished = reply.stopped = True
+        except GeneratorExit:
+            finished = reply.stopped = True
+            raise
+        finally:
+            if finished:
+                self.prefix.settle(ids + reply.tokens)
+            else:  # an error from anywhere: trust no row
+                self.prefix.reset()
+            if reply.text or (finished and not reply.stopped):
+                conversation.answer(reply.text, stopped=reply.stopped or not finished)
+                self.conversation, self.reply = conversation, reply
+
+    def _budget(self, prompt_tokens: int) -> int:
+        """Return how many tokens the answer may have, within the context."""
+        limit, wanted = self.model.context_length, self.settings.max_tokens
+        if limit is None:
+            return wanted
+        left = limit - prompt_tokens
+        return left if wanted == -1 else min(wanted, left)

@@ -1,0 +1,179 @@
+"""What `/set` and the command line choose: how tokens are drawn, drafted and counted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mlx_specstream import DecodeConfig, PruneSpec, TreeSpec
+from mlx_specstream.decode_options import decode_config, parse_prune
+from mlx_specstream.errors import OptionError
+from mlx_specstream.generate_cli import check_sampling, make_sampler
+from mlx_specstream.sampling import Sampler
+
+DEFAULT_MAX_TOKENS = 1024
+
+DecodeMode = Literal["speculative", "plain"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that may be changed between two answers.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens_to_keep: int = 1
+    seed: int | None = None
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    mode: DecodeMode = "speculative"
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        check_sampling(self._as_arguments())
+        if self.max_tokens == 0 or self.max_tokens < -1:
+            raise OptionError(
+                f"max-tokens must be at least 1, or -1 for no limit, got {self.max_tokens}."
+            )
+        if self.mode not in ("speculative", "plain"):
+            raise OptionError(f"mode must be speculative or plain, got {self.mode!r}.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed must be a whole number of at least 0, got {self.seed}.")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
+        """Return the settings that the command line's options describe."""
+        check_sampling(arguments)
+        return cls(
+            temp=arguments.temp,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            min_p=arguments.min_p,
+            min_tokens_to_keep=arguments.min_tokens_to_keep,
+            seed=arguments.seed,
+            max_tokens=arguments.max_tokens,
+            mode="plain" if arguments.no_speculation else "speculative",
+            decode=decode_config(arguments),
+        )
+
+    def sampler(self, vocab_size: int) -> Sampler | None:
+        """Return what draws tokens; None takes the likeliest.
+
+        Raises:
+            OptionError: top-k does not fit the vocabulary.
+        """
+        sampler: Sampler | None = make_sampler(self._as_arguments(), vocab_size)
+        return sampler
+
+    def changed(self, name: str, text: str) -> Settings:
+        """Return the settings with one changed, as `/set name text` does it.
+
+        Raises:
+            OptionError: there is no such setting, or the text is no value of it.
+        """
+        key = canonical(name)
+        setting = SETTINGS[key]
+        try:
+            return setting.change(self, text.strip().lower())
+        except OptionError:
+            raise
+        except ValueError:
+            raise OptionError(f"{key} must be {setting.wanted}, got {text!r}.") from None
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return name, value and meaning of every setting."""
+        return [(name, s.show(self), s.wanted) for name, s in SETTINGS.items()]
+
+    def _as_arguments(self) -> argparse.Namespace:
+        return argparse.Namespace(
+            temp=self.temp,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            min_tokens_to_keep=self.min_tokens_to_keep,
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One word of `/set`: what it takes, how it changes the settings, how it is shown."""
+
+    wanted: str
+    change: Callable[[Settings, str], Settings]
+    show: Callable[[Settings], str]
+    values: tuple[str, ...] = ()
+
+
+def _plain(name: str, read: Callable[[str], Any], wanted: str, *values: str) -> Setting:
+    """Return the setting of a field of `Settings`."""
+
+    def show(settings: Settings) -> str:
+        value = getattr(settings, name)
+        return "none" if value is None else str(value)
+
+    return Setting(wanted, lambda s, text: replace(s, **{name: read(text)}), show, values)
+
+
+def _decode(name: str, read: Callable[[str], Any], wanted: str, *values: str) -> Setting:
+    """Return the setting of a field of `DecodeConfig`."""
+
+    def show(settings: Settings) -> str:
+        value = getattr(settings.decode, name)
+        if isinstance(value, PruneSpec):
+            return f"{value.keep}:{value.threshold}" if value.threshold else str(value.keep)
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return "none" if value is None else str(value)
+
+    def change(settings: Settings, text: str) -> Settings:
+        return replace(settings, decode=replace(settings.decode, **{name: read(text)}))
+
+    return Setting(wanted, change, show, values)
+
+
+def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text in ("none", "off") else read(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError
+    return text == "on"
+
+
+SETTINGS: dict[str, Setting] = {
+    "temperature": _plain("temp", float, "a number, 0 for the likeliest token", "0", "0.7", "1"),
+    "top-p": _plain("top_p", float, "a probability, 1 for off", "1", "0.9"),
+    "top-k": _plain("top_k", int, "a whole number, 0 for off", "0", "40"),
+    "min-p": _plain("min_p", float, "a probability, 0 for off", "0", "0.05"),
+    "seed": _plain("seed", _optional(int), "a whole number, or none", "none", "0"),
+    "max-tokens": _plain("max_tokens", int, "a whole number, -1 for no limit", "256", "-1"),
+    "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
+    "tree": _decode(
+        "tree", TreeSpec.parse, "chain, chain3, 16 (rows) or 3^4", "chain", "8", "16", "32"
+    ),
+    "prune": _decode("prune", _optional(parse_prune), "8, 8:0.02 or none", "none", "8"),
+    "schedule": _decode("schedule", str, "auto, inline or deferred", "auto", "inline", "deferred"),
+    "conditioning": _decode("use_conditioner", _switch, "on or off", "on", "off"),
+}
+"""Every setting by name, in the order they are shown."""
+
+
+def canonical(name: str) -> str:
+    """Return a setting's name for one of its spellings.
+
+    Raises:
+        OptionError: there is no such setting.
+    """
+    key = name.lower().replace("_", "-")
+    key = {"temp": "temperature"}.get(key, key)
+    if key not in SETTINGS:
+        raise OptionError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}.")
+    return key

@@ -1,0 +1,239 @@
+"""Where answers and remarks go: a live terminal, or plain text for pipes and dumb terminals."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol, TextIO
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from .drafts import DraftView
+from .markdown import AnswerMarkdown, BlockSplitter
+from .region import LiveRegion, render
+from .session import Reply
+from .status import fitted, prompt_status
+from .text import printable
+
+Status = Callable[[Reply], list[str]]
+FRAME_S = 0.05  # at most twenty drawings a second
+
+
+class AnswerView(Protocol):
+    """Shows one answer as it grows."""
+
+    def prompt(self, done: int, total: int) -> None:
+        """Show how much of the prompt is read."""
+
+    def feed(self, reply: Reply) -> None:
+        """Show the answer with its newest token."""
+
+    def finish(self) -> None:
+        """Leave the answer as it is now on the screen."""
+
+
+class View(Protocol):
+    """Shows what a chat has to say."""
+
+    console: Console
+
+    def note(self, text: str) -> None:
+        """Remark something."""
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+
+    def show(self, what: RenderableType) -> None:
+        """Show what a command found out."""
+
+    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+        """Begin to show an answer, as steps if `drafts` is given."""
+
+
+class TerminalView:
+    """Markdown, colours and a status line, on a terminal that can move its cursor."""
+
+    def __init__(self, console: Console, file: TextIO | None = None) -> None:
+        self.console = console
+        self.file = file or sys.stdout
+
+    def note(self, text: str) -> None:
+        self.show(Text(printable(text), style="dim"))
+
+    def error(self, text: str) -> None:
+        self.show(Text(printable(text), style="red"))
+
+    def show(self, what: RenderableType) -> None:
+        lines = render(self.console, what, self.console.width - 1)
+        self.file.write("".join(f"{line}\n" for line in lines))
+        self.file.flush()
+
+    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+        region = LiveRegion(self.console, self.file)
+        if drafts is None:
+            return MarkdownAnswer(region, status)
+        return DraftAnswer(region, status, drafts, num_streams)
+
+
+class _LiveAnswer:
+    """What answers on a terminal share: a region with a status line at its end."""
+
+    def __init__(self, region: LiveRegion, status: Status) -> None:
+        self.region = region
+        self.console = region.console
+        self.status = status
+        self.drawn_at = float("-inf")
+
+    @property
+    def width(self) -> int:
+        return max(8, self.console.width - 1)
+
+    def prompt(self, done: int, total: int) -> None:
+        self.region.update((), self.status_lines(prompt_status(done, total)))
+
+    def status_lines(self, parts: list[str]) -> list[str]:
+        """Return the status line below an empty one."""
+        line = Text(fitted(parts, self.width), style="dim")
+        return ["", *render(self.console, line, self.width)]
+
+    def due(self, reply: Reply) -> bool:
+        """Tell whether to draw now: with every pass, but not too often."""
+        last = reply.last
+        assert last is not None
+        now = time.monotonic()
+        if last.finish_reason is None and (last.origin or now - self.drawn_at < FRAME_S):
+            return False
+        self.drawn_at = now
+        return True
+
+
+class MarkdownAnswer(_LiveAnswer):
+    """Renders Markdown block by block; lines that no longer change go to the scrollback.
+
+    A block taller than the screen is let go line by line from its top.
+    """
+
+    def __init__(self, region: LiveRegion, status: Status) -> None:
+        super().__init__(region, status)
+        self.splitter = BlockSplitter()
+        self.fed = 0
+        self.blocks = 0
+        self.let_go = 0  # lines of the growing block that are final
+        self.final: list[str] = []
+
+    def feed(self, reply: Reply) -> None:
+        text, self.fed = reply.text[self.fed :], len(reply.text)
+        for block in self.splitter.feed(printable(text)):
+            self.final += self._lines(block)[self.let_go :]
+            self.let_go = 0
+            self.blocks += 1
+        if not self.due(reply):
+            return
+        lines = self._lines(self.splitter.rest)
+        room = max(1, self.console.height - 4)
+        enough = max(self.let_go, len(lines) - room)
+        self.final += lines[self.let_go : enough]
+        self.let_go = enough
+        self.region.update(self.final, [*lines[enough:], *self.status_lines(self.status(reply))])
+        self.final = []
+
+    def finish(self) -> None:
+        self.final += self._lines(self.splitter.rest)[self.let_go :]
+        self.region.close([*self.final, ""])
+
+    def _lines(self, block: str) -> list[str]:
+        """Return a block rendered, below an empty line unless it is the first."""
+        lines = render(self.console, AnswerMarkdown(block), self.width)
+        while lines and not lines[-1]:
+            lines.pop()
+        return ["", *lines] if lines and self.blocks else lines
+
+
+class DraftAnswer(_LiveAnswer):
+    """Draws every step when it is complete."""
+
+    def __init__(
+        self, region: LiveRegion, status: Status, drafts: DraftView, num_streams: int
+    ) -> None:
+        super().__init__(region, status)
+        self.drafts = drafts
+        self.final = render(self.console, drafts.legend(num_streams), self.width)
+        self.reply: Reply | None = None
+        self.steps = 0
+
+    def feed(self, reply: Reply) -> None:
+        self.reply = reply
+        assert reply.last is not None
+        self._draw(len(reply.steps) - bool(reply.last.origin))
+        if self.due(reply):
+            self.region.update(self.final, self.status_lines(self.status(reply)))
+            self.final = []
+
+    def finish(self) -> None:
+        if self.reply is not None:
+            self._draw(len(self.reply.steps))
+        self.region.close([*self.final, ""])
+
+    def _draw(self, count: int) -> None:
+        """Draw the steps up to the `count`-th."""
+        assert self.reply is not None
+        for step in self.reply.steps[self.steps : count]:
+            self.final += render(self.console, self.drafts.step(step), self.width)
+        self.steps = max(self.steps, count)
+
+
+class PlainView:
+    """Text alone, in the order it comes: answers to standard output, remarks to standard error."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.err = err or sys.stderr
+        self.console = Console(file=self.out, color_system=None, force_terminal=False, width=80)
+
+    def note(self, text: str) -> None:
+        print(printable(text), file=self.err, flush=True)
+
+    def error(self, text: str) -> None:
+        print(f"specstream: {printable(text)}", file=self.err, flush=True)
+
+    def show(self, what: RenderableType) -> None:
+        for line in render(self.console, what, self.console.width):
+            print(line, file=self.out)
+        self.out.flush()
+
+    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+        del status
+        return PlainAnswer(self, drafts, num_streams)
+
+
+class PlainAnswer:
+    """Writes text as it comes, or the steps that it came in."""
+
+    def __init__(self, view: PlainView, drafts: DraftView | None, num_streams: int) -> None:
+        self.view = view
+        self.drafts = drafts
+        self.num_streams = num_streams
+        self.reply: Reply | None = None
+        self.fed = 0
+
+    def prompt(self, done: int, total: int) -> None:
+        del done, total
+
+    def feed(self, reply: Reply) -> None:
+        self.reply = reply
+        if self.drafts is None:
+            self.view.out.write(printable(reply.text[self.fed :]))
+            self.view.out.flush()
+        self.fed = len(reply.text)
+
+    def finish(self) -> None:
+        if self.reply is None:
+            return
+        if self.drafts is None:
+            print(file=self.view.out, flush=True)
+            return
+        self.view.show(self.drafts.legend(self.num_streams))
+        for step in self.reply.steps:
+            self.view.show(self.drafts.step(step))

@@ -1,0 +1,67 @@
+"""A KV cache that knows which tokens its rows are, so that only what changed is computed.
+
+    cached   the sky is | blue because ...
+    wanted   the sky is | green? No, ...
+             └ reused ┘ └ rewound; the rest is for the caller to compute
+
+Tokens decide, never text: a chat template may rewrite earlier turns, and text cut into tokens
+again need not give the tokens that were generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlx_specstream import KVCache
+
+
+@dataclass
+class PrefixCache:
+    """A KV cache with the token of every row; `tokens` has `kv.length` entries."""
+
+    kv: KVCache
+    tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, num_layers: int) -> PrefixCache:
+        """Return a cache without rows."""
+        return cls(KVCache(num_layers))
+
+    def reuse(self, ids: Sequence[int]) -> list[int]:
+        """Rewind to what `ids` shares with the cache and return the rest of `ids`, never nothing.
+
+        The last token is always left to the caller: decoding starts from it.
+        """
+        shared = min(common_prefix(self.tokens, ids), len(ids) - 1)
+        self.kv.rewind(shared)
+        del self.tokens[shared:]
+        return list(ids[shared:])
+
+    def settle(self, ids: Sequence[int]) -> None:
+        """Note that the rows now hold the beginning of `ids`, as far as they go."""
+        assert self.kv.length <= len(ids)
+        self.tokens = list(ids[: self.kv.length])
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self.kv = KVCache(len(self.kv.layers))
+        self.tokens = []
+
+    def fork(self, length: int) -> KVCache:
+        """Return a copy of the first `length` rows, to decode in without touching this cache."""
+        assert length <= self.kv.length
+        copy = KVCache(len(self.kv.layers))
+        if length:
+            for layer, fresh in zip(self.kv.layers, copy.layers, strict=True):
+                fresh.write(0, *layer.read(length))
+            copy.advance(length)
+        return copy
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences share from their beginning."""
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(second))
