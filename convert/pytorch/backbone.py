@@ -120,7 +120,9 @@ class Backbone:
         config = model.config
         if config.model_type not in SUPPORTED_FAMILIES:
             known = ", ".join(SUPPORTED_FAMILIES)
-            raise ModelError(f"model_type {config.model_type!r} is not supported here; expected one of {known}.")
+            raise ModelError(
+                f"model_type {config.model_type!r} is not supported here; expected one of {known}."
+            )
         self.model, self.config = model, config
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size

@@ -38,7 +38,9 @@ class VocabularySampler:
     ) -> None:
         counts = Counter(token for text in texts for token in text)
         self.vocab_size, self.num_random = vocab_size, num_random
-        self.frequent = torch.tensor([token for token, _ in counts.most_common(num_frequent)], dtype=torch.long)
+        self.frequent = torch.tensor(
+            [token for token, _ in counts.most_common(num_frequent)], dtype=torch.long
+        )
 
     def draw(self, targets: Tensor, seed: int) -> Vocabulary:
         """Return targets ∪ frequent ∪ random others; the whole vocabulary if that is not larger."""

@@ -73,7 +73,8 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).to(x.dtype) * weight
@@ -83,7 +84,7 @@ class RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         scaled = grad * weight
         share = (
-            (scaled * x).sum(-1, keepdim=True, dtype=torch.float32) * inverse.pow(3) / x.shape[-1]
+            (scaled * x).sum(-1, keepdim=True, dtype=inverse.dtype) * inverse.pow(3) / x.shape[-1]
         )
         return torch.addcmul(scaled * inverse, x, share, value=-1).to(x.dtype), None, None
 

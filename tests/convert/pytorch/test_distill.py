@@ -64,13 +64,19 @@ def test_every_family(make_backbone, family):
 
 def test_states_are_those_of_a_forward_pass(make_backbone, tmp_path):
     backbone = make_backbone()
-    shape = StateShape(2, backbone.num_kv_heads, backbone.head_dim, backbone.hidden_size, "bfloat16")
+    shape = StateShape(
+        2, backbone.num_kv_heads, backbone.head_dim, backbone.hidden_size, "bfloat16"
+    )
     writer = StateWriter(tmp_path / "states", shape)
     kept = {}
-    for p in answer(backbone, prompts(5), batch_size=3, max_new_tokens=6, eos={EOS}, num_msa_layers=2):
+    for p in answer(
+        backbone, prompts(5), batch_size=3, max_new_tokens=6, eos={EOS}, num_msa_layers=2
+    ):
         expected = compute_states(backbone, p.ids, p.answer, 2)
         for name in ("keys", "values", "hidden"):
-            torch.testing.assert_close(getattr(p.states, name), getattr(expected, name), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                getattr(p.states, name), getattr(expected, name), atol=1e-4, rtol=1e-4
+            )
         kept[p.source, p.index] = p.states
         for name in ("keys", "values", "hidden"):
             setattr(p.states, name, getattr(p.states, name).bfloat16())

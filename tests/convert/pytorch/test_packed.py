@@ -94,7 +94,9 @@ def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
         for i, (p, a) in enumerate(TEXTS)
     ]
     sampler = VocabularySampler(backbone.vocab_size, [], num_frequent=0, num_random=1000)
-    common = Common(backbone, adapters, sampler, lambda e: compute_states(backbone, e.prompt, e.answer, 2))
+    common = Common(
+        backbone, adapters, sampler, lambda e: compute_states(backbone, e.prompt, e.answer, 2)
+    )
     objective = LosslessObjective(common)
     optimizer, losses = torch.optim.Adam(adapters.parameters(), lr=0.02), []
     for step in range(60):
@@ -102,7 +104,7 @@ def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
         total, figures = objective.loss(batch, step)
         total.backward()
         optimizer.step()
-        losses.append(float(total))
+        losses.append(float(total.detach()))
     assert losses[-1] < 0.2 * losses[0]
     assert len(figures["conditioned_loss"]) == 3
     assert objective.evaluate(batch)["conditioned_chain"] > 2
@@ -114,11 +116,6 @@ def test_hand_written_derivatives():
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(GatedSiLU.apply, (x,))
 
-    def norm(y):
-        return RMSNorm.apply(y, weight, 1e-5)
-
-    y, z = norm(x), weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5)
-    torch.testing.assert_close(y, z, atol=1e-6, rtol=1e-6)
-    (first,) = torch.autograd.grad(y.sin().sum(), x)
-    (second,) = torch.autograd.grad(z.sin().sum(), x)
-    torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+    assert torch.autograd.gradcheck(lambda y: RMSNorm.apply(y, weight, 1e-5), (x,))
+    expected = weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(RMSNorm.apply(x, weight, 1e-5), expected)

@@ -22,10 +22,43 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SMALL = [
-    *("--num-streams", "3", "--num-msa-layers", "2", "--lora-rank", "4", "--lora-alpha", "8", "--lr", "1e-2"),
-    *("--conditioner-rank", "4", "--conditioner-hidden", "8", "--positions", "24", "--num-frequent", "16"),
-    *("--num-random", "24", "--held-out", "4", "--warmup", "2", "--dtype", "float32", "--save-dtype", "float32"),
+    "--num-streams",
+    "3",
+    "--num-msa-layers",
+    "2",
+    "--lora-rank",
+    "4",
+    "--lora-alpha",
+    "8",
+    "--lr",
+    "1e-2",
+    "--conditioner-rank",
+    "4",
+    "--conditioner-hidden",
+    "8",
+    "--positions",
+    "24",
+    "--num-frequent",
+    "16",
+    "--num-random",
+    "24",
+    "--held-out",
+    "4",
+    "--warmup",
+    "2",
+    "--dtype",
+    "float32",
+    "--save-dtype",
+    "float32",
 ]
+
+
+def paths(work: Path, data: str, output: str) -> list[str]:
+    return f"--model {work / 'model'} --data {work / data} --output {work / output}".split()
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +74,22 @@ def work(tmp_path_factory) -> Path:
     words = {word: i for word, i in words.items() if word[0] == "<" or i > 3}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>"
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path / "model")
     tiny_backbone().model.save_pretrained(path / "model")
     lines = [json.dumps({"prompt": f"w{i} w{i * 7 % 90 + 4}"}) for i in range(4, 34)]
     (path / "prompts.jsonl").write_text("\n".join(lines))
-    arguments = ["--model", str(path / "model"), "--data", str(path / "prompts.jsonl"), "--dtype", "float32"]
-    options = ["--output", str(path / "own.jsonl"), "--max-tokens", "12", "--batch-size", "8"]
-    assert distill.main([*arguments, *options]) == 0
+    options = ["--max-tokens", "12", "--batch-size", "8", "--dtype", "float32"]
+    assert distill.main([*paths(path, "prompts.jsonl", "own.jsonl"), *options]) == 0
     return path
 
 
 def run(work: Path, output: str, *options: str) -> list[dict]:
-    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / output)]
-    assert train.main([*paths, *SMALL, *options]) == 0
-    return [json.loads(line) for line in (work / output / "train_log.jsonl").read_text().splitlines()]
+    assert train.main([*paths(work, "own.jsonl", output), *SMALL, *options]) == 0
+    return read_lines(work / output / "train_log.jsonl")
 
 
 def test_a_run_its_exact_resume_and_what_follows(work):
@@ -97,17 +130,26 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     pruned = load_checkpoint(work / "pruner", backbone)
     assert torch.equal(pruned.stream_embeddings, whole.stream_embeddings)
     assert pruned.pruner.lora_B.weight.abs().max() > 0
-    figures = work / "figures.json"
-    arguments = ["--model", str(work / "model"), "--checkpoint", str(work / "whole"), "--data", str(work / "own.jsonl")]
-    assert evaluate.main([*arguments, "--rows", "4", "16", "--dtype", "float32", "--output", str(figures)]) == 0
-    found = json.loads(figures.read_text())
+    options = f"--checkpoint {work / 'whole'} --rows 4 16 --dtype float32".split()
+    assert evaluate.main([*paths(work, "own.jsonl", "figures.json"), *options]) == 0
+    found = json.loads((work / "figures.json").read_text())
     for kind in ("marginal", "conditioned"):
         chain, wide = found[f"{kind} chain"], found[f"{kind} 16 rows"]
         assert 1 <= chain["all_positions"] <= wide["all_positions"] <= 4
 
 
 def test_shared_mode_trains_main_too(work):
-    log = run(work, "shared", "--mode", "shared", "--steps", "4", "--conditioner-rank", "0", "--eval-fraction", "1")
+    options = [
+        "--mode",
+        "shared",
+        "--steps",
+        "4",
+        "--conditioner-rank",
+        "0",
+        "--eval-fraction",
+        "1",
+    ]
+    log = run(work, "shared", *options)
     assert "main_loss" in log[0]
     assert 0 <= log[-1]["held_out"]["main_top1"] <= 1
     adapters = load_checkpoint(work / "shared", Backbone.load(work / "model"))
@@ -123,18 +165,17 @@ def test_a_time_budget_ends_the_run(work):
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_one(work):
     alone = run(work, "alone", "--steps", "3")
-    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / "pair")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launcher, "mlx_specstream.convert.pytorch.train", *paths, *SMALL, "--steps", "3"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    options = [*paths(work, "own.jsonl", "pair"), *SMALL, "--steps", "3"]
+    command = [sys.executable, *launcher, "mlx_specstream.convert.pytorch.train", *options]
     root = Path(train.__file__).resolve().parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
-    pair = [json.loads(line) for line in (work / "pair" / "train_log.jsonl").read_text().splitlines()]
+    pair = read_lines(work / "pair" / "train_log.jsonl")
     for one, two in zip(alone[:3], pair[:3], strict=True):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
 def test_a_pruner_needs_streams(work, capsys):
-    paths = ["--model", str(work / "model"), "--data", str(work / "own.jsonl"), "--output", str(work / "none")]
-    assert train.main([*paths, *SMALL, "--train", "pruner"]) == 2
+    assert train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--train", "pruner"]) == 2
     assert "--start-from" in capsys.readouterr().err
