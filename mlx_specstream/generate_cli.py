@@ -147,17 +147,20 @@ def main(argv: list[str]) -> int:
     if shown:
         print("=" * 10)
     pieces, tokens, last = [], [], None
-    for last in responses:
-        pieces.append(last.text)
-        tokens.append(last.token)
+    try:
+        for last in responses:
+            pieces.append(last.text)
+            tokens.append(last.token)
+            if not arguments.json:
+                print(last.text, end="", flush=True)
+    finally:
         if not arguments.json:
-            print(last.text, end="", flush=True)
+            print(flush=True)  # also before an error or "interrupted"
     assert last is not None  # max_tokens is at least 1
     if arguments.json:
         record = _record(model, "".join(pieces), tokens, last)
         print(json.dumps({**record, "config": described(config)}, ensure_ascii=False))
         return 0
-    print()
     if shown:
         from .generation import summary
 

@@ -110,6 +110,17 @@ def test_processors_see_every_tokens_own_history(
         )
 
 
+def test_shared_streams_give_their_plain_answer(
+    tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper
+) -> None:
+    shared = with_streams(tiny_llama, mode="shared")
+    plain = tokens_of(run(shared, byte_tokenizer, max_tokens=20, speculative=False))
+    assert plain != tokens_of(run(tiny_llama, byte_tokenizer, max_tokens=20))
+    for name in TREES:
+        ours = run(shared, byte_tokenizer, max_tokens=20, config=tree(name))
+        assert tokens_of(ours) == plain
+
+
 def test_sampling_repeats_with_its_seed(
     model: StreamModel, byte_tokenizer: TokenizerWrapper
 ) -> None:

@@ -126,6 +126,22 @@ def test_near_ties_depend_on_the_dtype(dtype: mx.Dtype, gap: float, near: bool) 
     assert not judge(logits, dtype, 0, 0, -1).near_tie
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "4-bit", "8-bit"])
+def test_other_precisions_differ_at_near_ties_only(
+    kind: str, byte_tokenizer: TokenizerWrapper
+) -> None:
+    model = tiny.tiny_model()
+    if kind.endswith("bit"):
+        nn.quantize(model, group_size=32, bits=int(kind[0]))
+    else:
+        model.set_dtype(getattr(mx, kind))
+    joined = with_streams(model)
+    for prompt in (b"one", b"another prompt", b"a third of them"):
+        plain = replay(joined, byte_tokenizer, list(prompt), 24, None)
+        ours = replay(joined, byte_tokenizer, list(prompt), 24, DecodeConfig())
+        assert compare(joined, byte_tokenizer, list(prompt), plain, ours).verdict != "mismatch"
+
+
 def test_bound_of_float32_is_fixed() -> None:
     assert rounding_bound(mx.float32, 1000.0) == 1e-3
     assert rounding_bound(mx.bfloat16, 0.0) == 1e-3
