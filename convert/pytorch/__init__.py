@@ -4,8 +4,8 @@
 * `adapters`, `condition`: everything that is trained
 * `model`: the dense reference, oracle of every parity test
 * `checkpoint`: schema 1, read and written
-* `distill`, `states`: the model's own answers, and what the frozen base computes for them
+* `distill`, `batched`, `states`: the model's own answers, and what the frozen base computes for them
 * `data`, `packed`, `loss`: texts and batches, the fast forward of stream rows, a vocabulary subset
-* `objectives`, `workers`, `train`: what is minimised, several processes at one step, the loop
+* `objectives`, `workers`, `trainer`, `train`: what is minimised, several processes at one step, the loop
 * `measure`, `evaluate`: tokens per step
 """

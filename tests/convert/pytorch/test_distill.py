@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch.distill import Prompt, answer, greedy, read_done  # noqa: E402
+from mlx_specstream.convert.pytorch.batched import Prompt, answer, greedy  # noqa: E402
+from mlx_specstream.convert.pytorch.distill import read_done  # noqa: E402
 from mlx_specstream.convert.pytorch.states import (  # noqa: E402
     StateReader,
     StateShape,

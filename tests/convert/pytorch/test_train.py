@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch import distill, evaluate, train  # noqa: E402
+from mlx_specstream.convert.pytorch import distill, evaluate, train, trainer  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
 
@@ -102,19 +102,19 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     class StopError(Exception):
         pass
 
-    original = train.Trainer.step
+    original = trainer.Trainer.step
 
     def step(self, batch):
         if self.progress.step == 7:
             raise StopError
         return original(self, batch)
 
-    train.Trainer.step = step
+    trainer.Trainer.step = step
     try:
         with pytest.raises(StopError):
             run(work, "halves", "--steps", "12", "--save-seconds", "0")
     finally:
-        train.Trainer.step = original
+        trainer.Trainer.step = original
     assert not (work / "halves").exists()
     run(work, "halves", "--steps", "12", "--save-seconds", "0")
     backbone = Backbone.load(work / "model")
