@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_specstream.config import FORMAT_VERSION, StreamConfig
 from mlx_specstream.errors import CheckpointError, StreamsError
-from mlx_specstream.tensorfile import shown
+from mlx_specstream.tensorfile import brief, shown
 
 SCHEMA = 1
 MAX_LAYERS = 4096
@@ -106,7 +106,7 @@ def stream_config(
     try:
         return StreamConfig.from_dict({**values, "version": FORMAT_VERSION})
     except (StreamsError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        raise CheckpointError(f"{where}: {brief(error)}") from None
 
 
 def stream_fields(config: StreamConfig, base_model: str | None) -> dict[str, Any]:

@@ -7,9 +7,11 @@ always do.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.hub import fetch, first_line
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -29,7 +31,7 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
     Raises:
         CheckpointError: neither a local path nor a repository that can be fetched.
     """
-    path = Path(name).expanduser()
+    path = Path(name or "?").expanduser()
     for candidate in (path, *([beside / path] if beside else [])):
         if candidate.exists():
             if revision:
@@ -40,29 +42,11 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
             f"{name} does not exist; name a folder, a weight file, or a hub repository owner/name."
         )
     folder = _fetch(name, revision, _SAFETENSORS)
-    if not any(folder.glob("*.safetensors")):
-        folder = _fetch(name, revision, _OTHERS)
-    return folder
+    return folder if any(folder.glob("*.safetensors")) else _fetch(name, revision, _OTHERS)
 
 
-def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (
-        LocalEntryNotFoundError,
-        HFValidationError,
-        HfHubHTTPError,
-        OSError,
-        ValueError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{name} is neither a local path nor can it be fetched from the hub ({reason}); "
-            "check the name, the network and your access, or give a local folder."
-        ) from None
+def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    return fetch(name, "checkpoint", CheckpointError, patterns=patterns, revision=revision)
 
 
 def upload(folder: Path, repository: str) -> None:
@@ -79,8 +63,7 @@ def upload(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{folder} is complete but could not be uploaded to {repository} ({reason}); "
-            "check your token and access, and upload the folder again."
+            f"{folder} is complete but could not be uploaded to {repository} ({first_line(error)});"
+            " check your token and access, and upload the folder again."
         ) from None

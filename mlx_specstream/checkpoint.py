@@ -30,6 +30,7 @@ from mlx_specstream.fingerprint import BaseDims, base_dims, fingerprint, same_ba
 from mlx_specstream.tensorfile import (
     TensorSpec,
     TensorWriter,
+    brief,
     dtype_name,
     open_tensors,
     shown,
@@ -171,7 +172,7 @@ def load_streams(folder: Path | str) -> StreamWeights:
     try:
         config = StreamConfig.from_dict(fields)
     except StreamsError as error:
-        raise StreamsError(f"{where}: {error}") from None
+        raise StreamsError(f"{where}: {brief(error)}") from None
     file = open_tensors(folder / WEIGHTS_FILE, StreamsError)
     if digest is not None and digest != file.metadata.get("tensors_digest"):
         raise StreamsError(

@@ -195,6 +195,12 @@ def shown(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def brief(error: Exception, limit: int = 500) -> str:
+    """Return what an error says, shortened: values from a file may be endless."""
+    text = str(error)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
 def to_mlx(bits: np.ndarray, dtype: str) -> mx.array:
     """Return a tensor's bits as an MLX array of the same shape; float64 becomes float32."""
     if dtype == "F64":
