@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mlx_specstream.config import StreamConfig
@@ -55,7 +55,7 @@ def save_checkpoint(
     }
     with atomic_folder(path, if_exists="replace") as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_file(tensors, str(folder / WEIGHTS_NAME), metadata={"format": "pt"})
+        (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
 

@@ -313,7 +313,7 @@ class Trainer:
         for example in self.train:
             sources[example.key[0]] = sources.get(example.key[0], 0) + 1
         described = {
-            "arguments": vars(self.args),
+            "arguments": {name: _portable(name, value) for name, value in vars(self.args).items()},
             "progress": asdict(self.progress),
             "texts_by_source": sources,
             "answer_positions": sum(e.num_positions for e in self.train),
@@ -327,3 +327,12 @@ class Trainer:
             self.output, self.adapters, name, getattr(torch, self.args.save_dtype), extra
         )
         print(f"wrote {self.output}", flush=True)
+
+
+def _portable(name: str, value: object) -> object:
+    """Return an argument as it goes into the checkpoint: of a path its last part, which says nothing of the machine."""
+    if name == "data" and isinstance(value, list):
+        return [Path(part).name for part in value]
+    if name in ("model", "states", "output", "start_from") and value:
+        return Path(str(value)).name
+    return value
