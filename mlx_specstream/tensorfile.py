@@ -216,7 +216,7 @@ def to_bits(tensor: mx.array) -> np.ndarray:
 def cast_bits(bits: np.ndarray, source: str, target: str) -> np.ndarray:
     """Return a float tensor's bits in another float type, rounded to nearest even as PyTorch does.
 
-    MLX's own cast truncates on some processors; this one gives the same bits everywhere.
+    In NumPy, so that a conversion gives the same bits on every device.
 
         1.005859375  F32 0x3f80c000  ->  BF16 0x3f81
     """
