@@ -61,6 +61,9 @@ class StreamOptimizer:
 
         With a gradient that is not finite nothing changes.
         """
+        # The same order and layout of memory whether the weights come from here or from a file:
+        # sums and products round by it, and a resumed run would drift off by bits.
+        gradients = {name: mx.contiguous(g) for name, g in sorted(gradients.items())}
         if self.options.clip:
             gradients, norm = optim.clip_grad_norm(gradients, self.options.clip)
         else:

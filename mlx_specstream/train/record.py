@@ -22,6 +22,7 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = (folder / LOG_FILE).open("ab")
             self.file.truncate(keep_bytes)
+            self.file.seek(0, 2)
 
     def write(self, record: Mapping[str, object]) -> None:
         if self.file is not None:
