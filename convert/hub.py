@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_specstream.errors import CheckpointError, OptionError
 from mlx_specstream.hub import fetch, first_line
+from mlx_specstream.tensorfile import shown
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -33,16 +34,24 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
     """
     path = Path(name or "?").expanduser()
     for candidate in (path, *([beside / path] if beside else [])):
-        if candidate.exists():
+        if _exists(candidate):
             if revision:
                 raise OptionError(f"--revision is for the hub, and {candidate} is a local path.")
             return candidate
     if not _REPOSITORY.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            f"{name} does not exist; name a folder, a weight file, or a hub repository owner/name."
+            f"{shown(name)} does not exist; name a folder, a weight file, or a hub repository"
+            " owner/name."
         )
     folder = _fetch(name, revision, _SAFETENSORS)
     return folder if any(folder.glob("*.safetensors")) else _fetch(name, revision, _OTHERS)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL: from a config
+        return False
 
 
 def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

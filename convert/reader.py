@@ -14,6 +14,7 @@ must stay inside the folder, the containers are checked by their readers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ MAX_JSON_BYTES = 64 << 20
 CONFIG, STREAMS, ADAPTER = "config.json", "speculative_streaming.json", "adapter_config.json"
 _SIDE_FILES = ("stream_model", "conditioner", "adapter_model")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILE_NAME = re.compile(r"[\w.\- ]{1,200}")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "streams")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -154,7 +156,7 @@ def _indexed(folder: Path, name: str, index: dict[str, Any]) -> list[Path]:
         raise CheckpointError(f"{folder / name} has no weight_map; get the file again.")
     names = set()
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.strip("."):
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file) or not file.strip("."):
             raise CheckpointError(
                 f"{folder / name} points to {shown(file)}, which is not a file of its own folder."
             )

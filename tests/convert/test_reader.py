@@ -62,7 +62,17 @@ def test_a_hub_cache_with_its_links_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3, "missing.safetensors"],
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "",
+        3,
+        "missing.safetensors",
+        "a\0b",
+        "x" * 5000,
+    ],
 )
 def test_an_index_that_points_elsewhere_is_refused(tmp_path, name):
     folder = folder_with(tmp_path, x=["a"])
@@ -261,7 +271,7 @@ def test_a_local_path_comes_first_and_nonsense_is_refused(tmp_path, monkeypatch)
     assert locate("b", beside=tmp_path / "a") == tmp_path / "a" / "b"
     with pytest.raises(OptionError, match="revision"):
         locate("a/b", "main")
-    for name in ("a/b/c/d", "../nowhere", "", "a b"):
+    for name in ("a/b/c/d", "../nowhere", "", "a b", "x" * 5000, "a\0"):
         with pytest.raises(CheckpointError):
             locate(name)
 
