@@ -39,22 +39,22 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
 		echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
 		exit 1; }
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(RUN) -m pip install -qq --disable-pip-version-check --upgrade pip
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Installing mlx-specstream and what it needs into $(VENV) (some minutes the first time)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	@$(RUN) -m pip install -qq --disable-pip-version-check --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	@echo "Installing mlx-specstream and what its tests need into $(VENV) (some minutes the first time)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@$(RUN) -m pip install -qq --disable-pip-version-check --editable ".[test]"
 	@touch $@ $(VENV)/.installed
 
 # On Linux pip takes PyTorch's CUDA build, some gigabytes. For the small CPU build install torch into $(VENV) first, the
 # way its own site says; what is there already is kept.
 $(VENV)/.installed-torch: $(VENV)/.created pyproject.toml
 	@echo "Installing mlx-specstream, its tests and PyTorch into $(VENV) (some minutes the first time)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,torch]"
+	@$(RUN) -m pip install -qq --disable-pip-version-check --editable ".[test,torch]"
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
