@@ -1,6 +1,6 @@
 """A training run of seconds: a tiny model, texts that repeat themselves; also as a program to kill.
 
-python -m tests.train.tiny_run FOLDER [--resume]
+python -m tests.train.tiny_run FOLDER [--resume] [--whole]
 """
 
 from __future__ import annotations
@@ -82,4 +82,5 @@ def run_tiny(folder: Path, resume: bool = False, **fields: Any) -> dict[str, dic
 
 
 if __name__ == "__main__":
-    run_tiny(Path(sys.argv[1]), "--resume" in sys.argv)
+    whole = {"sampled_vocab": 0} if "--whole" in sys.argv else {}
+    run_tiny(Path(sys.argv[1]), "--resume" in sys.argv, **whole)
