@@ -198,13 +198,18 @@ class Streams:
         return hidden
 
     def _gated(self, allowed: Mask, gate: mx.array, num_main: int) -> mx.array:
-        """Return the additive mask (1, H, R, S): who sees whom, plus `gate` (H,) main → streams."""
+        """Return the additive mask (B, H, R, S): who sees whom, plus `gate` (H,) main → streams.
+
+        allowed: (R, S) or (B, 1, R, S) bool.
+        """
         assert isinstance(allowed, mx.array)
+        if allowed.ndim == 2:
+            allowed = allowed[None, None]
         num_stream_rows = num_main * self.num_streams
-        to_streams = mx.zeros(allowed.shape, dtype=mx.bool_)
+        to_streams = mx.zeros(allowed.shape[-2:], dtype=mx.bool_)
         to_streams[:num_main, -num_stream_rows:] = True
         bias = mx.where(to_streams, gate[:, None, None], 0)
-        return mx.where(allowed, bias, -mx.inf)[None].astype(self.backbone.dtype)
+        return mx.where(allowed, bias, -mx.inf).astype(self.backbone.dtype)
 
     def _value_angles(self, num_stream_rows: int, num_main: int) -> mx.array | None:
         """Return each row's value rotation (R,) float32: ε·j for stream j, 0 for main rows."""
