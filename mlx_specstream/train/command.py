@@ -30,6 +30,7 @@ from .loop import DivergenceError, Task, Trainer, resumable
 from .loss import Tensors
 from .objective import LosslessObjective
 from .options import PRESETS, TrainOptions, flag_of
+from .shared import SharedObjective
 from .start import hidden_rms, untrained
 from .state import SavedState
 
@@ -190,7 +191,11 @@ def make_task(
     config = given.config if given else _config(options, backbone)
     tokens = mx.array([train[0].tokens])
     rms = saved.progress.rms if saved else hidden_rms(backbone, tokens, config.num_msa_layers)
-    start: Tensors = given.tensors if given else untrained(backbone, config, rms, options.seed)
+    start: Tensors = (
+        given.tensors
+        if given
+        else untrained(backbone, config, rms, options.seed, options.gate_start)
+    )
     name = Path(args.model).name if Path(args.model).exists() else args.model
     return Task(
         backbone=backbone,
@@ -228,7 +233,8 @@ def make_objective(task: Task) -> LosslessObjective:
         size = CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
     texts = (example.tokens[example.prompt_length :] for example in task.train)
     sampler = VocabularySampler(task.backbone, texts, size)
-    return LosslessObjective(task.backbone, task.config, options, sampler)
+    objective = SharedObjective if options.mode == "shared" else LosslessObjective
+    return objective(task.backbone, task.config, options, sampler)
 
 
 def verdict(figures: dict[str, dict[str, float]], folder: Path) -> str:

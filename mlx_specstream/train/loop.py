@@ -169,8 +169,9 @@ class Trainer:
         for number, batch in enumerate(batches):
             share = shard(batch, self.world.rank(), self.world.size())
             if share:
-                seed = update * self.options.grad_accumulation_steps + number
-                total.add(self.objective.gradients(self.tensors, share, weights, seed))
+                place = update * self.options.grad_accumulation_steps + number
+                head = self.objective.head(batch, place)
+                total.add(self.objective.gradients(self.tensors, share, weights, head))
         return sum_results(total, self.world)
 
     def _log_update(
@@ -285,7 +286,9 @@ class Trainer:
         weights = self.objective.weights([longest])
         own = shard(longest, self.world.rank(), self.world.size()) or longest[:1]
         found = try_batch(
-            lambda: self.objective.gradients(self.tensors, own, weights, 0),
+            lambda: self.objective.gradients(
+                self.tensors, own, weights, self.objective.head(longest, 0)
+            ),
             share * options.grad_accumulation_steps,
         )
         if self.writes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -21,12 +22,18 @@ from mlx_specstream.streams import Streams
 
 from .base import BaseStates, base_states, pad_texts
 from .batches import Selection
-from .head import VocabularySampler
+from .early_exit import exit_rows, exit_states
+from .head import Head, VocabularySampler, cross_entropy
 from .loss import Tensors, conditioner_of, lossless_loss
 from .measure import Ranks, rank
 from .options import TrainOptions
 from .segments import Segments, cut, stream_states
-from .targets import rows_of, stream_weights, target_counts
+from .targets import Rows, rows_of, stream_weights, target_counts
+
+
+def number(scalar: mx.array) -> float:
+    """Return a () array on the host."""
+    return cast(float, scalar.item())
 
 
 @dataclass
@@ -49,6 +56,19 @@ class BatchResult:
             self.conditioned = self.conditioned + other.conditioned
         self.extra |= other.extra
 
+    def add_pass(
+        self, gradients: Tensors, total: mx.array, losses: Sequence[mx.array], rows: Rows
+    ) -> None:
+        """Add one pass: its gradients, its loss, and each row's cross-entropies (R,)."""
+        self.gradients = {name: g + gradients[name] for name, g in self.gradients.items()}
+        mx.eval(self.gradients, total, losses)
+        self.total += number(total)
+        G = len(self.marginal)
+        sums = [np.bincount(rows.stream, np.array(part), minlength=G) for part in losses]
+        self.marginal = self.marginal + sums[0]
+        if self.conditioned is not None:
+            self.conditioned = self.conditioned + sums[1]
+
 
 @dataclass(frozen=True)
 class LosslessObjective:
@@ -59,23 +79,27 @@ class LosslessObjective:
     options: TrainOptions
     sampler: VocabularySampler
 
+    def head(self, batch: Sequence[Selection], number: int) -> Head:
+        """Return the head for batch `number`; all processes and passes of it have the same."""
+        tokens = np.concatenate([s.example.tokens[s.example.prompt_length :] for s in batch])
+        return self.sampler.draw(tokens, (self.options.seed, number))
+
     def gradients(
-        self, tensors: Tensors, batch: Sequence[Selection], weights: np.ndarray, seed: int
+        self, tensors: Tensors, batch: Sequence[Selection], weights: np.ndarray, head: Head
     ) -> BatchResult:
         """Return the loss's gradient, summed over the batch's passes.
 
-        weights: (γ,), what a row of each stream counts. seed: of the sampled vocabulary.
+        weights: (γ,), what a row of each stream counts.
         """
         G, options = self.config.num_streams, self.options
         result = self.empty(tensors)
         base, segments = self._prepare(batch, with_last=options.soft_targets > 0)
-        for number, part in enumerate(self._passes(segments)):
+        for part in self._passes(segments):
             rows = rows_of(part, batch, G)
             if not len(rows.index):
                 continue
-            head = self.sampler.draw(rows.target, (options.seed, seed, number))
 
-            def loss(tensors: Tensors, part=part, rows=rows, head=head):  # type: ignore[no-untyped-def]
+            def loss(tensors: Tensors, part=part, rows=rows):  # type: ignore[no-untyped-def]
                 found = lossless_loss(
                     tensors,
                     self.backbone,
@@ -91,16 +115,34 @@ class LosslessObjective:
                 return found.total, found.arrays[1:]
 
             (total, losses), gradients = mx.value_and_grad(loss)(tensors)
-            result.gradients = {
-                name: result.gradients[name] + gradients[name] for name in result.gradients
-            }
-            mx.eval(result.gradients, total, losses)
-            result.total += total.item()
-            sums = [np.bincount(rows.stream, np.array(part), minlength=G) for part in losses]
-            result.marginal += sums[0]
-            if result.conditioned is not None:
-                result.conditioned += sums[1]
+            result.add_pass(gradients, total, losses, rows)
+        if self.config.pruner_rank:
+            self._add_pruner(result, tensors, batch, base, float(weights[0]), head)
         return result
+
+    def _add_pruner(
+        self,
+        result: BatchResult,
+        tensors: Tensors,
+        batch: Sequence[Selection],
+        base: BaseStates,
+        weight: float,
+        head: Head,
+    ) -> None:
+        """Add the early exit's next-token loss; it touches the pruner's weights alone."""
+        own = {name: t for name, t in tensors.items() if name.startswith("pruner.")}
+        text, at, target = exit_rows(batch)
+
+        def loss(own: Tensors) -> tuple[mx.array, mx.array]:
+            states = exit_states(own, self.backbone, base, text, at)
+            return cross_entropy(states, head, target, np.full(len(target), weight, np.float32))
+
+        (total, losses), gradients = mx.value_and_grad(loss)(own)
+        for name, gradient in gradients.items():
+            result.gradients[name] = result.gradients[name] + gradient
+        mx.eval(result.gradients, total, losses)
+        result.total += number(total)
+        result.extra["early_exit"] = round(number(mx.mean(losses)), 4)
 
     def counts(self, batches: Sequence[Sequence[Selection]]) -> np.ndarray:
         """Return how many targets each stream has in an update's batches, (γ,)."""

@@ -38,12 +38,19 @@ def hidden_rms(backbone: Backbone, tokens: mx.array, num_msa_layers: int) -> flo
     return cast(float, mx.sqrt(mx.mean(mx.square(first))).item())
 
 
-def untrained(backbone: Backbone, config: StreamConfig, rms: float, seed: int) -> Tensors:
-    """Return float32 stream weights that depend on the arguments alone."""
-    shapes = stream_shapes(config, base_dims(backbone.model), all_layers=config.mode == "shared")
+def untrained(
+    backbone: Backbone, config: StreamConfig, rms: float, seed: int, gate: float = -6.0
+) -> Tensors:
+    """Return float32 stream weights that depend on the arguments alone.
+
+    gate: score by which main's attention to its streams begins, in shared mode.
+    """
+    shared = config.mode == "shared"
+    dims = base_dims(backbone.model)
+    shapes = stream_shapes(config, dims, all_layers=shared, gates=shared)
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     return {
-        name: _draw(name, shape, key, rms)
+        name: mx.full(shape, gate) if name.endswith("stream_gate") else _draw(name, shape, key, rms)
         for (name, shape), key in zip(sorted(shapes.items()), keys, strict=True)
     }
 
