@@ -7,6 +7,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class StreamConfig:
     conditioner_hidden: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, list | tuple):
+            raise StreamsError("streams config: target_modules must be a list of module names.")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in _INTEGERS:
             value = getattr(self, name)
@@ -58,7 +61,8 @@ class StreamConfig:
                 raise StreamsError(f"streams config: {name} must be at least {low}, got {value}.")
         for name in ("lora_alpha", "value_rotation"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
                 raise StreamsError(f"streams config: {name} must be a number >= 0, got {value!r}.")
         if self.num_streams > MAX_STREAMS:
             raise StreamsError(
@@ -76,6 +80,8 @@ class StreamConfig:
             )
         if not all(isinstance(name, str) and name for name in self.target_modules):
             raise StreamsError("streams config: target_modules must be a list of module names.")
+        if len(set(self.target_modules)) < len(self.target_modules):
+            raise StreamsError("streams config: target_modules names a module twice.")
         if bool(self.lora_rank) != bool(self.target_modules):
             raise StreamsError(
                 "streams config: lora_rank and target_modules go together, got "
@@ -120,9 +126,6 @@ class StreamConfig:
         for name in ("num_streams", "num_msa_layers"):
             if name not in fields:
                 raise StreamsError(f"streams config: {name} is missing.")
-        modules = fields.get("target_modules", ())
-        if not isinstance(modules, list | tuple):
-            raise StreamsError("streams config: target_modules must be a list of module names.")
         values = {name: value for name, value in fields.items() if name != "version"}
         return cls(**values)  # type: ignore[arg-type]
 
