@@ -56,7 +56,8 @@ def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates
         best = mx.argpartition(-groups.max(axis=-1), kth=NUM_GROUPS - 1, axis=-1)
         best = best[:, :NUM_GROUPS, None]
         logits = mx.take_along_axis(groups, best, axis=1).reshape(R, -1)
-        ids = (best * GROUP + mx.arange(GROUP)).reshape(R, -1)
+        # Only streams that overflowed to NaN rank behind the padding: any token will do then.
+        ids = mx.minimum(best * GROUP + mx.arange(GROUP), V - 1).reshape(R, -1)
     else:
         ids = mx.broadcast_to(mx.arange(V), (R, V))
     if count == 1:
