@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.convert.reader import Checkpoint
+from mlx_specstream.convert.reader import Checkpoint, read_json
 from mlx_specstream.errors import CheckpointError
 
 _SPACE = "\u2581"
 _BPE, _UNIGRAM = 2, 1
 MAX_MODEL_BYTES = 256 << 20
+MAX_PIECE = 1024
+"""Letters of a piece that are looked at; SentencePiece's own limit is far below."""
 
 
 def tokenizer_files(base: Checkpoint) -> dict[str, Path | str]:
@@ -96,7 +98,7 @@ def _merges(
     """
     cuts = []
     for index, (piece, score) in enumerate(scored):
-        for at in range(1, len(piece)):
+        for at in range(1, min(len(piece), MAX_PIECE)):
             left, right = vocabulary.get(piece[:at]), vocabulary.get(piece[at:])
             if left is not None and right is not None:
                 cuts.append((-score, index, left, right))
@@ -158,5 +160,5 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _fast_config(path: Path | None) -> str:
     """Return a tokenizer_config.json that names the fast class and keeps what was there."""
-    fields = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    fields = (read_json(path) or {}) if path else {}
     return json.dumps({**fields, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"

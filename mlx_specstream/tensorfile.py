@@ -122,7 +122,7 @@ def open_tensors(path: Path, error: type[SpecStreamError]) -> TensorFile:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-        metadata = _metadata(header.pop("__metadata__", {}))
+        metadata = _metadata(header.pop("__metadata__", None) or {})  # MLX writes null
         entries = [_entry(name, value, 8 + length) for name, value in header.items()]
         _check_layout(entries, 8 + length, size)
     except (ValueError, RecursionError) as failure:

@@ -576,3 +576,56 @@ def test_peft_variants_that_are_more_than_lora_are_named(tmp_path, base, setting
     made.edit_json(tmp_path / "in" / "adapter_config.json", **setting)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         make_plan(Options(str(tmp_path / "in")))
+
+
+# ---- the proof and the upload ------------------------------------------------------------------
+
+
+def test_the_proof_fails_where_a_weight_or_an_adapter_is_wrong(tmp_path, streams):
+    plan = make_plan(Options(str(streams)))
+
+    def spoilt(name, file):
+        def prove(folder):
+            weights = mx.load(str(folder / file))
+            weights[name] = weights[name] * 1.01
+            mx.eval(weights)
+            mx.save_safetensors(str(folder / file), weights)
+            config = folder / "streams_config.json"
+            made.edit_json(config, tensors_digest=None)
+            return proof.figures(folder)
+
+        return prove
+
+    proof = Proof(plan)
+    name = "model.layers.1.mlp.up_proj.weight"
+    write_plan(plan, tmp_path / "a", prove=spoilt(name, "model.safetensors"))
+    assert not proof.passed
+    assert f"FAILED: {name} differs from its source" in proof.report()
+    proof = Proof(plan)
+    name = "layers.2.self_attn.q_proj.lora_a"
+    write_plan(plan, tmp_path / "b", prove=spoilt(name, "streams.safetensors"))
+    assert not proof.passed
+    assert proof.findings.errors["main logits"] < 1e-3
+    assert proof.findings.errors["stream logits"] > 1e-2
+
+
+def test_upload_goes_through_the_hub_client(tmp_path, streams, monkeypatch, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append(("create", repo_id))
+
+        def upload_folder(self, repo_id, folder_path, repo_type):
+            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    arguments = ["--hf-path", str(streams), "--mlx-path", str(tmp_path / "out"), "--adapter-only"]
+    assert cli.main([*arguments, "--upload-repo", "me/streams"]) == 0
+    assert calls[0] == ("create", "me/streams")
+    assert "streams.safetensors" in calls[1][2]
+    Api.upload_folder = lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
+    arguments[3] = str(tmp_path / "second")
+    with pytest.raises(CheckpointError, match="could not be uploaded"):
+        cli.main([*arguments, "--upload-repo", "me/streams"])
+    assert (tmp_path / "second" / "streams.safetensors").exists()
