@@ -17,7 +17,6 @@ from ..conversation import Conversation
 from .drafts import DraftView
 from .interrupt import while_answering
 from .keeper import Keeper
-from .markdown import AnswerMarkdown
 from .session import ChatSession, Reply
 from .speed import Speed, measure
 from .status import answer_status
@@ -102,7 +101,7 @@ class Chat:
         exchange = self.session.conversation.exchanges[number - 1]
         self.view.show(Text(f"{number} › {printable(exchange.question)}", style="bold"))
         if exchange.answer:
-            self.view.show(AnswerMarkdown(printable(exchange.answer)))
+            self.view.markdown(exchange.answer)
 
     def described(self) -> str:
         """Return model, mode and tree in a line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +13,12 @@ from mlx_specstream.generate_cli import add_sampling_options
 
 from ..conversation import Conversation
 from ..saving import load_conversation
-from .interrupt import without_echo
+from .interrupt import can_move_cursor, typing_ahead
 from .places import history_file, newest_conversation
 from .settings import DEFAULT_MAX_TOKENS, Settings
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .view import View
 
 _NEWEST = ""
@@ -75,48 +75,84 @@ def main(argv: list[str]) -> int:
         conversation.system = arguments.system_prompt or None
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    if interactive:
-        print(f"loading {arguments.model} ...", flush=True)
+    if not interactive:
+        return _plain_chat(arguments, settings, conversation)
+    with typing_ahead():
+        return _live_chat(arguments, settings, conversation, own)
 
+
+def _plain_chat(
+    arguments: argparse.Namespace, settings: Settings, conversation: Conversation
+) -> int:
+    """Chat over a pipe or a dumb terminal: lines in, text out, nothing written to disk."""
+    from .app import run
+    from .reader import LineReader
+    from .view import PlainView
+
+    chat = _chat(arguments, settings, conversation, PlainView(), None, interactive=False)
+    return run(chat, LineReader(prompts=sys.stderr if sys.stdin.isatty() else None))
+
+
+def _live_chat(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    conversation: Conversation,
+    own: Path | None,
+) -> int:
+    """Chat with a line editor and a live screen."""
     from rich.console import Console
 
-    from mlx_specstream import load
-
     from .app import completer, run
-    from .chat import Chat, short_name
-    from .keeper import Keeper
-    from .reader import EditorReader, LineReader, Reader
-    from .session import ChatSession
+    from .reader import EditorReader
     from .status import fitted
-    from .view import PlainView, TerminalView
+    from .view import TerminalView
 
-    with without_echo():
-        model, tokenizer = load(
-            arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
-        )
-    chat = Chat(
-        ChatSession(model, tokenizer, settings, conversation),
-        TerminalView(Console()) if interactive else PlainView(),
-        Keeper(short_name(model.name), automatic=interactive and not arguments.no_save, own=own),
-        interactive=interactive,
-        live_drafts=arguments.draft,
-    )
-    reader: Reader
-    if not interactive:
-        reader = LineReader(prompts=sys.stderr if sys.stdin.isatty() else None)
-        return run(chat, reader)
+    view = TerminalView(Console())
+    view.note(f"loading {arguments.model} ...")
+    chat = _chat(arguments, settings, conversation, view, own, interactive=True)
     reader = EditorReader(
-        None if arguments.no_save else _history(chat.view),
+        None if arguments.no_save else _history(view),
         completer(chat),
         lambda width: fitted([*chat.status(chat.session.reply), "/help"], width),
     )
-    chat.view.note(f"{chat.described()} · /help")
+    view.note(f"{chat.described()} · /help")
     if conversation.exchanges:
         chat.show_exchange(len(conversation.exchanges))
     status = run(chat, reader)
     if chat.keeper.own is not None and chat.session.conversation.exchanges:
-        chat.view.note("(saved; specstream chat --resume goes on with it)")
+        view.note("(saved; specstream chat --resume goes on with it)")
     return status
+
+
+def _chat(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    conversation: Conversation,
+    view: View,
+    own: Path | None,
+    *,
+    interactive: bool,
+) -> Chat:
+    """Load the model and return the chat with it."""
+    from mlx_specstream import load
+
+    from .chat import Chat, short_name
+    from .keeper import Keeper
+    from .session import ChatSession
+
+    model, tokenizer = load(
+        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
+    )
+    keeper = Keeper(
+        short_name(model.name), automatic=interactive and not arguments.no_save, own=own
+    )
+    return Chat(
+        ChatSession(model, tokenizer, settings, conversation),
+        view,
+        keeper,
+        interactive=interactive,
+        live_drafts=arguments.draft,
+    )
 
 
 def _resumed(arguments: argparse.Namespace) -> tuple[Path | None, Conversation]:
@@ -130,8 +166,7 @@ def _resumed(arguments: argparse.Namespace) -> tuple[Path | None, Conversation]:
 
 def _can_edit_lines() -> bool:
     """Tell whether a person sits at a terminal that can move its cursor."""
-    dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
-    return sys.stdin.isatty() and sys.stdout.isatty() and not dumb
+    return sys.stdin.isatty() and sys.stdout.isatty() and can_move_cursor()
 
 
 def _history(view: View) -> Path | None:

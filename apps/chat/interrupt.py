@@ -1,18 +1,22 @@
-"""The terminal while the model answers: Ctrl-C asks it to stop, and nothing that is typed shows.
-
-What is typed ahead waits for the next prompt.
-"""
+"""The terminal while no line is edited: Ctrl-C asks an answer to stop, and typed keys wait."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
+BRACKET_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 IMPATIENT = 3  # presses of Ctrl-C that do not wait for the end of the running pass
+
+
+def can_move_cursor() -> bool:
+    """Tell whether the terminal is more than a printer."""
+    return os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 class CtrlC:
@@ -34,27 +38,28 @@ class CtrlC:
 
 @contextmanager
 def while_answering() -> Iterator[CtrlC]:
-    """Turn Ctrl-C into a question to ask and keep typed characters from showing, for a while."""
+    """Turn Ctrl-C into a question to ask, for a while."""
     pressed = CtrlC()
     before = signal.signal(signal.SIGINT, pressed.press)
     try:
-        with without_echo():
-            yield pressed
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def without_echo() -> Iterator[None]:
-    """Keep typed characters from showing; they wait to be read."""
-    if not sys.stdin.isatty():
-        yield
-        return
+def typing_ahead() -> Iterator[None]:
+    """Let typed keys wait unseen for the next prompt, as the line editor expects them.
+
+    Enter arrives as CR, Ctrl-D as a key, pasted text in brackets.
+    """
     attributes = termios.tcgetattr(sys.stdin)
-    quiet = [*attributes[:3], attributes[3] & ~(termios.ECHO | termios.ICANON), *attributes[4:]]
+    quiet = [attributes[0] & ~termios.ICRNL, *attributes[1:3]]
+    quiet += [attributes[3] & ~(termios.ECHO | termios.ICANON), *attributes[4:]]
     try:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+        print(BRACKET_PASTES, end="", flush=True)
         yield
     finally:
-        with suppress(termios.error, OSError):
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
+        print(LEAVE_PASTES, end="", flush=True)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)

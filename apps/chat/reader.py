@@ -53,7 +53,11 @@ class EditorReader:
         )
 
     def read(self, prompt: str, default: str = "") -> str:
-        return self.session.prompt([("class:number", prompt)], default=default)
+        try:
+            return self.session.prompt([("class:number", prompt)], default=default)
+        finally:  # the editor turned it off; what is pasted ahead must stay whole
+            self.session.app.output.enable_bracketed_paste()
+            self.session.app.output.flush()
 
     def _toolbar(self) -> StyleAndTextTuples:
         columns = self.session.app.output.get_size().columns

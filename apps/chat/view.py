@@ -18,6 +18,7 @@ from .status import fitted, prompt_status
 from .text import printable
 
 Status = Callable[[Reply], list[str]]
+LONG_PROMPT = 64  # tokens to read that are worth a line
 FRAME_S = 0.05  # at most twenty drawings a second
 
 
@@ -48,6 +49,9 @@ class View(Protocol):
     def show(self, what: RenderableType) -> None:
         """Show what a command found out."""
 
+    def markdown(self, text: str) -> None:
+        """Show an answer that was given earlier."""
+
     def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
         """Begin to show an answer, as steps if `drafts` is given."""
 
@@ -68,6 +72,14 @@ class TerminalView:
     def show(self, what: RenderableType) -> None:
         lines = render(self.console, what, self.console.width - 1)
         self.file.write("".join(f"{line}\n" for line in lines))
+        self.file.flush()
+
+    def markdown(self, text: str) -> None:
+        splitter = BlockSplitter()
+        blocks = [*splitter.feed(printable(text) + "\n"), splitter.rest]
+        for block in blocks:
+            lines = block_lines(self.console, block, self.console.width - 1)
+            self.file.write("".join(f"{line}\n" for line in [*lines, ""]))
         self.file.flush()
 
     def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
@@ -91,6 +103,8 @@ class _LiveAnswer:
         return max(8, self.console.width - 1)
 
     def prompt(self, done: int, total: int) -> None:
+        if total < LONG_PROMPT:
+            return
         self.region.update((), self.status_lines(prompt_status(done, total)))
 
     def status_lines(self, parts: list[str]) -> list[str]:
@@ -145,10 +159,18 @@ class MarkdownAnswer(_LiveAnswer):
 
     def _lines(self, block: str) -> list[str]:
         """Return a block rendered, below an empty line unless it is the first."""
-        lines = render(self.console, AnswerMarkdown(block), self.width)
-        while lines and not lines[-1]:
-            lines.pop()
+        lines = block_lines(self.console, block, self.width)
         return ["", *lines] if lines and self.blocks else lines
+
+
+def block_lines(console: Console, block: str, width: int) -> list[str]:
+    """Return one Markdown block as lines, no empty ones around it."""
+    lines = render(console, AnswerMarkdown(block), width)
+    while lines and not lines[-1]:
+        lines.pop()
+    while lines and not lines[0]:
+        lines.pop(0)
+    return lines
 
 
 class DraftAnswer(_LiveAnswer):
@@ -202,6 +224,9 @@ class PlainView:
         for line in render(self.console, what, self.console.width):
             print(line, file=self.out)
         self.out.flush()
+
+    def markdown(self, text: str) -> None:
+        print(printable(text), file=self.out, flush=True)
 
     def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
         del status

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -116,7 +117,7 @@ def _following(num_pieces: int) -> mx.array:
     vocab = 256 + num_pieces
     table = mx.zeros((vocab, vocab))
     chain = [tiny.ASSISTANT, *range(256, vocab), tiny.EOS]
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in pairwise(chain):
         table[after, before] = 1.0
     return table
 
