@@ -21,13 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from mlx_specstream.backbone import Backbone
+from mlx_specstream.cache import KVCache
 from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.convert.plan import Plan
 from mlx_specstream.convert.steps import materialise, plain_dtype
+from mlx_specstream.decode import StreamDecoder
 from mlx_specstream.errors import OptionError
+from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.step import Stepper
+from mlx_specstream.streams import Streams
 from mlx_specstream.tensorfile import to_mlx
+from mlx_specstream.tree import root_only
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -178,9 +187,6 @@ def trace_mlx(folder: Path, prompts: Sequence[list[int]]) -> list[Trace]:
     """Decode the probes with the finished folder: greedy, chains of all streams."""
     from mlx_lm.utils import load_model
 
-    from mlx_specstream.backbone import Backbone
-    from mlx_specstream.streams import Streams
-
     model, _ = load_model(folder)
     if not (folder / "streams_config.json").exists():
         return [_trace_plain(model, prompt) for prompt in prompts]
@@ -190,14 +196,7 @@ def trace_mlx(folder: Path, prompts: Sequence[list[int]]) -> list[Trace]:
     return [_trace_streams(streams, prompt) for prompt in prompts]
 
 
-def _trace_streams(streams, prompt: list[int]) -> Trace:  # type: ignore[no-untyped-def]
-    from mlx_specstream.cache import KVCache
-    from mlx_specstream.config import DecodeConfig, TreeSpec
-    from mlx_specstream.decode import StreamDecoder
-    from mlx_specstream.sampling import TokenChooser
-    from mlx_specstream.step import Stepper
-    from mlx_specstream.tree import root_only
-
+def _trace_streams(streams: Streams, prompt: list[int]) -> Trace:
     config = DecodeConfig(tree=TreeSpec(kind="chain", branching=1))
     decoder = StreamDecoder(streams, config, TokenChooser(), keep_drafts=True)
     cache = KVCache(streams.backbone.num_layers)
@@ -221,7 +220,7 @@ def _trace_streams(streams, prompt: list[int]) -> Trace:  # type: ignore[no-unty
     return Trace(insertion, main, stream_logits, tokens[:NUM_TOKENS], steps)
 
 
-def _trace_plain(model, prompt: list[int]) -> Trace:  # type: ignore[no-untyped-def]
+def _trace_plain(model: nn.Module, prompt: list[int]) -> Trace:
     """Decode greedily with mlx-lm's model itself, where there are no streams."""
     ids, main = list(prompt), np.zeros(0)
     for count in range(NUM_TOKENS // 4):
@@ -270,6 +269,7 @@ def compare_weights(plan: Plan, folder: Path, findings: Findings) -> None:
             bound = mx.repeat(step_size, size, axis=-1) * 1.05 + mx.abs(source) * 2.0**-6
         error = mx.abs(value.astype(mx.float32) - source)
         group = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
-        findings.weights[group] = max(findings.weights.get(group, 0.0), error.max().item())
+        largest = float(_floats(error.max()))
+        findings.weights[group] = max(findings.weights.get(group, 0.0), largest)
         if (error > bound + 2.0**-24).any().item():
-            findings.beyond.append(f"{name} differs from its source by {error.max().item():.2e}")
+            findings.beyond.append(f"{name} differs from its source by {largest:.2e}")

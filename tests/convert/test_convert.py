@@ -19,7 +19,7 @@ from mlx_specstream.convert.writer import write_plan
 from mlx_specstream.errors import CheckpointError, OptionError, OutputError, StreamsError
 from tests.convert import checkpoints as made
 
-IDS = [[3, 14, 15, 92, 65, 35, 8, 9]]
+IDS = [[3, 14, 15, 2, 5, 35, 8, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +356,28 @@ def test_shared_adapters_are_merged_on_request(tmp_path, base, merge):
     names = load_streams(tmp_path / "out").tensors
     assert ("layers.2.mlp.down_proj.lora_a" in names) == (merge == "lower")
     assert "layers.0.mlp.down_proj.lora_a" not in names
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_a_gguf_base_with_and_without_streams(tmp_path, named):
+    from mlx_specstream.convert.gguf import open_gguf, write_model_folder
+    from tests.convert.gguf.made import write_tiny_gguf
+
+    (tmp_path / "in").mkdir()
+    file = write_tiny_gguf(tmp_path / "in" / "tiny.gguf")
+    (tmp_path / "reference").mkdir()
+    write_model_folder(open_gguf(file), tmp_path / "reference")
+    convert(file if named == "file" else file.parent, tmp_path / "out")
+    assert np.array_equal(logits(tmp_path / "out"), logits(tmp_path / "reference"))
+    names = {path.name for path in (tmp_path / "reference").iterdir()}
+    assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+    source = made.save_streams(
+        tmp_path / "streams", tmp_path / "reference", num_msa_layers=1, pruner_rank=0
+    )
+    plan = make_plan(Options(str(source), base=str(file)))
+    proof = Proof(plan)
+    write_plan(plan, tmp_path / "both", prove=proof.figures)
+    assert proof.passed, proof.report()
 
 
 # ---- there and back ----------------------------------------------------------------------------
