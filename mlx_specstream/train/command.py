@@ -24,6 +24,7 @@ from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.fingerprint import base_dims
 from mlx_specstream.loading import StreamModel, load
 
+from .batches import select
 from .data import Example, read_records, split_held_out, tokenize
 from .head import VocabularySampler
 from .loop import DivergenceError, Task, Trainer, resumable
@@ -136,10 +137,28 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load(args.model, streams=None)
     train, valid = read_data(args.data, tokenizer, model, options, world.rank() == 0)
     task = make_task(args, options, model, tokenizer, train, valid, saved)
-    figures = Trainer(task, make_objective(task), saved=saved, world=world).run()
+    trainer = Trainer(task, make_objective(task), saved=saved, world=world)
+    figures = trainer.run()
     if world.rank() == 0:
         print(verdict(figures, folder))
+        if options.compare_plain_lora:
+            print(comparison(trainer))
     return 0
+
+
+def comparison(trainer: Trainer) -> str:
+    """Train plain LoRA of the same budget, and return the sentence that compares."""
+    from .compare import base_loss, plain_lora_loss
+
+    task, objective = trainer.task, trainer.objective
+    if not isinstance(objective, SharedObjective) or not task.valid:
+        return "Plain LoRA is compared with in shared mode and with held-out texts only."
+    texts = [select(example, 1.0, (0,)) for example in task.valid]
+    own = objective.main_loss(trainer.best or trainer.tensors, texts)
+    return (
+        f"Held-out loss per completion token: shared {own:.4f}, plain LoRA of the same budget "
+        f"{plain_lora_loss(task, objective):.4f}, the base model {base_loss(task):.4f}."
+    )
 
 
 def read_data(

@@ -23,6 +23,7 @@ from mlx_specstream.errors import OptionError, SpecStreamError
 from mlx_specstream.fingerprint import fingerprint
 
 from .batches import BatchPlan, Selection, select, shard
+from .calibrate import accepted_scores, threshold_of
 from .data import Example, digest
 from .estimate import check_memory, memory_bytes, try_batch
 from .loss import Tensors
@@ -334,6 +335,19 @@ class Trainer:
                       **figures},
         )  # fmt: skip
 
+    def _calibration(self) -> dict[str, str]:
+        """Return the pruner's threshold for the adapter's metadata, if there is a pruner."""
+        task, options = self.task, self.options
+        prompts = list(task.valid or task.train)[: options.verdict_prompts]
+        if not task.config.pruner_rank or not prompts:
+            return {}
+        tensors = self.best or self.tensors
+        limits = (prompts, options.verdict_tokens, task.stop)
+        scores = accepted_scores(task.backbone, task.config, tensors, *limits)
+        threshold, kept = threshold_of(scores)
+        task.say(f"Pruning below {threshold:g} keeps {kept:.1%} of {len(scores)} accepted nodes.")
+        return {"prune_threshold": f"{threshold:g}", "prune_kept": f"{kept:.4f}"}
+
     def _finish(self) -> dict[str, dict[str, float]]:
         """Compare before with after, write everything, and forget the state."""
         after = self._verdict()
@@ -350,7 +364,7 @@ class Trainer:
             told = {
                 f"tokens_per_step_{name.replace(' ', '_')}": f"{v}" for name, v in after.items()
             }
-            self._save_streams(told)
+            self._save_streams(told | self._calibration())
             draw_curve(self.task.folder)
             (self.task.folder / STATE_FILE).unlink(missing_ok=True)
         return {"before": before, "after": after}

@@ -85,6 +85,9 @@ class TrainOptions:
     )
     main_loss: float = option(1.0, "α_0, weight of the main stream's loss (shared mode)", 0)
     stream_loss: float = option(0.1, "weight of the streams' loss (shared mode)", 0)
+    compare_plain_lora: bool = option(
+        False, "also train plain LoRA and compare the held-out loss (shared mode)", free=True
+    )
     gate_start: float = option(
         -6.0, "main→stream attention opens from this score (shared mode)", -50, 0
     )
@@ -122,6 +125,10 @@ class TrainOptions:
             raise OptionError("--position-fraction must be above 0.")
         if not 0 < self.learning_rate < float("inf"):
             raise OptionError("--learning-rate must be above 0.")
+        if self.mode == "shared" and self.pruner_rank:
+            raise OptionError(
+                "--pruner-rank is trained with lossless streams only; leave it out in shared mode."
+            )
         if bool(self.conditioner_rank) != bool(self.conditioner_hidden):
             raise OptionError("--conditioner-rank and --conditioner-hidden are both 0 or both not.")
 

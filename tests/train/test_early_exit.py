@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.train import loop

@@ -1,0 +1,95 @@
+"""The pruning threshold that keeps what would be accepted [SS §3.1.3, own rule for the value].
+
+Held-out prompts are decoded with nothing pruned while the early exit's probabilities are noted.
+An accepted node survives a threshold if it and all nodes above it have at least that probability;
+the threshold is the highest under which the wanted share of accepted nodes survives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_specstream.backbone import Backbone
+from mlx_specstream.cache import KVCache
+from mlx_specstream.config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
+from mlx_specstream.decode import StreamDecoder
+from mlx_specstream.prune import Pruner
+from mlx_specstream.result import StepResult
+from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.streams import Streams
+from mlx_specstream.tree import DraftTree
+
+from .data import Example
+from .loss import Tensors
+
+KEPT_SHARE = 0.99
+ROWS = 16
+
+
+@dataclass(frozen=True)
+class NotingPruner(Pruner):
+    """A pruner that remembers what it said of every tree."""
+
+    said: list[mx.array] = field(default_factory=list)
+
+    def child_log_probs(self, backbone: Backbone, tree: DraftTree, main: mx.array) -> mx.array:
+        scores = super().child_log_probs(backbone, tree, main)
+        self.said.append(scores)
+        return scores
+
+
+def accepted_scores(
+    backbone: Backbone,
+    config: StreamConfig,
+    tensors: Tensors,
+    prompts: Sequence[Example],
+    max_tokens: int,
+    stop: Collection[int],
+) -> list[float]:
+    """Return, for each accepted node of decoding, its path's lowest early-exit log-probability."""
+    streams = Streams(backbone, config, tensors)
+    found: list[float] = []
+    for example in prompts:
+        prompt = example.tokens[: example.prompt_length]
+        plan = DecodeConfig(tree=TreeSpec("best", rows=ROWS), prune=PruneSpec(keep=ROWS))
+        decoder = StreamDecoder(streams, plan, TokenChooser(), keep_drafts=True)
+        pruner = NotingPruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
+        decoder.stepper = replace(decoder.stepper, pruner=pruner)
+        cache, emitted = KVCache(backbone.num_layers), [0]
+        decoder.prefill(prompt[:-1], cache)
+
+        def more(result: StepResult, emitted: list[int] = emitted) -> bool:
+            emitted[0] += len(result.tokens)
+            done = any(token in stop for token in result.tokens)
+            return not done and emitted[0] < max_tokens
+
+        asked = 0
+        for result in decoder.steps(prompt[-1], cache, more):
+            if not result.drafted:
+                continue  # a bare root is not scored
+            scores = np.array(pruner.said[asked])
+            asked += 1
+            assert result.draft is not None
+            path = result.draft.accepted[1:]
+            found += np.minimum.accumulate(scores[path]).tolist() if path else []
+    return found
+
+
+def threshold_of(scores: Sequence[float], share: float = KEPT_SHARE) -> tuple[float, float]:
+    """Return the highest threshold that keeps `share` of the nodes, and what it does keep.
+
+    Rounded down to three digits, so that it can be typed.
+    """
+    if not scores:
+        return 0.0, 1.0
+    lost = int((1 - share) * len(scores))
+    value = math.exp(sorted(scores)[lost])
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    value = math.floor(value * 10**digits) / 10**digits if value > 0 else 0.0
+    kept = sum(math.exp(score) >= value for score in scores) / len(scores)
+    return value, kept
