@@ -307,6 +307,19 @@ class Trainer:
         self.adapters.load_state_dict(state["adapters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Drop what the log says of steps that the saved state does not know; they will be made again."""
+        log = self.work / "train_log.jsonl"
+        if workers.rank() or not log.exists():
+            return
+        lines = [
+            line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
+        kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
+        with atomic_file(log, if_exists="replace") as path:
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _export(self) -> None:
         sources: dict[str, int] = {}

@@ -116,7 +116,8 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     finally:
         trainer.Trainer.step = original
     assert not (work / "halves").exists()
-    run(work, "halves", "--steps", "12", "--save-seconds", "0")
+    log = run(work, "halves", "--steps", "12", "--save-seconds", "0")
+    assert [record["step"] for record in log if "conditioned_loss" in record] == list(range(1, 13))
     backbone = Backbone.load(work / "model")
     whole, halves = (load_checkpoint(work / name, backbone) for name in ("whole", "halves"))
     for name, parameter in whole.named_parameters():
