@@ -101,9 +101,16 @@ def stream_config(**fields: Any) -> StreamConfig:
 
 
 def random_tensors(
-    backbone: Backbone, config: StreamConfig, seed: int = 0, scale: float = 0.5
+    backbone: Backbone,
+    config: StreamConfig,
+    seed: int = 0,
+    scale: float = 0.5,
+    gates: bool = False,
 ) -> dict[str, mx.array]:
-    """Return stream weights of the config's shapes; `scale` is the size of what they add."""
+    """Return stream weights of the config's shapes; `scale` is the size of what they add.
+
+    `gates`: with gates on main's attention to its streams, which only shared mode has.
+    """
     keys = iter(mx.random.split(mx.random.key(seed), 1000))
     h, G = backbone.hidden_size, config.num_streams
 
@@ -121,6 +128,10 @@ def random_tensors(
             part, leaf = path.split(".")
             inputs, outputs = _linear_shape(backbone.model.layers[index][part][leaf])
             tensors |= pair(f"layers.{index}.{path}", inputs, outputs, config.lora_rank)
+    if gates:
+        for index in range(backbone.num_layers - config.num_msa_layers, backbone.num_layers):
+            heads = backbone.model.args.num_attention_heads
+            tensors[f"layers.{index}.stream_gate"] = mx.random.normal((heads,), key=next(keys))
     if config.pruner_rank:
         tensors |= pair("pruner", h, h, config.pruner_rank)
     if config.conditioner_rank:

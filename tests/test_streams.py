@@ -122,6 +122,25 @@ def test_sliding_windows_reach_streams() -> None:
             np.testing.assert_allclose(rows, wanted_rows, atol=2e-4, rtol=1e-4)
 
 
+def test_gates_weigh_what_main_sees_of_its_streams() -> None:
+    model = small_model(layers=3)
+    backbone, config = Backbone(model), stream_config(mode="shared")
+    tensors = random_tensors(backbone, config, gates=True)
+    main, rows = verify(Streams(backbone, config, tensors), PREFIX, inline=True)
+    wanted_main, wanted_rows, _ = Reference(model, config, tensors).run(PREFIX, TOKENS, PARENTS)
+    np.testing.assert_allclose(main, wanted_main, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(rows, wanted_rows, atol=2e-4, rtol=1e-4)
+    open_main, _ = verify(random_streams(model, config), PREFIX, inline=True)
+    assert np.abs(open_main - main).max() > 0.01
+    # A gate that is shut: main rows are those of plain next-token LoRA.
+    shut = {n: mx.full(t.shape, -1e9) if "gate" in n else t for n, t in tensors.items()}
+    lone = verify(Streams(backbone, config, shut), PREFIX, inline=True)[0]
+    streams = Streams(backbone, config, shut)
+    text = mx.array([*PREFIX, TOKENS[0], TOKENS[2], TOKENS[5]])
+    plain = backbone.norm(streams.forward(text, KVCache(3)))
+    np.testing.assert_allclose(lone[[0, 2, 5]], np.array(plain[0, -3:]), atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("mode", ["lossless", "shared"])
 def test_half_precision_streams_stay_in_it(dtype: mx.Dtype, mode: str) -> None:

@@ -100,6 +100,9 @@ class Reference:
                 group = head // (H // K)
                 scores = np.array([q[head] @ other.key[group] for other in seen])
                 scores = scores / np.sqrt(q.shape[-1])
+                gate = self.tensors.get(f"layers.{index}.stream_gate")
+                if gate is not None and row.stream == 0:
+                    scores = scores + gate[head] * np.array([o.stream > 0 for o in seen])
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
                 heads.append(sum(w * o.value[group] for w, o in zip(weights, seen, strict=True)))
