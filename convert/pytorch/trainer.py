@@ -118,7 +118,9 @@ class Trainer:
 
     def _groups(self) -> list[dict[str, object]]:
         """Return the trained parameters with their learning rates; others are frozen."""
-        embeddings, conditioner, rest = [], [], []
+        embeddings: list[torch.Tensor] = []
+        conditioner: list[torch.Tensor] = []
+        rest: list[torch.Tensor] = []
         for name, parameter in self.adapters.named_parameters():
             if name.startswith("pruner") != (self.args.train == "pruner"):
                 parameter.requires_grad_(False)
