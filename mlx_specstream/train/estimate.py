@@ -31,8 +31,9 @@ class Estimate:
 
     def describe(self, updates: int) -> str:
         minutes = self.update_s * updates / 60
+        digits = 0 if self.update_s >= 10 else 2
         return (
-            f"about {self.update_s:.2g} s an update, {minutes:.0f} minutes for {updates}; "
+            f"about {self.update_s:.{digits}f} s an update, {minutes:.0f} minutes for {updates}; "
             f"{self.peak_bytes / 1e9:.2g} GB of memory at the peak"
         )
 
