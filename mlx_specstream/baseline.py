@@ -76,8 +76,10 @@ class PlainDecoder:
         `pending` rows behind the committed ones belong to a pass that is still under way.
         """
         cache.advance(pending)
-        hidden = self.backbone.forward(tree.tokens, cache)
-        cache.advance(-pending)
+        try:
+            hidden = self.backbone.forward(tree.tokens, cache)
+        finally:  # Ctrl-C may fall in here, and the cache outlives this loop
+            cache.advance(-pending)
         normed = self.backbone.norm(hidden)
         logits = self.backbone.head(normed)[0]
         drawn, finite = self.chooser(logits, tree)

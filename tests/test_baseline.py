@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,8 +37,6 @@ def test_plain_text_is_mlx_lms(
 
 
 def test_sampled_text_is_mlx_lms_with_the_same_seed() -> None:
-    import mlx.core as mx
-
     model = small_model(vocab=64)
     texts = []
     for run in (
@@ -80,3 +79,24 @@ def test_history_is_kept_up() -> None:
     chooser = TokenChooser()
     run = decode(PlainDecoder(Backbone(small_model()), chooser), [1, 2], 5)
     assert chooser.history == [1, 2, *run.tokens]
+
+
+def test_an_interrupt_leaves_the_cache_at_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the pass ahead is being built: a chat goes on from the same cache."""
+    backbone = Backbone(small_model())
+    decoder, cache, passes = PlainDecoder(backbone, TokenChooser()), KVCache(3), []
+    forward = backbone.forward
+
+    def interrupted(*args: object) -> mx.array:
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return forward(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(backbone, "forward", interrupted)
+    text = []
+    with pytest.raises(KeyboardInterrupt):
+        for result in decoder.steps(1, cache, lambda _: True):
+            text += result.tokens
+    assert len(text) == 2
+    assert cache.length == 2
