@@ -145,7 +145,8 @@ class Chat:
 
 def short_name(name: str) -> str:
     """Return a model's name without the folder it lies in."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+    path = Path(name).expanduser()
+    return path.absolute().name if path.is_dir() else name
 
 
 def one_sentence(error: SpecStreamError) -> str:

@@ -39,7 +39,7 @@ class DraftView:
 
     def legend(self, num_streams: int) -> Text:
         """Return the line that explains the marks."""
-        legend = Text("main stream", style="bold")
+        legend = Text.assemble(("main stream", "bold"))
         for stream in range(1, num_streams + 1):
             legend.append(" · ", style="dim")
             legend.append(f"stream {stream}{mark(stream)}", style=style_of(stream))

@@ -44,7 +44,10 @@ def stats_table(session: ChatSession, speed: Speed | None) -> RenderableType:
             steps = ", ".join(f"{n}: {count}" for n, count in enumerate(stats.histogram) if count)
             row("steps", f"by drafts accepted {steps}")
     if session.mode != "plain":
-        row("speed", str(speed) if speed is not None else "not measured: no answer long enough")
+        row(
+            "speed",
+            str(speed) if speed is not None else "not measured: too short an answer, or too slow",
+        )
     row("mode", session.mode)
     cache = session.prefix
     row("cache", f"{cache.kv.length} tokens, {cache.kv.nbytes / 1e6:.1f} MB")
