@@ -125,8 +125,12 @@ class _Recomputed(nn.Module):
         adapters = [(name, array) for name, array in flat if name.endswith(ADAPTER)]
         names = [name for name, _ in adapters]
 
-        def inner(hidden: mx.array, *arrays: mx.array) -> mx.array:
-            layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-            return cast(mx.array, layer(hidden, mask, row))
+        # What has a gradient must be an argument: the mask holds the gates of shared mode.
+        masks = [mask] if isinstance(mask, mx.array) else []
 
-        return mx.checkpoint(inner)(hidden, *(array for _, array in adapters))
+        def inner(hidden: mx.array, *arrays: mx.array) -> mx.array:
+            own = arrays[len(masks) :]
+            layer.update(tree_unflatten(list(zip(names, own, strict=True))))
+            return cast(mx.array, layer(hidden, arrays[0] if masks else mask, row))
+
+        return mx.checkpoint(inner)(hidden, *masks, *(array for _, array in adapters))

@@ -19,7 +19,7 @@ from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
 from mlx_specstream.tree import root_only
 from tests.engine import random_tensors, small_model, stream_config
-from tests.train.plain import everything, some_texts
+from tests.train.plain import assert_close, everything, some_texts
 from tests.train.tiny_run import QUICK, run_tiny
 
 
@@ -78,6 +78,20 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
         ]
         found = (sides[0].total - sides[1].total) / 2e-2
         assert found == pytest.approx(mx.linalg.norm(slope).item(), rel=0.02), name
+
+
+def test_recomputing_layers_changes_nothing() -> None:
+    backbone = Backbone(small_model("llama", layers=3))
+    config = stream_config(mode="shared", pruner_rank=0)
+    tensors, batch = shared_tensors(backbone, config), everything(some_texts())
+    sampler, found = VocabularySampler(backbone, [], 0), []
+    for again in (False, True):
+        options = TrainOptions(**{**QUICK, "mode": "shared", "grad_checkpoint": again})
+        objective = SharedObjective(backbone, config, options, sampler)
+        weights = objective.weights([batch])
+        found.append(objective.gradients(tensors, batch, weights, Head(backbone)).gradients)
+    assert_close(found[1], found[0], 1e-5)
+    assert mx.abs(found[0]["layers.1.stream_gate"]).max().item() > 1e-3
 
 
 def test_both_losses_fall(tmp_path, monkeypatch) -> None:
