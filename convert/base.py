@@ -24,8 +24,23 @@ from mlx_specstream.convert.names import Named, Shape, fit_base, nearest
 from mlx_specstream.convert.steps import Delta, Step, materialise, plain_dtype
 from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.errors import CheckpointError, OptionError
-from mlx_specstream.fingerprint import BaseDims, base_dims, embedding_name, fingerprint
-from mlx_specstream.tensorfile import FLOATS, MLX_TYPES, TensorSpec, dtype_name, shown, to_mlx
+from mlx_specstream.fingerprint import (
+    BaseDims,
+    base_dims,
+    embedding_name,
+    fingerprint,
+    make_fingerprint,
+    sketch_rows,
+)
+from mlx_specstream.tensorfile import (
+    FLOATS,
+    MLX_TYPES,
+    TensorSpec,
+    cast_bits,
+    dtype_name,
+    shown,
+    to_mlx,
+)
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -53,14 +68,23 @@ class BasePlan:
         return base_dims(self.model)
 
     def fingerprint(self) -> str:
-        """Fingerprint the base; reads its token embeddings."""
-        name = embedding_name(self.model)
+        """Fingerprint the base; reads a few rows of its token embeddings, or all if it must."""
+        name = f"{embedding_name(self.model)}.weight"
         for step in self.steps:
-            if step.outputs[0].name == f"{name}.weight":
-                made = step.make()
-                pairs = zip(step.outputs, made, strict=True)
-                weights = [(spec.name, to_mlx(bits, spec.dtype)) for spec, bits in pairs]
-                self.model.load_weights(weights, strict=False)
+            if step.outputs[0].name != name:
+                continue
+            source = step.plain_copy
+            if source is not None:
+                rows = np.stack([source.read_row(row) for row in sketch_rows(source.shape[0])])
+                return make_fingerprint(
+                    str(self.config["model_type"]),
+                    len(self.model.layers),
+                    source.shape[0],
+                    cast_bits(rows, source.dtype, "F32"),
+                )
+            pairs = zip(step.outputs, step.make(), strict=True)
+            weights = [(spec.name, to_mlx(bits, spec.dtype)) for spec, bits in pairs]
+            self.model.load_weights(weights, strict=False)
         return fingerprint(self.model)
 
 

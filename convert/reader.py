@@ -127,7 +127,9 @@ def read_weight_file(path: Path) -> dict[str, SourceTensor]:
 
 def _of_safetensors(file: TensorFile, name: str) -> SourceTensor:
     entry = file.entries[name]
-    return SourceTensor(name, entry.dtype, entry.shape, file.path, lambda: file.read(name))
+    return SourceTensor(
+        name, entry.dtype, entry.shape, file.path, lambda: file.read(name), entry.start
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:

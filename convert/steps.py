@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_specstream.convert.names import Named
+from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.errors import CheckpointError
 from mlx_specstream.tensorfile import TensorSpec, cast_bits, dtype_name, to_bits, to_mlx
 
@@ -39,6 +40,14 @@ class Step:
     source: Named | None
     delta: Delta | None
     make: Callable[[], list[np.ndarray]] = field(compare=False, repr=False)
+
+    @property
+    def plain_copy(self) -> SourceTensor | None:
+        """The source tensor, if its bytes can be copied from file to file as they are."""
+        if self.how != "copy" or self.source is None:
+            return None
+        tensor = self.source.sources[0]
+        return tensor if tensor.start is not None and tensor.dtype != "F64" else None
 
     @staticmethod
     def of(

@@ -62,9 +62,23 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 
 def _locate(name: str, tensor: TensorInfo, places: dict[str, int], path: Path) -> SourceTensor:
-    start = places[tensor.storage.key]
+    storage = places[tensor.storage.key]
     dtype = tensor.storage.dtype
-    return SourceTensor(name, dtype, tensor.shape, path, lambda: _read_view(path, tensor, start))
+    own = storage + tensor.offset * NUMPY_TYPES[dtype].itemsize
+    start = own if _in_order(tensor) else None
+    return SourceTensor(
+        name, dtype, tensor.shape, path, lambda: _read_view(path, tensor, storage), start
+    )
+
+
+def _in_order(tensor: TensorInfo) -> bool:
+    """Whether the elements lie one after another."""
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _read_view(path: Path, tensor: TensorInfo, start: int) -> np.ndarray:

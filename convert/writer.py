@@ -96,9 +96,8 @@ def _write_weights(folder: Path, steps: Sequence[Step], limit: int, notify: Prog
         specs = [spec for step in shard.steps for spec in step.outputs]
         with TensorWriter(folder / shard.name, specs, {"format": "mlx"}) as writer:
             for step in shard.steps:
-                for bits in step.make():
-                    writer.write(bits)
-                    notify(bits.nbytes)
+                _write_step(writer, step)
+                notify(sum(spec.nbytes for spec in step.outputs))
         weight_map |= {spec.name: shard.name for spec in specs}
     every = [spec for step in steps for spec in step.outputs]
     metadata = {
@@ -107,6 +106,17 @@ def _write_weights(folder: Path, steps: Sequence[Step], limit: int, notify: Prog
     }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_step(writer: TensorWriter, step: Step) -> None:
+    tensor = step.plain_copy
+    if tensor is None:
+        for bits in step.make():
+            writer.write(bits)
+        return
+    assert tensor.start is not None
+    with tensor.stable():
+        writer.copy(tensor.origin, tensor.start)
 
 
 def _write_streams(plan: Plan, folder: Path, notify: Progress) -> None:

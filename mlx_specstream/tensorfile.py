@@ -251,9 +251,11 @@ class TensorWriter:
     def __init__(
         self, path: Path, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None
     ) -> None:
-        self._file = path.open("xb")
+        self._file = path.open("xb", buffering=0)
         self._specs = list(specs)
         self._written = 0
+        self._copies_in_kernel = hasattr(os, "copy_file_range")
+        self._buffer = bytearray(4 << 20)
         header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
         position = 0
         for spec in self._specs:
@@ -266,16 +268,46 @@ class TensorWriter:
             position = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._write_all(memoryview(struct.pack("<Q", len(text)) + text))
 
     def write(self, bits: np.ndarray) -> None:
         """Append the next tensor; shape and dtype must be those announced."""
         spec = self._specs[self._written]
         assert bits.shape == spec.shape, (spec, bits.shape)
         assert bits.dtype == NUMPY_TYPES[spec.dtype], (spec, bits.dtype)
-        if bits.size:
-            self._file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
+        self._write_all(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
         self._written += 1
+
+    def copy(self, path: Path, start: int) -> None:
+        """Append the next tensor from bytes that lie in `path`; inside the kernel where possible.
+
+        Raises:
+            EOFError: the file has become shorter than it was.
+        """
+        left = self._specs[self._written].nbytes
+        with path.open("rb", buffering=0) as source:
+            while left:
+                count = self._copy_some(source.fileno(), start, left)
+                if count == 0:
+                    raise EOFError("the file ends early")
+                start, left = start + count, left - count
+        self._written += 1
+
+    def _copy_some(self, source: int, start: int, left: int) -> int:
+        """Copy some of the next `left` bytes and return how many."""
+        if self._copies_in_kernel:
+            try:
+                return os.copy_file_range(source, self._file.fileno(), left, start)
+            except (AttributeError, OSError):  # not Linux, or not between these file systems
+                self._copies_in_kernel = False
+        count = os.preadv(source, [self._buffer], start)
+        self._write_all(memoryview(self._buffer)[: min(count, left)])
+        return min(count, left)
+
+    def _write_all(self, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:]) or 0
 
     def __enter__(self) -> TensorWriter:
         return self

@@ -317,3 +317,30 @@ def test_nothing_is_left_open(tmp_path):
     for _ in range(20):
         next(iter(open_checkpoint(folder).tensors.values())).read()
     assert len(list(open_files.iterdir())) == before
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_bytes_are_copied_from_file_to_file(tmp_path, in_kernel, monkeypatch):
+    import mlx_specstream.tensorfile as tensorfile
+
+    if not in_kernel:
+        monkeypatch.delattr(tensorfile.os, "copy_file_range", raising=False)
+    values = {name: np.random.default_rng(i).standard_normal(size) for i, (name, size) in
+              enumerate({"a": 3, "b": 700_000, "c": 0, "d": 17}.items())}  # fmt: skip
+    specs = [TensorSpec(name, "F64", value.shape) for name, value in values.items()]
+    with TensorWriter(tmp_path / "in", specs, {"k": "v"}) as writer:
+        for value in values.values():
+            writer.write(value)
+    source = tensorfile.open_tensors(tmp_path / "in", CheckpointError)
+    names = ["d", "a", "c", "b"]
+    with TensorWriter(tmp_path / "out", [source.entries[name] for name in names]) as writer:
+        writer.copy(tmp_path / "in", source.entries["d"].start)
+        writer.write(values["a"])
+        writer.copy(tmp_path / "in", source.entries["c"].start)
+        writer.copy(tmp_path / "in", source.entries["b"].start)
+    found = tensorfile.open_tensors(tmp_path / "out", CheckpointError)
+    for name in names:
+        assert np.array_equal(found.read(name), values[name])
+    specs = [TensorSpec("x", "U8", (10**7,))]
+    with pytest.raises(EOFError), TensorWriter(tmp_path / "short", specs) as writer:
+        writer.copy(tmp_path / "in", 0)
