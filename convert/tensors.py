@@ -57,7 +57,7 @@ class SourceTensor(TensorSpec):
         assert self.start is not None
         bits = np.empty(self.shape[1:], NUMPY_TYPES[self.dtype])
         with self.stable(), self.origin.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), self.start + row * bits.nbytes, bits)
+            read_exactly(file, self.start + row * bits.nbytes, bits)
         return bits
 
     def renamed(self, name: str) -> SourceTensor:

@@ -88,7 +88,7 @@ def _read_view(path: Path, tensor: TensorInfo, start: int) -> np.ndarray:
     span = 1 + sum((size - 1) * step for size, step in steps) if 0 not in tensor.shape else 0
     flat = np.empty(span, dtype)
     with path.open("rb", buffering=0) as file:
-        read_exactly(file.fileno(), start + tensor.offset * dtype.itemsize, flat)
+        read_exactly(file, start + tensor.offset * dtype.itemsize, flat)
     if not span:
         return flat.reshape(tensor.shape)
     strides = [step * dtype.itemsize for step in tensor.strides]

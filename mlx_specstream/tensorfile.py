@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 
@@ -77,21 +78,22 @@ class TensorFile:
         entry = self.entries[name]
         bits = np.empty(entry.shape, NUMPY_TYPES[entry.dtype])
         with self.path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), entry.start, bits)
+            read_exactly(file, entry.start, bits)
         return bits
 
 
-def read_exactly(descriptor: int, start: int, into: np.ndarray) -> None:
-    """Fill the C-contiguous array `into` with the bytes from `start` on.
+def read_exactly(file: RawIOBase, start: int, into: np.ndarray) -> None:
+    """Fill the C-contiguous array `into` with the bytes of an unbuffered file from `start` on.
 
     Raises:
         EOFError: the file has become shorter than it was.
     """
     view = into.reshape(-1).view(np.uint8).data
+    file.seek(start)
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + (64 << 20)]], start + done)
-        if count == 0:
+        count = file.readinto(view[done : done + (64 << 20)])
+        if not count:
             raise EOFError("the file ends early")
         done += count
 
@@ -287,22 +289,23 @@ class TensorWriter:
         left = self._specs[self._written].nbytes
         with path.open("rb", buffering=0) as source:
             while left:
-                count = self._copy_some(source.fileno(), start, left)
+                count = self._copy_some(source, start, left)
                 if count == 0:
                     raise EOFError("the file ends early")
                 start, left = start + count, left - count
         self._written += 1
 
-    def _copy_some(self, source: int, start: int, left: int) -> int:
+    def _copy_some(self, source: RawIOBase, start: int, left: int) -> int:
         """Copy some of the next `left` bytes and return how many."""
         if self._copies_in_kernel:
             try:
-                return os.copy_file_range(source, self._file.fileno(), left, start)
+                return os.copy_file_range(source.fileno(), self._file.fileno(), left, start)
             except (AttributeError, OSError):  # not Linux, or not between these file systems
                 self._copies_in_kernel = False
-        count = os.preadv(source, [self._buffer], start)
-        self._write_all(memoryview(self._buffer)[: min(count, left)])
-        return min(count, left)
+        source.seek(start)
+        count = min(source.readinto(self._buffer) or 0, left)
+        self._write_all(memoryview(self._buffer)[:count])
+        return count
 
     def _write_all(self, data: memoryview) -> None:
         done = 0
