@@ -126,7 +126,7 @@ class Chat:
     def _remark(self, answered: bool) -> None:
         """Say what the answer itself does not show."""
         if not answered:
-            self.view.note("(stopped before the first word; the question is taken back)")
+            self.view.note("(stopped before the first word; nothing was changed)")
             return
         reply = self.session.reply
         assert reply is not None

@@ -118,7 +118,10 @@ def _live_chat(
     view.note(f"{chat.described()} · /help")
     if conversation.exchanges:
         chat.show_exchange(len(conversation.exchanges))
-    status = run(chat, reader)
+    try:
+        status = run(chat, reader)
+    finally:  # an answer may have been cut by a signal; /load and /system change things, too
+        chat.keeper.keep(chat.session.conversation)
     if chat.keeper.own is not None and chat.session.conversation.exchanges:
         view.note("(saved; specstream chat --resume goes on with it)")
     return status

@@ -47,12 +47,19 @@ def while_answering() -> Iterator[CtrlC]:
         signal.signal(signal.SIGINT, before)
 
 
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + signum)
+
+
 @contextmanager
 def typing_ahead() -> Iterator[None]:
     """Let typed keys wait unseen for the next prompt, as the line editor expects them.
 
-    Enter arrives as CR, Ctrl-D as a key, pasted text in brackets.
+    Enter arrives as CR, Ctrl-D as a key, pasted text in brackets. The terminal is put right at
+    the end, also when the program is told to terminate.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     attributes = termios.tcgetattr(sys.stdin)
     quiet = [attributes[0] & ~termios.ICRNL, *attributes[1:3]]
     quiet += [attributes[3] & ~(termios.ECHO | termios.ICANON), *attributes[4:]]

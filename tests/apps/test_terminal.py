@@ -88,7 +88,7 @@ def test_a_whole_conversation(terminal: Terminal, tmp_path: Path) -> None:
     terminal.line(f"/load {saved}")
     terminal.wait(r"^\(loaded, 2 questions\)")
     terminal.line("/retry")
-    terminal.wait("^3 ›", count=4)
+    terminal.wait("^3 ›", count=5)
 
     # Ctrl-C at the prompt does not leave, Ctrl-D does.
     terminal.keys("typed", "C-c")

@@ -70,7 +70,8 @@ class Terminal:
     def everything(self, *, colours: bool = False) -> str:
         """Return the screen and all that scrolled away above it, wrapped lines joined."""
         options = ["-e"] if colours else []
-        return self._tmux("capture-pane", "-p", "-J", "-S", "-", "-t", "chat", *options).rstrip()
+        text = self._tmux("capture-pane", "-p", "-J", "-S", "-", "-t", "chat", *options)
+        return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
 
     def wait(self, pattern: str, *, count: int = 1) -> str:
         """Wait until everything shown holds `pattern` at least `count` times; return it."""
