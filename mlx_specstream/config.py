@@ -248,7 +248,7 @@ class DecodeConfig:
 
     `schedule`: `inline` computes streams for every node in the verifying pass; `deferred`
     computes them for the accepted node alone, in a second short pass of the same graph
-    (lossless mode only); `auto` takes `deferred` where it is possible and the tree branches.
+    (lossless mode only); `auto` takes `deferred` where it is possible.
     """
 
     tree: TreeSpec = field(default_factory=TreeSpec)

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import pytest
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.checkpoint import checkpoint_name, save_checkpoint
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from mlx_specstream.config import StreamConfig  # noqa: E402
+from mlx_specstream.convert.pytorch.adapters import StreamAdapters  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.checkpoint import checkpoint_name, save_checkpoint  # noqa: E402
 
 QKV = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 

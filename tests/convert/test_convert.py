@@ -7,17 +7,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import torch
-from mlx_lm.utils import load_model
-from safetensors.torch import save_file
 
-from mlx_specstream.checkpoint import load_streams
-from mlx_specstream.convert import cli
-from mlx_specstream.convert.check import Proof
-from mlx_specstream.convert.plan import Options, make_plan
-from mlx_specstream.convert.writer import write_plan
-from mlx_specstream.errors import CheckpointError, OptionError, OutputError, StreamsError
-from tests.convert import checkpoints as made
+torch = pytest.importorskip("torch")
+
+from mlx_lm.utils import load_model  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from mlx_specstream.checkpoint import load_streams  # noqa: E402
+from mlx_specstream.convert import cli  # noqa: E402
+from mlx_specstream.convert.check import Proof  # noqa: E402
+from mlx_specstream.convert.plan import Options, make_plan  # noqa: E402
+from mlx_specstream.convert.writer import write_plan  # noqa: E402
+from mlx_specstream.errors import CheckpointError, OptionError, OutputError, StreamsError  # noqa: E402
+from tests.convert import checkpoints as made  # noqa: E402
 
 IDS = [[3, 14, 15, 2, 5, 35, 8, 9]]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from mlx_specstream.convert.torchfile import read_torch_file
-from mlx_specstream.errors import CheckpointError
+torch = pytest.importorskip("torch")
+
+from mlx_specstream.convert.torchfile import read_torch_file  # noqa: E402
+from mlx_specstream.errors import CheckpointError  # noqa: E402
 
 
 def example():
