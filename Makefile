@@ -1,8 +1,8 @@
 # What the README's commands run. Each target sets up all it needs in $(VENV) and is quick when repeated.
 #
 #   make demo         answer several prompts plainly and speculatively with the demo model
-#   make test         run the tests (those against PyTorch are skipped unless it is installed)
-#   make test-torch   install PyTorch as well and run all tests
+#   make test         run the tests but the slow ones (those against PyTorch are skipped unless it is installed)
+#   make test-all     install PyTorch as well and run every test, some of which take minutes
 #   make check        lint, formatting, types
 #
 # VENV=folder puts the environment elsewhere; PYTHON=python3.12 picks the Python to build it with.
@@ -19,9 +19,9 @@ demo: $(VENV)/.installed
 	@$(RUN) -m mlx_specstream.cli demo
 
 test: $(VENV)/.installed-test
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-torch: $(VENV)/.installed-torch
+test-all: $(VENV)/.installed-torch
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-test
