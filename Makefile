@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3.10 python
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo $$name; break; fi; done)
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-torch check
+.PHONY: demo test test-all check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
