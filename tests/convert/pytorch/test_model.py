@@ -109,7 +109,7 @@ def test_shared_mode_lets_main_see_its_own_streams_only(make_backbone, make_adap
     changed = (none - some).abs().amax(-1)[0]
     assert changed[:4].max() < 1e-5
     assert changed[4] > 1e-3
-    assert changed[5:].min() > 1e-5  # later rows read the changed keys of row 4
+    assert changed[5:].max() > 1e-3  # later rows read the changed keys of row 4
 
 
 def test_a_tree_is_verified_like_each_of_its_paths(make_backbone, make_adapters):
