@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,8 @@ def _live_chat(
     from .status import fitted
     from .view import TerminalView
 
+    for name in ("COLUMNS", "LINES"):  # rich would believe them even after a resize
+        os.environ.pop(name, None)
     view = TerminalView(Console())
     view.note(f"loading {arguments.model} ...")
     chat = _chat(arguments, settings, conversation, view, own, interactive=True)
