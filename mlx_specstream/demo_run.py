@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -238,6 +239,8 @@ def _blas() -> str:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").lower()
     except OSError:
         return "unknown BLAS"
+    # NumPy and SciPy bring an OpenBLAS of their own, which MLX does not use.
+    maps = "\n".join(line for line in maps.split("\n") if not re.search("numpy|scipy", line))
     for name, shown in (("openblas", "OpenBLAS"), ("mkl", "MKL"), ("blis", "BLIS")):
         if name in maps:
             return shown
