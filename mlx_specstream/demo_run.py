@@ -8,12 +8,7 @@ end stand a table and one line on whether speculation pays on this machine, and 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import re
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .decode_options import (
@@ -23,6 +18,7 @@ from .decode_options import (
     streams_option,
 )
 from .errors import OptionError, StreamsError
+from .machine import Machine
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -214,37 +210,11 @@ def verdict(comparisons: list[Comparison], config: DecodeConfig) -> str:
     fewer = f"{ours.tokens_per_step:.2f} tokens per pass"
     price = f"a pass with the tree '{config.tree}' costs {cost:.2f} plain passes"
     ratio = before / after
+    place = Machine.read().summary
     if ratio >= 1.05:
-        return f"On this machine ({machine()}) it is {ratio:.2f}x as fast: {fewer}, and {price}."
+        return f"On this machine ({place}) it is {ratio:.2f}x as fast: {fewer}, and {price}."
     gain = "gains nothing in time" if ratio > 0.95 else f"is slower ({ratio:.2f}x)"
-    return f"On this machine ({machine()}) it {gain}: {fewer}, but {price}. {_why()}"
-
-
-def machine() -> str:
-    """Describe what computes: device, processor count and, on a CPU, the matrix library."""
-    import mlx.core as mx
-
-    cores = f"{os.cpu_count()} cores"
-    if "gpu" in str(mx.default_device()).lower():
-        name = str(mx.device_info().get("device_name", "GPU"))
-        return f"{platform.system()}, {name}"
-    if sys.platform == "darwin":
-        return f"macOS on the CPU, {cores}, Accelerate"
-    return f"{platform.system()} on the CPU, {cores}, {_blas()}"
-
-
-def _blas() -> str:
-    """Name the matrix library that MLX's CPU build has loaded on Linux."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8").lower()
-    except OSError:
-        return "unknown BLAS"
-    # NumPy and SciPy bring an OpenBLAS of their own, which MLX does not use.
-    maps = "\n".join(line for line in maps.split("\n") if not re.search("numpy|scipy", line))
-    for name, shown in (("openblas", "OpenBLAS"), ("mkl", "MKL"), ("blis", "BLIS")):
-        if name in maps:
-            return shown
-    return "reference BLAS"
+    return f"On this machine ({place}) it {gain}: {fewer}, but {price}. {_why()}"
 
 
 def _why() -> str:
