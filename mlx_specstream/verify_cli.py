@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from .config import DecodeConfig
 from .decode_options import (
@@ -22,7 +24,6 @@ from .errors import OptionError, StreamsError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tqdm import tqdm
 
     from .loading import StreamModel
     from .verify import Comparison
@@ -88,76 +89,104 @@ def main(argv: list[str]) -> int:
             "--streams."
         )
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    from tqdm import tqdm
-
-    with tqdm(total=len(ids) * (1 + len(configs)), unit="answer", disable=None) as bar:
-        results = [
-            _compare_all(model, tokenizer, prompt, arguments.max_tokens, configs, bar)
-            for prompt in ids
-        ]
-    found = list(zip(*results, strict=True))
+    titles = [prompt.title for prompt in prompts]
+    found: list[list[Comparison]] = []
+    try:
+        for comparisons in _compared(model, tokenizer, ids, arguments.max_tokens, configs):
+            found.append(comparisons)
+            if not arguments.json:
+                place = f"[{len(found)}/{len(ids)}] {_cut(titles[len(found) - 1])}"
+                _say("\n".join([place, *_lines(configs, comparisons)]))
+    except KeyboardInterrupt:
+        # An hour's comparing is not lost to a key: what is known is reported, and is not a pass.
+        if not found:
+            raise
+        _say(f"interrupted after {len(found)} of {len(ids)} prompts", sys.stderr)
     if arguments.json:
-        print(json.dumps(_record(model, configs, found), ensure_ascii=False))
+        print(json.dumps(_record(model, configs, found, len(ids)), ensure_ascii=False))
     else:
-        titles = [prompt.title for prompt in prompts]
-        for config, comparisons in zip(configs, found, strict=True):
-            print(_report(config, titles, comparisons))
+        print("\n".join(_sums(configs, found)))
     mismatch = any(c.verdict == "mismatch" for comparisons in found for c in comparisons)
-    return 1 if mismatch else 0
+    if mismatch:
+        return 1
+    return 0 if len(found) == len(ids) else 130
 
 
-def _compare_all(
+def _compared(
     model: StreamModel,
     tokenizer: TokenizerWrapper,
-    prompt: list[int],
+    prompts: list[list[int]],
     max_tokens: int,
     configs: list[DecodeConfig],
-    bar: tqdm[object],
-) -> list[Comparison]:
-    """Answer one prompt plainly, then with every config, and compare each with the first."""
+) -> Iterator[list[Comparison]]:
+    """Answer each prompt plainly, then with every config; yield its comparisons with the first."""
+    from tqdm import tqdm
+
     from .verify import compare, replay
 
-    plain = replay(model, tokenizer, prompt, max_tokens, None)
-    bar.update()
-    comparisons = []
-    for config in configs:
-        speculative = replay(model, tokenizer, prompt, max_tokens, config)
-        comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
-        bar.update()
-    return comparisons
+    # Where nobody watches, a line a minute still tells a log that it lives.
+    total, pace = len(prompts) * (1 + len(configs)), 0.1 if sys.stderr.isatty() else 60.0
+    with tqdm(total=total, unit="answer", mininterval=pace, dynamic_ncols=True) as bar:
+        for prompt in prompts:
+            plain = replay(model, tokenizer, prompt, max_tokens, None)
+            bar.update()
+            comparisons = []
+            for config in configs:
+                speculative = replay(model, tokenizer, prompt, max_tokens, config)
+                comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
+                bar.update()
+            yield comparisons
 
 
-def counted(comparisons: tuple[Comparison, ...]) -> dict[str, int]:
+def counted(comparisons: Sequence[Comparison]) -> dict[str, int]:
     """Return how many comparisons had each verdict."""
     verdicts = [comparison.verdict for comparison in comparisons]
     return {name: verdicts.count(name) for name in ("identical", "near-tie", "mismatch")}
 
 
-def _report(config: DecodeConfig, titles: list[str], comparisons: tuple[Comparison, ...]) -> str:
-    """Return the lines for one config: prompt by prompt, then the sum."""
-    from .statistics import SpeculationStats
-
-    prune = f", pruned to {config.prune.keep}" if config.prune else ""
-    lines = [f"tree {config.tree}{prune}"]
-    total = SpeculationStats()
-    for title, comparison in zip(titles, comparisons, strict=True):
+def _lines(configs: list[DecodeConfig], comparisons: list[Comparison]) -> list[str]:
+    """Return a prompt's lines: one per config, and one more where the answers part."""
+    lines = []
+    for config, comparison in zip(configs, comparisons, strict=True):
         stats = comparison.speculative.stats
-        total += stats
         lines.append(
-            f"  {comparison.verdict:<9}  {stats.tokens:>4} tokens {stats.passes:>4} passes "
-            f"{stats.tokens_per_step:5.2f} per pass  {_cut(title)}"
+            f"  {_name(config):<18} {comparison.verdict:<9}  {stats.tokens:>4} tokens "
+            f"{stats.passes:>4} passes {stats.tokens_per_step:5.2f} per pass"
         )
         if comparison.divergence is not None:
-            lines.append(f"             {comparison.divergence}")
-    counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())
-    return "\n".join([*lines, f"  {counts}: {total}"])
+            lines.append(f"    {comparison.divergence}")
+    return lines
+
+
+def _sums(configs: list[DecodeConfig], found: list[list[Comparison]]) -> list[str]:
+    """Return a line per config: the verdicts of all prompts and their figures."""
+    from .statistics import SpeculationStats
+
+    lines = [f"all {len(found)} prompts"]
+    for config, comparisons in zip(configs, zip(*found, strict=True), strict=True):
+        total = sum((c.speculative.stats for c in comparisons), SpeculationStats())
+        counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())
+        lines.append(f"  {_name(config):<18} {counts}: {total}")
+    return lines
+
+
+def _name(config: DecodeConfig) -> str:
+    return f"{config.tree}, pruned to {config.prune.keep}" if config.prune else f"{config.tree}"
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print above the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=file)
 
 
 def _record(
-    model: StreamModel, configs: list[DecodeConfig], found: list[tuple[Comparison, ...]]
+    model: StreamModel, configs: list[DecodeConfig], found: list[list[Comparison]], asked: int
 ) -> dict[str, object]:
-    """Return what --json prints."""
+    """Return what --json prints; fewer prompts than `asked` if it was interrupted."""
     return {
+        "prompts_asked": asked,
         "model": model.name,
         "streams": model.streams_name,
         "dtype": str(model.backbone.dtype).rpartition(".")[2],
@@ -167,7 +196,7 @@ def _record(
                 **counted(comparisons),
                 "prompts": [_prompt_record(comparison) for comparison in comparisons],
             }
-            for config, comparisons in zip(configs, found, strict=True)
+            for config, comparisons in zip(configs, zip(*found, strict=True), strict=True)
         ],
     }
 
