@@ -88,6 +88,31 @@ def test_a_broken_engine_fails(
         assert divergence["distance"] >= divergence["gap"] > 0
 
 
+def test_an_interrupt_keeps_what_was_found(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key comes in the second prompt's speculative answer: one prompt is known by then."""
+    calls: list[DecodeConfig] = []
+
+    def interrupted(*arguments: Any) -> Replayed:
+        if arguments[4] is not None:
+            calls.append(arguments[4])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        return replay(*arguments)
+
+    monkeypatch.setattr("mlx_specstream.verify.replay", interrupted)
+    words = ["--model", folder, *WORDS, "--tree", "chain"]
+    out = verified(capsys, *words, status=130)
+    assert "[1/3]" in out
+    assert "[2/3]" not in out
+    assert "1 identical, 0 near-tie, 0 mismatch" in out
+    calls.clear()
+    record = json.loads(verified(capsys, *words, "--json", status=130))
+    assert record["prompts_asked"] == 3
+    assert len(record["runs"][0]["prompts"]) == 1
+
+
 def test_the_gap_is_the_references(tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper) -> None:
     model = with_streams(tiny_llama)
     prompt = list(b"some prompt")
