@@ -20,7 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KVCache, LayerPass
+from .cache import KVCache, PassCache
 from .errors import ModelError
 from .families import Family, family_of
 
@@ -112,14 +112,14 @@ class Backbone:
         self,
         hidden: mx.array,
         layers: range,
-        cache: KVCache,
+        cache: PassCache,
         start: int,
         offset: int | mx.array,
         mask: RowMask,
     ) -> mx.array:
-        """Run `layers` of the base model over rows (1, R, h), which go to the cache at `start`."""
+        """Run `layers` of the base model over rows (B, R, h), which go to the cache at `start`."""
         for index in layers:
-            row = LayerPass(cache.layers[index], start, offset)
+            row = cache.view(index, start, offset)
             hidden = self.layers[index](hidden, mask.of(self.windows[index]), row)
         return hidden
 
@@ -144,17 +144,21 @@ class Backbone:
 class RowMask:
     """The masks of one pass: who sees whom, and per sliding window who is near enough.
 
-    seen: (R, S) bool, "causal" or None (all). row_positions (R,) and key_positions (S,) int32
-    are needed only where a layer has a window.
+    seen: (R, S) bool, "causal" or None (all); (B, 1, R, S) in a batch. positions: the rows' (R,)
+    and the keys' (S,) int32, needed only where a layer has a window; in a batch (B, 1, R) and
+    (B, 1, S). own_streams: as `seen`, which of the keys are streams (shared mode with gates);
+    None for the last columns.
     """
 
     def __init__(
         self,
         seen: Mask,
         positions: Callable[[], tuple[mx.array, mx.array]],
+        own_streams: mx.array | None = None,
     ) -> None:
         self.seen = seen
         self.positions = positions
+        self.own_streams = own_streams
         self._windowed: dict[int, Mask] = {}
 
     def of(self, window: int | None) -> Mask:
@@ -163,11 +167,11 @@ class RowMask:
             return self.seen
         if window not in self._windowed:
             rows, keys = self.positions()
-            near = keys[None] > rows[:, None] - window
+            near = keys[..., None, :] > rows[..., None] - window
             if self.seen is None:
                 mask = near
             elif isinstance(self.seen, str):
-                mask = near & (keys[None] <= rows[:, None])
+                mask = near & (keys[..., None, :] <= rows[..., None])
             else:
                 mask = near & self.seen
             self._windowed[window] = mask

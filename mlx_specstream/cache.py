@@ -13,7 +13,7 @@ or a stream is never part of the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -81,12 +81,42 @@ class LayerPass:
         return self.layer.read(self.start + keys.shape[2])
 
 
+class LayerView(Protocol):
+    """What a layer of mlx-lm asks of its cache."""
+
+    offset: int | mx.array
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+
+
+class PassCache(Protocol):
+    """What a forward pass asks of a cache: a view of each layer, for its rows alone."""
+
+    def view(
+        self,
+        layer: int,
+        start: int,
+        offset: int | mx.array,
+        on_values: Callable[[mx.array], mx.array] | None = None,
+    ) -> LayerView: ...
+
+
 class KVCache:
     """The caches of all layers and the number of rows that are committed text."""
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerKV() for _ in range(num_layers)]
         self.length = 0
+
+    def view(
+        self,
+        layer: int,
+        start: int,
+        offset: int | mx.array,
+        on_values: Callable[[mx.array], mx.array] | None = None,
+    ) -> LayerPass:
+        """Return what layer `layer` sees as its cache during a pass; see `LayerPass`."""
+        return LayerPass(self.layers[layer], start, offset, on_values)
 
     def commit(self, rows: Sequence[int], layers: range) -> None:
         """Bring a pass's rows, given by their places in the pass, to the end of the committed text.

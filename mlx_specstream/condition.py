@@ -120,6 +120,22 @@ class ConditionedProposer:
         log_probs = scores + (self.mass[level] - mx.logsumexp(scores, axis=-1, keepdims=True))
         return mx.broadcast_to(self.marginal.ids[level], scores.shape), log_probs
 
+    def best(self, rows: mx.array, parents: mx.array) -> mx.array:
+        """Return the best candidate (W,) int32 of each parent (W,) at a stream of its own.
+
+        rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
+        row per sequence and stream.
+        """
+        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
+        m = self.hidden_size
+        of_stream = mx.take(self.of_stream, rows, axis=0)
+        state = mx.concatenate([nn.silu(e[:, :m] + of_stream), e[:, m:]], axis=1)
+        gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None])[..., 0].astype(mx.float32)
+        scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        ids = mx.take(self.marginal.ids, rows, axis=0)
+        return mx.take_along_axis(ids, best, axis=-1)[:, 0]
+
 
 class MarginalProposer:
     """The paper's candidates: the same for every parent."""

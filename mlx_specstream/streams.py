@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .backbone import Backbone, Mask, RowMask, causal_mask, view_layer
-from .cache import KVCache, LayerPass
+from .cache import KVCache, PassCache
 from .config import StreamConfig
 from .errors import StreamsError
 
@@ -143,21 +143,24 @@ class Streams:
     def start(self, main: mx.array) -> mx.array:
         """Return the streams' first hidden states S_tj = f(M_t) + P_j [SS Eq. 3].
 
-        main: (1, n, h), main rows at the input of the first MSA layer. Returns (1, n·γ, h),
+        main: (B, n, h), main rows at the input of the first MSA layer. Returns (B, n·γ, h),
         the streams of one node side by side.
         """
         if self.init_map is not None:
             a, b = self.init_map
             main = main + (main @ a) @ b
-        _, n, h = main.shape
-        return (main[:, :, None] + self.embeddings).reshape(1, n * self.num_streams, h)
+        B, n, h = main.shape
+        return (main[:, :, None] + self.embeddings).reshape(B, n * self.num_streams, h)
 
     def positions(self, main: mx.array) -> mx.array:
-        """Return the RoPE positions (n·γ,) of the streams at main positions (n,): t + j, or t."""
+        """Return the RoPE positions of the streams at main positions: t + j, or t.
+
+        main: (n,) or (B, n) int32. Returns (n·γ,) or (B, n·γ).
+        """
         offsets = mx.arange(1, self.num_streams + 1, dtype=mx.int32)
         if self.config.rope_offset == "position":
             offsets = mx.zeros_like(offsets)
-        return (main[:, None] + offsets).reshape(-1)
+        return (main[..., None] + offsets).flatten(-2)
 
     def forward(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """Run consecutive tokens (R,) of the main stream, no streams; return (1, R, h).
@@ -175,12 +178,12 @@ class Streams:
         hidden: mx.array,
         num_main: int,
         layers: range,
-        cache: KVCache,
+        cache: PassCache,
         start: int,
         offset: int | mx.array,
         mask: RowMask,
     ) -> mx.array:
-        """Run `layers` over rows (1, R, h), of which the first `num_main` are the main stream.
+        """Run `layers` over rows (B, R, h), of which the first `num_main` are the main stream.
 
         The rows' keys and values go to the cache at `start`. Streams' values are rotated where
         the config says so [SS App. B.3, Eq. 9].
@@ -189,25 +192,28 @@ class Streams:
         self.split.num_main = num_main
         for index in layers:
             on_values = None if angles is None else lambda v: rotate_values(v, angles)
-            row = LayerPass(cache.layers[index], start, offset, on_values)
+            row = cache.view(index, start, offset, on_values)
             allowed = mask.of(self.backbone.windows[index])
             gate = self.gates.get(index)
             if gate is not None and num_main < hidden.shape[1]:
-                allowed = self._gated(allowed, gate, num_main)
+                allowed = self._gated(allowed, gate, num_main, mask.own_streams)
             hidden = self.layers[index](hidden, allowed, row)
         return hidden
 
-    def _gated(self, allowed: Mask, gate: mx.array, num_main: int) -> mx.array:
+    def _gated(
+        self, allowed: Mask, gate: mx.array, num_main: int, to_streams: mx.array | None
+    ) -> mx.array:
         """Return the additive mask (B, H, R, S): who sees whom, plus `gate` (H,) main → streams.
 
-        allowed: (R, S) or (B, 1, R, S) bool.
+        allowed: (R, S) or (B, 1, R, S) bool. to_streams: the same shape, where gates apply;
+        None for main rows at the columns of the last `num_main`·γ keys.
         """
         assert isinstance(allowed, mx.array)
         if allowed.ndim == 2:
             allowed = allowed[None, None]
-        num_stream_rows = num_main * self.num_streams
-        to_streams = mx.zeros(allowed.shape[-2:], dtype=mx.bool_)
-        to_streams[:num_main, -num_stream_rows:] = True
+        if to_streams is None:
+            to_streams = mx.zeros(allowed.shape[-2:], dtype=mx.bool_)
+            to_streams[:num_main, -num_main * self.num_streams :] = True
         bias = mx.where(to_streams, gate[:, None, None], 0)
         return mx.where(allowed, bias, -mx.inf).astype(self.backbone.dtype)
 

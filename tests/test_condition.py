@@ -97,6 +97,25 @@ def test_conditioned_candidates_against_the_formula(seed: int, tied: bool) -> No
         assert mx.array_equal(log_probs[0], log_probs[3])
 
 
+def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
+    model = small_model(layers=2, vocab=30)
+    backbone = Backbone(model)
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
+    parts = [tensors[f"conditioner.{n}"] for n in ("mlp_in", "mlp_out", "lora_a", "lora_b")]
+    hidden = mx.random.normal((4, 32), key=mx.random.key(1))
+    marginal = top_candidates(backbone.head(hidden[None])[0], hidden, 8)
+    proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
+    rows, parents = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1]
+    wanted = []
+    for row, parent in zip(rows, parents, strict=True):
+        ids, log_probs = proposer(row, mx.array([parent]))
+        wanted.append(ids[0, mx.argmax(log_probs[0])].item())
+    best = proposer.best(mx.array(rows), mx.array(parents))
+    assert best.tolist() == wanted
+    assert len(set(wanted)) > 2
+    assert wanted != [marginal.ids[row, 0].item() for row in rows]
+
+
 def test_marginal_candidates_do_not_know_their_parent() -> None:
     ids, log_probs = mx.array([[4, 2], [9, 1]]), mx.array([[-0.1, -3.0], [-0.5, -1.0]])
     proposer = MarginalProposer(Candidates(ids, log_probs, mx.zeros((2, 3))))
