@@ -1,9 +1,10 @@
 """The anatomy of a step: where its time goes, beside mlx-lm's own decoding of the same weights.
 
-Three things are timed in turn, round after round, so that a slow moment hits all of them alike:
-the whole step as decoding runs it; its forward passes alone (the same rows through the same
-layers and heads, nothing drafted, accepted or committed); and one token of mlx-lm's generator.
-What a step takes beyond its forward passes is ours to keep small.
+Three things are timed in turn, round after round: the whole step as decoding runs it; its forward
+passes alone (the same rows through the same layers and heads, nothing drafted, accepted or
+committed); and one token of mlx-lm's generator. What a step takes beyond its forward passes is ours
+to keep small. It is a small difference of large numbers, so it is taken within each round, where a
+slow moment hits both, and every other round runs backwards.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from mlx_specstream.tree import root_only
 class Anatomy:
     """Median milliseconds of one step and its parts, with the rows each phase computes.
 
-    `build_ms` is the Python side of a step, building its graph; `outside` is the share of the
-    step that is not forward pass.
+    `build_ms` is the Python side of a step, building its graph; `outside_ms` what the step takes
+    beyond its forward passes, the median over rounds. A spread is the distance of the quartiles.
     """
 
     tree: str
@@ -45,13 +46,16 @@ class Anatomy:
     step_ms: float
     step_spread_ms: float
     forward_ms: float
+    outside_ms: float
+    outside_spread_ms: float
     build_ms: float
     mlx_lm_ms: float
+    in_tokens: float
 
     @property
     def outside(self) -> float:
         """Return the share of a step spent outside its forward passes."""
-        return max(0.0, 1 - self.forward_ms / self.step_ms)
+        return self.outside_ms / self.step_ms
 
 
 def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], rounds: int) -> Anatomy:
@@ -95,13 +99,15 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
-        for name, run in runs.items():
+        order = list(runs.items())
+        for name, run in order if turn % 2 else reversed(order):
             begin = time.perf_counter()
             run()
             if turn >= 2:  # the first two warm up
                 times[name].append(time.perf_counter() - begin)
     T, G = tree.num_nodes, streams.num_streams
-    quartiles = statistics.quantiles(times["step"], n=4)
+    outside = [a - b for a, b in zip(times["step"], times["forward"], strict=True)]
+    in_tokens = [a / b for a, b in zip(times["step"], times["mlx_lm"], strict=True)]
     return Anatomy(
         tree=str(config.tree),
         schedule="inline" if stepper.inline else "deferred",
@@ -109,11 +115,20 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
         upper_rows=T * (1 + G) if stepper.inline else T + G,
         head_rows=T + G,
         step_ms=1e3 * statistics.median(times["step"]),
-        step_spread_ms=1e3 * (quartiles[2] - quartiles[0]),
+        step_spread_ms=1e3 * _spread(times["step"]),
         forward_ms=1e3 * statistics.median(times["forward"]),
-        build_ms=1e3 * statistics.median(builds),
+        outside_ms=1e3 * statistics.median(outside),
+        outside_spread_ms=1e3 * _spread(outside),
+        build_ms=1e3 * statistics.median(builds[2:]),
         mlx_lm_ms=1e3 * statistics.median(times["mlx_lm"]),
+        in_tokens=statistics.median(in_tokens),
     )
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the distance between the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
 
 
 COLUMNS = (
@@ -127,8 +142,9 @@ def as_row(found: Anatomy) -> str:
     rows = f"{found.lower_rows} / {found.upper_rows} / {found.head_rows}"
     return (
         f"| {found.tree} | {found.schedule} | {rows} | {found.step_ms:.1f} ± "
-        f"{found.step_spread_ms / 2:.1f} ms | {found.forward_ms:.1f} ms | {found.outside:.1%} | "
-        f"{found.build_ms:.1f} ms | {found.step_ms / found.mlx_lm_ms:.2f} |"
+        f"{found.step_spread_ms / 2:.1f} ms | {found.forward_ms:.1f} ms | {found.outside_ms:.1f} ± "
+        f"{found.outside_spread_ms / 2:.1f} ms, {found.outside:.1%} | {found.build_ms:.1f} ms | "
+        f"{found.in_tokens:.2f} |"
     )
 
 
