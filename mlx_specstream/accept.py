@@ -7,6 +7,9 @@ the tokens that come out are the target's draws, one per position, each made wit
 history: the tree decides only how many of them one pass yields.
 
 The paper's per-path rejection rule [SS Eq. 7-8] is not exact with top-k trees.
+
+Typical acceptance, which also takes likely drafts that were not drawn, changes the distribution
+and is lossy; it is there for those who ask for it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .errors import OptionError
 from .tree import DraftTree
 
 
@@ -58,3 +62,50 @@ def accept(tree: DraftTree, ancestor_mask: mx.array, drawn: mx.array) -> Accepte
     nodes = mx.argsort(mx.where(on_path, tree.depths, tree.depth + 1))[: tree.depth + 1]
     nodes = nodes.astype(mx.int32)
     return AcceptedPath(node, mx.take(tree.depths, node), nodes, mx.take(drawn, nodes))
+
+
+@dataclass(frozen=True)
+class TypicalAcceptance:
+    """A lossy rule: a draft is taken when its probability p is typical of its distribution.
+
+        p > min(epsilon, delta * exp(-entropy))
+
+    after Medusa (Cai et al., 2024, §2.3.1) and Hewitt et al., 2022. Where several children of a
+    node are typical, the walk goes to the likeliest; where none is, the target's own draw
+    decides as ever. p and the entropy (in nats) are those of the processed logits at
+    temperature 1. The text is plausible, but not drawn from the model's distribution.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "delta"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise OptionError(
+                    f"typical acceptance: {name} must be above 0 and at most 1, got {value}."
+                )
+
+    def choose(
+        self, logits: mx.array, tokens: mx.array, children: mx.array, drawn: mx.array
+    ) -> mx.array:
+        """Return the token (1,) that follows a node: its likeliest typical child's, else `drawn`.
+
+        Args:
+            logits: (1, V), the node's. tokens: (T,) int32, the tree's.
+            children: (T,) bool, which nodes are the node's children.
+        """
+        log_probs = logits.astype(mx.float32)[0]
+        log_probs = log_probs - mx.logsumexp(log_probs)
+        probabilities = mx.exp(log_probs)
+        # A forbidden token adds nothing: 0 · log 0 is 0.
+        entropy = -mx.sum(mx.where(probabilities > 0, probabilities * log_probs, 0.0))
+        threshold = mx.minimum(self.epsilon, self.delta * mx.exp(-entropy))
+        scores = mx.where(children, mx.take(probabilities, tokens), 0.0)
+        best = mx.argmax(scores)
+        typical = mx.take(scores, best) > threshold
+        return mx.where(typical, mx.take(tokens, best), drawn).astype(mx.int32)

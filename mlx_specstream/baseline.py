@@ -53,8 +53,7 @@ class PlainDecoder:
         mx.async_eval(report, logits)
         while True:
             ahead = None
-            if not self.chooser.processors:
-                # Their history must be on the host first; otherwise run one pass ahead.
+            if not self.chooser.waits:  # otherwise the token must be on the host first
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
             tokens, _, _ = read_report(report, 1, cache)
@@ -82,7 +81,7 @@ class PlainDecoder:
             cache.advance(-pending)
         normed = self.backbone.norm(hidden)
         logits = self.backbone.head(normed)[0]
-        drawn, finite = self.chooser(logits, tree)
+        drawn, finite = self.chooser(logits, tree, ahead=pending > 0)
         finite = finite & ~mx.any(mx.isnan(normed))
         zero = mx.zeros((1,), dtype=mx.int32)
         report = mx.concatenate([zero, finite.reshape(1).astype(mx.int32), drawn, zero])

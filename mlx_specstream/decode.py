@@ -7,13 +7,13 @@ the plain loop with the same interface, whose output this one must reproduce.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from .cache import KVCache
 from .condition import Conditioner
-from .config import DecodeConfig, TreeSpec
+from .config import DecodeConfig
 from .errors import StreamsError
 from .prefill import PREFILL_CHUNK, prefill
 from .prune import Pruner
@@ -28,8 +28,7 @@ from .tree import root_only
 class StreamDecoder:
     """Speculative Streaming over one model with its streams [SS §3.1].
 
-    `chooser` draws the target's token at every row, by argmax or a sampler. With logits
-    processors drafts are chains, whatever `config` says (`TokenChooser` tells why).
+    `chooser` draws the target's tokens, by argmax or a sampler, after its logits processors.
     `keep_drafts` puts every verified tree into its step's result.
 
     Raises:
@@ -45,11 +44,7 @@ class StreamDecoder:
 
     def __post_init__(self) -> None:
         trained, tensor = self.streams.config, self.streams.tensor
-        tree, pruner, conditioner = self.config.tree, None, None
-        if self.chooser.processors and tree.kind != "chain":
-            depth = len(tree.level_widths(trained.num_streams))
-            tree = TreeSpec(kind="chain", branching=1, depth=depth)
-            self.config = replace(self.config, tree=tree)
+        pruner, conditioner = None, None
         if self.config.prune is not None:
             if not trained.pruner_rank:
                 raise StreamsError(
@@ -62,7 +57,7 @@ class StreamDecoder:
             conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
         self.stepper = Stepper(
             streams=self.streams,
-            tree=tree,
+            tree=self.config.tree,
             inline=self.config.resolved_schedule(trained.mode) == "inline",
             chooser=self.chooser,
             prune=self.config.prune,

@@ -147,8 +147,7 @@ def draws(verified: Verified, streams: Streams, chooser: TokenChooser, number: i
     """Return `number` independent draws at every node of one verified draft, (number, T)."""
     logits = streams.backbone.head(verified.last)[0]
     mx.random.seed(11)
-    drawn, finite = chooser(mx.tile(logits, (number, 1)), verified.tree)
-    assert finite.item()
+    drawn = chooser.draw(mx.tile(logits, (number, 1)))
     return mx.unflatten(drawn, 0, (number, verified.tree.num_nodes))
 
 

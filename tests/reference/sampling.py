@@ -9,9 +9,27 @@ import numpy as np
 
 
 def distribution(
-    logits: np.ndarray, temperature: float, top_p: float = 0.0, top_k: int = 0
+    logits: np.ndarray,
+    temperature: float,
+    top_p: float = 0.0,
+    top_k: int = 0,
+    xtc: tuple[float, float] = (0.0, 0.1),
 ) -> np.ndarray:
-    """Return the probabilities (V,) a sampler draws with: top-p, then top-k, then temperature."""
+    """Return the probabilities (V,) a sampler draws with.
+
+    Top-p, XTC, top-k, temperature, in this order; `xtc` is its probability and threshold.
+    """
+    chance, threshold = xtc
+    if chance:
+        plain = distribution(logits, temperature, top_p, top_k)
+        after = distribution(logits, 1.0, top_p)
+        over = np.flatnonzero(after > threshold)
+        cut = np.array(logits, dtype=np.float64)
+        if len(over):
+            cut[over[after[over] > after[over].min()]] = -np.inf
+        # The filters before XTC have seen the uncut row.
+        cut[after == 0] = -np.inf
+        return (1 - chance) * plain + chance * distribution(cut, temperature, 0, top_k)
     logits = np.array(logits, dtype=np.float64)
     log_probs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
     order = np.argsort(-log_probs)
