@@ -42,9 +42,16 @@ class PlainDecoder:
         prefill(self.backbone.forward, tokens, cache, on_progress, chunk)
 
     def steps(
-        self, root: int, cache: KVCache, more: Callable[[StepResult], bool]
+        self,
+        root: int,
+        cache: KVCache,
+        more: Callable[[StepResult], bool],
+        run_ahead: Callable[[], bool] = lambda: True,
     ) -> Iterator[StepResult]:
         """Yield one token per step from `root`, as `StreamDecoder.steps` yields several.
+
+        `run_ahead` is asked before a pass is scheduled whose root the host has not read yet; a
+        caller that knows it will stop here says no, and no pass is wasted.
 
         Raises:
             ModelError: the model computed NaN.
@@ -53,7 +60,7 @@ class PlainDecoder:
         mx.async_eval(report, logits)
         while True:
             ahead = None
-            if not self.chooser.waits:  # otherwise the token must be on the host first
+            if not self.chooser.waits and run_ahead():  # otherwise the token must be on the host first
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
             tokens, _, _ = read_report(report, 1, cache)

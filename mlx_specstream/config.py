@@ -21,7 +21,7 @@ MAX_STREAMS = 32
 Mode = Literal["lossless", "shared"]
 RopeOffset = Literal["position_plus_stream", "position"]
 Schedule = Literal["auto", "inline", "deferred"]
-TreeKind = Literal["chain", "best", "product"]
+TreeKind = Literal["auto", "chain", "best", "product"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ _INTEGERS = tuple(
 class TreeSpec:
     """The shape of the draft trees: how many rows a step verifies, and how they are spread.
 
+    * `auto`: what the planner finds best on this machine for this text, plain decoding included
+      (`plan/`); where nothing plans, it is `best`.
     * `chain`: one path of `depth` drafts, rows = depth + 1.
     * `best`: the `rows` nodes (root included) of highest cumulative probability.
     * `product`: the paper's static tree, `branching` candidates of every stream under every
@@ -158,8 +160,8 @@ class TreeSpec:
     depth: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("chain", "best", "product"):
-            raise OptionError(f"tree kind must be chain, best or product, got {self.kind!r}.")
+        if self.kind not in ("auto", "chain", "best", "product"):
+            raise OptionError(f"tree kind must be auto, chain, best or product, got {self.kind!r}.")
         if not 1 <= self.rows <= 1024:
             raise OptionError(f"a tree has 1 to 1024 rows, got {self.rows}.")
         if not 1 <= self.branching <= 64:
@@ -169,12 +171,14 @@ class TreeSpec:
 
     @classmethod
     def parse(cls, text: str) -> TreeSpec:
-        """Read the command-line form: `chain`, `chain3`, `16` (rows, best-first) or `3^4`.
+        """Read the command-line form: `auto`, `chain`, `chain3`, `16` (rows, best-first) or `3^4`.
 
         Raises:
             OptionError: the text has none of these forms.
         """
         word = text.strip().lower()
+        if word == "auto":
+            return cls(kind="auto")
         if match := re.fullmatch(r"chain(\d+)?", word):
             return cls(kind="chain", branching=1, depth=int(match[1] or 0))
         if word.isdecimal() and len(word) < 6:
@@ -182,11 +186,13 @@ class TreeSpec:
         if (match := re.fullmatch(r"(\d{1,3})\^(\d{1,2})", word)) and int(match[2]) > 0:
             return cls(kind="product", branching=int(match[1]), depth=int(match[2]))
         raise OptionError(
-            f"cannot read the tree {text!r}; use 'chain', 'chain3' (three drafts), "
+            f"cannot read the tree {text!r}; use 'auto', 'chain', 'chain3' (three drafts), "
             "'16' (the best 16 rows) or '3^4' (three candidates of each of four streams)."
         )
 
     def __str__(self) -> str:
+        if self.kind == "auto":
+            return "auto"
         if self.kind == "chain":
             return f"chain{self.depth or ''}"
         if self.kind == "product":
@@ -205,7 +211,7 @@ class TreeSpec:
         depth = min(self.depth or num_streams, num_streams)
         if self.kind == "chain":
             return (1,) * depth
-        if self.kind == "best":
+        if self.kind in ("auto", "best"):
             return (self.rows - 1,) * depth if self.rows > 1 else ()
         widths = tuple(self.branching ** (level + 1) for level in range(depth))
         if sum(widths) >= 1024:
@@ -216,7 +222,7 @@ class TreeSpec:
 
     def num_nodes(self, num_streams: int) -> int:
         """Return the rows of a full tree, root included."""
-        if self.kind == "best":
+        if self.kind in ("auto", "best"):
             return self.rows if num_streams else 1
         return 1 + sum(self.level_widths(num_streams))
 
@@ -246,12 +252,14 @@ class PruneSpec:
 class DecodeConfig:
     """How to decode: the tree, pruning, when streams run, whether parents condition candidates.
 
+    A tree `auto` (the default) is planned if `prune` is None, within the `schedule` asked for.
+
     `schedule`: `inline` computes streams for every node in the verifying pass; `deferred`
     computes them for the accepted node alone, in a second short pass of the same graph
     (lossless mode only); `auto` takes `deferred` where it is possible.
     """
 
-    tree: TreeSpec = field(default_factory=TreeSpec)
+    tree: TreeSpec = field(default_factory=lambda: TreeSpec(kind="auto"))
     prune: PruneSpec | None = None
     schedule: Schedule = "auto"
     use_conditioner: bool = True

@@ -38,8 +38,9 @@ def add_decode_options(parser: argparse.ArgumentParser, *, several_trees: bool =
     """Add --tree, --prune, --schedule and --no-conditioning."""
     default = DecodeConfig()
     tree_help = (
-        "draft tree: 'chain', 'chain3' (three drafts), '16' (the best 16 rows) or '3^4' (the "
-        f"paper's product tree) (default: {default.tree})"
+        "draft tree: 'auto' (what pays on this machine, plain decoding included), 'chain', "
+        "'chain3' (three drafts), '16' (the best 16 rows) or '3^4' (the paper's product tree) "
+        f"(default: {default.tree})"
     )
     if several_trees:
         parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")

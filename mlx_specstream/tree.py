@@ -41,7 +41,8 @@ class DraftTree:
     """A tree of draft tokens on the device; `depth` is the deepest a node can lie.
 
     tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
-    node that is not alive only fills up a fixed shape and is never accepted.
+    node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
+    float32, what the nodes' paths were ranked by, if the tree was ranked.
     """
 
     tokens: mx.array
@@ -49,6 +50,7 @@ class DraftTree:
     depths: mx.array
     depth: int
     alive: mx.array | None = None
+    scores: mx.array | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -123,8 +125,9 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
         mx.concatenate(parents).astype(mx.int32),
         mx.array(depths, dtype=mx.int32),
         depth=len(widths),
+        scores=mx.concatenate(scores),
     )
-    if spec.kind == "best" and tree.num_nodes > spec.rows:
+    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
         # The root's score 0 is the highest of all, so it is always among the best.
         return select(tree, best_nodes(mx.concatenate(scores), spec.rows))
     return tree
@@ -143,6 +146,7 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
         mx.take(tree.depths, kept),
         depth=min(tree.depth, kept.shape[0] - 1),
         alive=None if tree.alive is None else mx.take(tree.alive, kept),
+        scores=None if tree.scores is None else mx.take(tree.scores, kept),
     )
 
 

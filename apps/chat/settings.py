@@ -157,7 +157,7 @@ SETTINGS: dict[str, Setting] = {
     "max-tokens": _plain("max_tokens", int, "a whole number, -1 for no limit", "256", "-1"),
     "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
     "tree": _decode(
-        "tree", TreeSpec.parse, "chain, chain3, 16 (rows) or 3^4", "chain", "8", "16", "32"
+        "tree", TreeSpec.parse, "auto, chain, chain3, 16 (rows) or 3^4", "auto", "chain", "8", "16"
     ),
     "prune": _decode("prune", _optional(parse_prune), "8, 8:0.02 or none", "none", "8"),
     "schedule": _decode("schedule", str, "auto, inline or deferred", "auto", "inline", "deferred"),
