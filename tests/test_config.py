@@ -116,6 +116,7 @@ def test_no_adapters_no_scale() -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "rows", "shown"),
     [
+        ("auto", "auto", 5, "auto"),
         ("chain", "chain", 5, "chain"),
         (" Chain3 ", "chain", 4, "chain3"),
         ("chain9", "chain", 5, "chain9"),
@@ -153,7 +154,7 @@ def test_product_trees_that_are_too_large() -> None:
 @pytest.mark.parametrize(
     ("make", "fields", "says"),
     [
-        (TreeSpec, {"kind": "star"}, "tree kind must be chain, best or product, got 'star'"),
+        (TreeSpec, {"kind": "star"}, "tree kind must be auto, chain, best or product, got 'star'"),
         (TreeSpec, {"rows": 0}, "1 to 1024 rows, got 0"),
         (TreeSpec, {"rows": 1025}, "1 to 1024 rows, got 1025"),
         (TreeSpec, {"branching": 0}, "1 to 64 candidates, got 0"),
