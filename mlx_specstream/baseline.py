@@ -60,7 +60,8 @@ class PlainDecoder:
         mx.async_eval(report, logits)
         while True:
             ahead = None
-            if not self.chooser.waits and run_ahead():  # otherwise the token must be on the host first
+            # A chooser that waits needs the token on the host first.
+            if not self.chooser.waits and run_ahead():
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
             tokens, _, _ = read_report(report, 1, cache)

@@ -70,7 +70,6 @@ def candidates(
     schedule: Literal["auto", "inline", "deferred"] = "auto",
     *,
     prunable: bool = False,
-    only_chains: bool = False,
     row_limit: int | None = None,
     max_rows: int = max(ROWS),
 ) -> list[Plan]:
@@ -78,13 +77,10 @@ def candidates(
 
     Args:
         prunable: the streams hold a pruner.
-        only_chains: logits processors are in use, and trees are chains then.
         row_limit: most rows that the GPU's fused attention for short queries takes; above it and
             up to 8 rows attention falls back to a slow path, so these sizes are left out.
     """
-    return list(
-        _candidates(num_streams, mode, schedule, prunable, only_chains, row_limit, max_rows)
-    )
+    return list(_candidates(num_streams, mode, schedule, prunable, row_limit, max_rows))
 
 
 def _candidates(
@@ -92,7 +88,6 @@ def _candidates(
     mode: Mode,
     schedule: str,
     prunable: bool,
-    only_chains: bool,
     row_limit: int | None,
     max_rows: int,
 ) -> Iterator[Plan]:
@@ -108,8 +103,6 @@ def _candidates(
             if fits(depth + 1):
                 tree = TreeSpec("chain", branching=1, depth=depth)
                 yield Plan(tree, each)
-        if only_chains:
-            continue
         wide = (
             ROWS if each == "deferred" or schedule == "inline" or mode == "shared" else INLINE_ROWS
         )

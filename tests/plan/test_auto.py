@@ -145,7 +145,7 @@ def test_drafts_are_kept_where_there_are_any() -> None:
 
 
 def test_processors_see_the_right_history() -> None:
-    """A repetition ban gives the same text, parked or not; drafts are chains then."""
+    """A repetition ban gives the same text, parked or not."""
 
     def ban(tokens: mx.array, logits: mx.array) -> mx.array:
         logits[:, tokens[-4:]] = -1e9
