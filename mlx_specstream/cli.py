@@ -29,6 +29,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "bench": Verb("mlx_specstream.bench.command", "measure what speculation gains here"),
     "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
     "convert": Verb(
         "mlx_specstream.convert.cli", "turn a checkpoint into an MLX model with streams"

@@ -34,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
     )
 
 
-def add_decode_options(parser: argparse.ArgumentParser, *, several_trees: bool = False) -> None:
+def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: bool = False) -> None:
     """Add --tree, --prune, --schedule and --no-conditioning."""
     default = DecodeConfig()
     tree_help = (

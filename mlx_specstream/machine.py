@@ -145,7 +145,10 @@ def _mlx() -> _Found:
     if metal:
         gpu, size = info.get("architecture", ""), info.get("max_recommended_working_set_size", 0)
     else:
-        gpu, size = info.get("device_name", ""), info.get("total_memory", info.get("memory_size"))
+        gpu, size = (
+            info.get("device_name", ""),
+            info.get("total_memory", info.get("memory_size", 0)),
+        )
     return _Found("metal" if metal else "cuda", str(gpu), size if isinstance(size, int) else 0)
 
 

@@ -3,6 +3,7 @@
 {"messages": [{"role": "user", "content": "..."}, ...]}     chat: turns up to the last user's
 {"prompt": "...", "completion": "..."}                      completions: the prompt
 {"text": "..."}                                             text: continued as it is
+{"turns": ["...", "..."]}                                   Spec-Bench: the first turn
 any other line                                              a user's message
 """
 
@@ -48,6 +49,17 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     Raises:
         DataError: the file cannot be read, holds no prompt, or a line is of no known format.
     """
+    return [prompt_of(record, where) for record, where in read_records(path, limit)]
+
+
+def read_records(path: str | Path, limit: int | None = None) -> list[tuple[object, str]]:
+    """Read the first `limit` lines of a file of prompts, each with where it stands.
+
+    A JSON line is what it holds, another line its text.
+
+    Raises:
+        DataError: the file cannot be read, holds no line, or a line is not valid JSON.
+    """
     path = Path(path).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -58,38 +70,55 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
             "line, or a JSONL file as mlx-lm's training data."
         ) from None
     as_json = path.suffix in (".json", ".jsonl")
-    prompts: list[Prompt] = []
+    records: list[tuple[object, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompts.append(
-            _from_json(line, f"{path}, line {number}") if as_json else Prompt.user(line.strip())
-        )
-        if limit is not None and len(prompts) >= limit:
+        where = f"{path}, line {number}"
+        records.append((_parsed(line, where) if as_json else line.strip(), where))
+        if limit is not None and len(records) >= limit:
             break
-    if not prompts:
+    if not records:
         raise DataError(f"{path} holds no prompt; write one per line.")
-    return prompts
+    return records
 
 
-def _from_json(line: str, where: str) -> Prompt:
-    """Return the prompt of one JSON line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError(f"{where} is not valid JSON; write one object per line.") from None
+def prompt_of(record: object, where: str) -> Prompt:
+    """Return the prompt of one line, of several turns the first.
+
+    Raises:
+        DataError: the record is of no known format.
+    """
+    if isinstance(record, str):
+        return Prompt.user(record)
     if isinstance(record, dict):
         messages = record.get("messages")
         if isinstance(messages, list) and (turns := _up_to_user(messages)):
             return Prompt(messages=turns)
+        asked = record.get("turns")
+        if (
+            isinstance(asked, list)
+            and asked
+            and all(isinstance(t, str) and t.strip() for t in asked)
+        ):
+            return Prompt.user(asked[0])
         for key in ("prompt", "text"):
             value = record.get(key)
             if isinstance(value, str) and value.strip():
                 return Prompt(text=value) if key == "text" else Prompt.user(value)
     raise DataError(
         f'{where} holds no prompt; expected {{"messages": [...]}} with a user\'s turn, '
-        '{"prompt": "..."} or {"text": "..."}.'
+        '{"prompt": "..."}, {"text": "..."} or Spec-Bench\'s {"turns": ["..."]}.'
     )
+
+
+def _parsed(line: str, where: str) -> object:
+    """Return what one JSON line holds; a bare string is no record."""
+    try:
+        record: object = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError(f"{where} is not valid JSON; write one object per line.") from None
+    return [record] if isinstance(record, str) else record
 
 
 def _up_to_user(messages: list[object]) -> tuple[Mapping[str, str], ...]:

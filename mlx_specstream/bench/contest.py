@@ -1,0 +1,208 @@
+"""The competitors, ready to answer: one model in memory, with all streams and decoders around it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.decode_options import decode_config
+from mlx_specstream.errors import ModelError, StreamsError
+from mlx_specstream.fingerprint import fingerprint
+from mlx_specstream.loading import StreamModel, load, model_folder
+from mlx_specstream.shipped import AUTO, SHIPPED, find_streams, shipped_names
+from mlx_specstream.streams import Streams
+
+from .lookup import LookUpDrafter
+from .measure import Answered, answer_with_mlx_lm, answer_with_ours
+from .methods import Method, parse_streams
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_specstream.config import DecodeConfig
+
+
+@dataclass
+class Contest:
+    """The model with everything that competes on it.
+
+    methods: by name; those without streams of their own have them resolved. by_streams: the
+    model joined to each set of streams. drafter: mlx-lm's draft model, if one competes.
+    """
+
+    model: StreamModel
+    tokenizer: TokenizerWrapper
+    methods: dict[str, Method]
+    by_streams: dict[str, StreamModel]
+    drafter: nn.Module | None = None
+    configs: dict[str, DecodeConfig] = field(default_factory=dict)
+
+    def answer(self, name: str, category: str, prompt: list[int], max_tokens: int) -> Answered:
+        """Answer a prompt with the method of that name."""
+        method, model = self.methods[name], self.model
+        if method.kind == "streams":
+            joined = self.by_streams[method.streams_for(category)]
+            config = self.configs[name]
+            return answer_with_ours(joined, self.tokenizer, prompt, max_tokens, config)
+        if method.kind == "plain":
+            return answer_with_ours(model, self.tokenizer, prompt, max_tokens, None)
+        drafter: nn.Module | None = None
+        if method.kind == "look-up":
+            drafter = LookUpDrafter(model.backbone.vocab_size)
+        elif method.kind == "draft-model":
+            drafter = self.drafter
+        return answer_with_mlx_lm(
+            model.model, self.tokenizer, prompt, max_tokens, drafter, method.num_draft_tokens
+        )
+
+
+def open_contest(
+    model_name: str,
+    adapter_path: str | None,
+    methods: dict[str, Method],
+    categories: list[str],
+    draft_model: str | None,
+) -> Contest:
+    """Load the model, and all that the methods need.
+
+    Raises:
+        ModelError, StreamsError, OptionError: something cannot be loaded or used.
+    """
+    configs = {
+        name: setting_config(method) for name, method in methods.items() if method.kind == "streams"
+    }
+    folder = model_folder(model_name)
+    model, tokenizer = load(str(folder), adapter_path=adapter_path, streams=None)
+    resolved, by_streams = {}, {}
+    for name, method in methods.items():
+        if method.kind == "streams":
+            text = method.streams
+            if parse_streams(text)[0] == AUTO:
+                text = _automatic(text, model, model_name, categories)
+            method = Method(**{**method.to_dict(), "streams": text})  # type: ignore[arg-type]
+            default, others = parse_streams(text)
+            for streams in (default, *others.values()):
+                if streams not in by_streams:
+                    weights = find_streams(streams, model.model, folder)
+                    assert weights is not None
+                    joined = Streams(model.backbone, weights.config, weights.tensors)
+                    by_streams[streams] = StreamModel(
+                        model.model, model.backbone, joined, model_name, streams
+                    )
+        resolved[name] = method
+    drafter = None
+    if draft_model is not None:
+        drafter = _draft_model(draft_model, tokenizer)
+    return Contest(model, tokenizer, resolved, by_streams, drafter, configs)
+
+
+def setting_config(method: Method) -> DecodeConfig:
+    """Return the config of a method with streams, as the command line would make it.
+
+    Raises:
+        OptionError: a value cannot be read.
+    """
+    return decode_config(
+        Namespace(
+            tree=method.tree,
+            prune=method.prune,
+            schedule=method.schedule,
+            no_conditioning=not method.conditioning,
+        )
+    )
+
+
+def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) -> str:
+    """Name the streams that `auto` finds, with shipped sets for the categories they are made for.
+
+    A shipped set belongs to a category if its name ends in it: `demo-sql`.
+    """
+    folder = model_folder(name)
+    weights = find_streams(AUTO, model.model, folder)
+    if weights is None:
+        raise StreamsError(
+            f"there are no streams for {name}, so speculation cannot be measured; name some with "
+            "--streams, or compare the others with --streams none."
+        )
+    if weights.folder.parent != SHIPPED:
+        return ",".join([str(weights.folder), *text.split(",")[1:]])
+    words = [weights.folder.name, *text.split(",")[1:]]
+    named = {word.partition("=")[0] for word in words[1:]}
+    for shipped in shipped_names():
+        category = shipped.rpartition("-")[2]
+        if category in categories and category not in named and shipped != words[0]:
+            config = load_streams(SHIPPED / shipped)
+            try:
+                config.check_base(model.model)
+            except StreamsError:
+                continue
+            words.append(f"{category}={shipped}")
+    return ",".join(words)
+
+
+def _draft_model(name: str, tokenizer: TokenizerWrapper) -> nn.Module:
+    """Load mlx-lm's draft model, which must have the model's own tokens."""
+    loaded, its_tokenizer = load(name, streams=None)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"the draft model {name} has other tokens than the model; name one of the same family."
+        )
+    return loaded.model
+
+
+def described_model(contest: Contest, name: str) -> dict[str, Any]:
+    """Return what a result says of the model and its streams, in JSON's terms."""
+    backbone, module = contest.model.backbone, contest.model.model
+    parameters = _arrays(module)
+    return {
+        "name": name,
+        "family": type(module).__module__.rpartition(".")[2],
+        "fingerprint": fingerprint(module),
+        "dtype": str(backbone.dtype).rpartition(".")[2],
+        "bits": _bits(module),
+        "layers": backbone.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "vocab_size": backbone.vocab_size,
+        "params": _num_params(module),
+        "layer_params": sum(map(_num_params, backbone.layers)) // backbone.num_layers,
+        "head_params": backbone.vocab_size * backbone.hidden_size,
+        "weight_bytes": sum(array.nbytes for array in parameters),
+        "streams": {
+            streams: {
+                "num_streams": joined.streams.config.num_streams,
+                "num_msa_layers": joined.streams.config.num_msa_layers,
+                "mode": joined.streams.config.mode,
+                "conditioned": bool(joined.streams.config.conditioner_rank),
+            }
+            for streams, joined in contest.by_streams.items()
+            if joined.streams is not None
+        },
+    }
+
+
+def _num_params(module: nn.Module) -> int:
+    """Return how many weights a module has; packed ones count as what they stand for."""
+    from mlx_lm.utils import get_total_parameters
+
+    return int(get_total_parameters(module))
+
+
+def _bits(module: nn.Module) -> int:
+    """Return the bits of a weight: those of quantised layers, else of the largest tensor."""
+    quantised = {int(layer.bits) for _, layer in module.named_modules() if hasattr(layer, "bits")}
+    if quantised:
+        return min(quantised)
+    largest = max(_arrays(module), key=lambda array: array.size)
+    return 8 * int(mx.array([], dtype=largest.dtype).itemsize)
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    return [
+        array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    ]

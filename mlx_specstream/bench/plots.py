@@ -1,0 +1,221 @@
+"""A benchmark's plots, PNG files: speed-up by category, acceptance by depth, roofline.
+
+They need matplotlib, an extra of the package (`plots`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_specstream.files import atomic_file
+
+from .methods import MLX_LM
+from .result import Result
+from .summary import ALL, Line, summarised
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind people too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*"
+MISSING = "plots are left out: matplotlib is not installed (pip install 'mlx-specstream[plots]')."
+
+
+def available() -> bool:
+    """Tell whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write_plots(result: Result, folder: Path) -> list[str]:
+    """Write all plots that the result has figures for; return their file names."""
+    makers: dict[str, Callable[[Result], Figure | None]] = {
+        "speedup.png": speedup,
+        "acceptance.png": acceptance,
+        "roofline.png": roofline,
+    }
+    written = []
+    for name, make in makers.items():
+        figure = make(result)
+        if figure is not None:
+            save_figure(figure, folder / name)
+            written.append(name)
+    return written
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with atomic_file(path, if_exists="replace") as partial:
+        figure.savefig(partial, dpi=160)
+
+
+def new_figure(width: float, height: float, title: str, below: str) -> tuple[Figure, Axes]:
+    """Return an empty figure of that size in inches, with a title and a small line under it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold")
+    axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=8, color="#555555")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def subtitle(result: Result) -> str:
+    """Return what a plot was measured on, for the line under its title."""
+    machine = result.machine
+    return f"{result.model['name']} · {machine.summary} · {machine.chip} · MLX {machine.mlx}"
+
+
+def speedup(result: Result) -> Figure | None:
+    """Draw each category's median speed-up over mlx-lm, with the middle half of its prompts."""
+    lines = summarised(result)
+    methods = [name for name in result.named_methods if name != MLX_LM.label]
+    methods = [name for name in methods if any(line.method == name for line in lines)]
+    categories = list(dict.fromkeys(line.category for line in lines))
+    if not methods:
+        return None
+    row = 0.22 * len(methods) + 0.25
+    figure, axes = new_figure(
+        7.5,
+        1.7 + row * len(categories),
+        "Decoding speed against mlx-lm, by category",
+        subtitle(result),
+    )
+    step = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        own = [line for line in lines if line.method == method]
+        heights = [
+            categories.index(line.category) + (index - (len(methods) - 1) / 2) * step
+            for line in own
+        ]
+        middle = [line.speedup.median for line in own]
+        spread = [
+            [line.speedup.median - line.speedup.low for line in own],
+            [line.speedup.high - line.speedup.median for line in own],
+        ]
+        axes.errorbar(
+            middle,
+            heights,
+            xerr=spread,
+            fmt=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            color=COLORS[index % len(COLORS)],
+            elinewidth=1.6,
+            capsize=2,
+            label=method,
+        )
+    axes.axvline(1, color="#444444", linewidth=1)
+    axes.set_yticks(range(len(categories)), categories)
+    axes.set_ylim(len(categories) - 0.45, -0.55)
+    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]), right=max(1.5, axes.get_xlim()[1]))
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("times as fast as mlx-lm (median and middle half of the prompts; 1 = equal)")
+    _legend(figure, axes, len(methods))
+    return figure
+
+
+def acceptance(result: Result) -> Figure | None:
+    """Draw the share of drafting passes in which at least 1, 2, 3 ... drafts were accepted."""
+    lines = [line for line in summarised(result) if line.accepted]
+    whole = [line for line in lines if line.category == ALL] or lines
+    if not whole:
+        return None
+    figure, axes = new_figure(7.5, 4.2, "How deep drafts are accepted", subtitle(result))
+    colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(_methods(whole))}
+    for line in lines:
+        if line not in whole:
+            axes.plot(
+                _depths(line),
+                line.accepted,
+                color=colors.get(line.method, "k"),
+                alpha=0.18,
+                linewidth=1,
+            )
+    for index, line in enumerate(whole):
+        axes.plot(
+            _depths(line),
+            line.accepted,
+            color=colors[line.method],
+            linewidth=2,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            label=f"{line.method}: {line.tokens_per_step:.2f} tokens per pass",
+        )
+    axes.set_ylim(0, 1)
+    axes.set_xticks(range(1, 1 + max(len(line.accepted) for line in lines)))
+    axes.set_xlabel("drafts accepted, at least (thin lines: single categories)")
+    axes.set_ylabel("share of drafting passes")
+    _legend(figure, axes, len(whole))
+    return figure
+
+
+def roofline(result: Result) -> Figure | None:
+    """Draw the methods' passes under the machine's ceilings of memory and arithmetic."""
+    from .roofline import Ceilings, points
+
+    if result.ceilings is None:
+        return None
+    ceilings, found = Ceilings(**result.ceilings), points(result)
+    figure, axes = new_figure(7.5, 4.4, "Roofline: where a pass's time goes", subtitle(result))
+    low = min([point.intensity for point in found] + [ceilings.ridge]) / 3
+    high = max([point.intensity for point in found] + [ceilings.ridge]) * 6
+    roof = [
+        (x, min(ceilings.flop_s, x * ceilings.bytes_s) / 1e9) for x in (low, ceilings.ridge, high)
+    ]
+    axes.plot(*zip(*roof, strict=True), color="#444444", linewidth=1.6)
+    axes.annotate(
+        f"memory: {ceilings.bytes_s / 1e9:.0f} GB/s",
+        (low, roof[0][1]),
+        fontsize=8,
+        xytext=(4, 14),
+        textcoords="offset points",
+        color="#444444",
+    )
+    axes.annotate(
+        f"arithmetic ({ceilings.dtype}): {ceilings.flop_s / 1e9:.0f} GFLOP/s",
+        (high, roof[2][1]),
+        fontsize=8,
+        xytext=(-4, 5),
+        textcoords="offset points",
+        ha="right",
+        color="#444444",
+    )
+    for index, point in enumerate(found):
+        axes.plot(
+            point.intensity,
+            point.flop_s / 1e9,
+            MARKERS[index % len(MARKERS)],
+            color=COLORS[index % len(COLORS)],
+            markersize=7,
+            linestyle="none",
+            label=f"{point.method}: {point.rows:.1f} rows a pass",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(top=ceilings.flop_s / 1e9 * 3)
+    axes.set_xlabel("FLOP per byte of weights read")
+    axes.set_ylabel("GFLOP per second")
+    _legend(figure, axes, len(found))
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    handles: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
+    figure.legend(
+        *handles, loc="outside lower left", ncols=2 if count > 1 else 1, fontsize=8, frameon=False
+    )
+
+
+def _methods(lines: list[Line]) -> list[str]:
+    return list(dict.fromkeys(line.method for line in lines))
+
+
+def _depths(line: Line) -> range:
+    return range(1, 1 + len(line.accepted))
