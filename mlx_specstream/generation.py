@@ -32,7 +32,7 @@ from .errors import OptionError
 from .loading import StreamModel
 from .prefill import PREFILL_CHUNK
 from .result import DraftRecord, StepResult
-from .sampling import LogitsProcessor, Sampler, TokenChooser
+from .sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
 from .statistics import SpeculationStats
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def stream_generate(
         max_tokens: the most tokens to generate; -1 for as many as the model's context holds.
         sampler: log-probabilities (n, V) to tokens (n,), as mlx-lm's `make_sampler` makes them;
             None takes the most likely token.
-        logits_processors: as in mlx-lm; every draft token gets its own history.
+        logits_processors: as in mlx-lm; every draft token gets its own history. Also a
+            grammar's (`grammar.py`), for answers that fit a JSON schema.
         prompt_cache: what earlier text left: a `KVCache`, or a list of mlx-lm's. It is updated.
         config: how to decode; None for the default tree.
         speculative: False decodes one token per pass, with the same result.
@@ -176,6 +177,9 @@ def stream_generate(
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
     chooser = TokenChooser(_sampler(sampler), tuple(logits_processors or ()), list(ids))
+    for process in chooser.processors:
+        if isinstance(process, TreeProcessor):
+            process.begin(len(ids))
     decoder = decoder_for(model, config, chooser, speculative)
     if isinstance(decoder, StreamDecoder):
         decoder.keep_drafts = keep_drafts

@@ -43,6 +43,10 @@ class TreeProcessor(Protocol):
     It is also an ordinary processor, for plain decoding and for mlx-lm.
     """
 
+    def begin(self, prompt_tokens: int) -> None:
+        """Say that an answer begins after so many tokens."""
+        ...
+
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Return the processed logits (1, V) after `tokens` (n,)."""
         ...
