@@ -20,7 +20,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KVCache, PassCache
+from .cache import KVCache, PassCache, Span, new_cache
+from .config import CacheConfig
 from .errors import ModelError
 from .families import Family, family_of
 
@@ -108,6 +109,14 @@ class Backbone:
             return rows.astype(self.dtype)
         return head.weight[tokens]
 
+    def new_cache(self, config: CacheConfig | None = None) -> KVCache:
+        """Return an empty cache for this model: sliding layers hold their window alone.
+
+        Raises:
+            OptionError: the config does not fit the model.
+        """
+        return new_cache(self.windows, config)
+
     def run(
         self,
         hidden: mx.array,
@@ -120,7 +129,7 @@ class Backbone:
         """Run `layers` of the base model over rows (B, R, h), which go to the cache at `start`."""
         for index in layers:
             row = cache.view(index, start, offset)
-            hidden = self.layers[index](hidden, mask.of(self.windows[index]), row)
+            hidden = self.layers[index](hidden, mask.of(self.windows[index], row.span), row)
         return hidden
 
     def forward(self, tokens: mx.array, cache: KVCache, last_only: bool = True) -> mx.array:
@@ -160,9 +169,18 @@ class RowMask:
         self.positions = positions
         self.own_streams = own_streams
         self._windowed: dict[int, Mask] = {}
+        self._rotating: dict[Span, Mask] = {}
 
-    def of(self, window: int | None) -> Mask:
-        """Return the mask of a layer with this sliding window (None: it sees everything)."""
+    def of(self, window: int | None, span: Span | None = None) -> Mask:
+        """Return the mask of a layer with this sliding window (None: it sees everything).
+
+        With a `span`, over the columns that a rotating cache shows; if the layer has a window
+        as well, it is the cache's size.
+        """
+        if span is not None:
+            if span not in self._rotating:
+                self._rotating[span] = self._in_sight(span)
+            return self._rotating[span]
         if window is None:
             return self.seen
         if window not in self._windowed:
@@ -176,6 +194,17 @@ class RowMask:
                 mask = near & self.seen
             self._windowed[window] = mask
         return self._windowed[window]
+
+    def _in_sight(self, span: Span) -> Mask:
+        """Return who sees whom where rows leave the cache in turn."""
+        if self.seen is None:
+            return None  # one row, and the span shows what it sees
+        rows, keys = self.positions()
+        if not isinstance(self.seen, str):
+            return span.columns(self.seen & span.near(rows, keys))
+        if keys.shape[0] <= span.size:
+            return self.seen
+        return span.columns(span.near_in_chunk(rows, keys) & (keys[None] <= rows[:, None]))
 
 
 def causal_mask(length: int, rows: int) -> RowMask:

@@ -93,7 +93,10 @@ class StreamDecoder:
             result = self.finish(step, cache)
             following = None
             if more(result):
-                following = self.stepper.step(step.next_tree, cache)
+                tree = step.next_tree
+                if cache.must_not_pass(tree.depth):
+                    tree = root_only(tree.tokens[:1])
+                following = self.stepper.step(tree, cache)
                 following.schedule()
             yield result
             if following is None:

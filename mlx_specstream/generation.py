@@ -25,7 +25,7 @@ import mlx.nn as nn
 
 from .answer import Answer, FinishReason, Piece
 from .baseline import PlainDecoder, plain_decoder
-from .cache import KVCache
+from .cache import KVCache, from_mlx_lm, to_mlx_lm
 from .config import DecodeConfig
 from .decode import StreamDecoder
 from .errors import OptionError
@@ -326,7 +326,7 @@ class _Run:
         if self.given and self.cache.length == kept:
             self.decoder.prefill(self.given[-1:], self.cache)
         if self.cache.length:
-            self.cache.to_mlx_lm(self.lent)
+            to_mlx_lm(self.cache, self.lent)
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -359,13 +359,15 @@ def _cache_for(model: StreamModel, given: KVCache | list[Any] | None) -> KVCache
     """Return the cache to decode in: the given one, a copy of mlx-lm's layers, or a new one."""
     layers = model.backbone.num_layers
     if given is None:
-        return KVCache(layers)
+        return model.backbone.new_cache()
     size = len(given.layers) if isinstance(given, KVCache) else len(given)
     if size != layers:
         raise OptionError(
             f"the prompt cache has {size} layers and the model {layers}; make it for this model."
         )
-    return given if isinstance(given, KVCache) else KVCache.from_mlx_lm(given)
+    if isinstance(given, KVCache):
+        return given
+    return from_mlx_lm(given, model.backbone.windows)
 
 
 def _token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:

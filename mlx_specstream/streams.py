@@ -193,27 +193,35 @@ class Streams:
         for index in layers:
             on_values = None if angles is None else lambda v: rotate_values(v, angles)
             row = cache.view(index, start, offset, on_values)
-            allowed = mask.of(self.backbone.windows[index])
+            allowed = mask.of(self.backbone.windows[index], row.span)
             gate = self.gates.get(index)
             if gate is not None and num_main < hidden.shape[1]:
-                allowed = self._gated(allowed, gate, num_main, mask.own_streams)
+                tail = 0 if row.span is None else row.span.tail
+                allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
             hidden = self.layers[index](hidden, allowed, row)
         return hidden
 
     def _gated(
-        self, allowed: Mask, gate: mx.array, num_main: int, to_streams: mx.array | None
+        self,
+        allowed: Mask,
+        gate: mx.array,
+        num_main: int,
+        to_streams: mx.array | None,
+        tail: int = 0,
     ) -> mx.array:
         """Return the additive mask (B, H, R, S): who sees whom, plus `gate` (H,) main → streams.
 
         allowed: (R, S) or (B, 1, R, S) bool. to_streams: the same shape, where gates apply;
-        None for main rows at the columns of the last `num_main`·γ keys.
+        None for main rows at the columns of the last `num_main`·γ keys, but for `tail` committed
+        ones that stand behind them.
         """
         assert isinstance(allowed, mx.array)
         if allowed.ndim == 2:
             allowed = allowed[None, None]
         if to_streams is None:
             to_streams = mx.zeros(allowed.shape[-2:], dtype=mx.bool_)
-            to_streams[:num_main, -num_main * self.num_streams :] = True
+            end = to_streams.shape[1] - tail
+            to_streams[:num_main, end - num_main * self.num_streams : end] = True
         bias = mx.where(to_streams, gate[:, None, None], 0)
         return mx.where(allowed, bias, -mx.inf).astype(self.backbone.dtype)
 

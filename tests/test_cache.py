@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.cache import KVCache as MlxLmCache
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.baseline import PlainDecoder
-from mlx_specstream.cache import GROWTH, KVCache, LayerKV, LayerPass
+from mlx_specstream.cache import GROWTH, KVCache, LayerKV, LayerPass, from_mlx_lm, to_mlx_lm
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.sampling import TokenChooser
@@ -136,7 +136,7 @@ def test_to_and_from_mlx_lm() -> None:
     text = [1, 5, 2, 9, 4, 4]
     caches = make_prompt_cache(model)
     model(mx.array([text]), cache=caches)
-    ours = KVCache.from_mlx_lm(caches)
+    ours = from_mlx_lm(caches)
     assert ours.length == 6
     streams = random_streams(model, stream_config(), 1)
     config = DecodeConfig(TreeSpec(rows=8))
@@ -146,7 +146,7 @@ def test_to_and_from_mlx_lm() -> None:
 
     theirs = make_prompt_cache(model)
     model(mx.array([[7, 7]]), cache=theirs)  # forgotten
-    ours.to_mlx_lm(theirs)
+    to_mlx_lm(ours, theirs)
     assert {cache.offset for cache in theirs} == {ours.length}
     seen = [*text, 3, *continued.tokens]
     found = model(mx.array([seen[-1:]]), cache=theirs)[0, -1]
@@ -160,12 +160,12 @@ def test_to_and_from_mlx_lm() -> None:
 
 
 def test_empty_caches_pass_both_ways() -> None:
-    ours = KVCache.from_mlx_lm([MlxLmCache() for _ in range(3)])
+    ours = from_mlx_lm([MlxLmCache() for _ in range(3)])
     assert ours.length == 0
     theirs = [MlxLmCache() for _ in range(3)]
     model = small_model(layers=3)
     model(mx.array([[7, 7]]), cache=theirs)
-    ours.to_mlx_lm(theirs)
+    to_mlx_lm(ours, theirs)
     assert {cache.offset for cache in theirs} == {0}
     expected = model(mx.array([[1, 2]]))
     assert mx.allclose(model(mx.array([[1, 2]]), cache=theirs), expected, atol=1e-5)
@@ -174,12 +174,12 @@ def test_empty_caches_pass_both_ways() -> None:
 def test_other_caches_are_refused() -> None:
     uneven = [MlxLmCache(), MlxLmCache()]
     uneven[0].update_and_fetch(mx.zeros((1, 1, 2, 4)), mx.zeros((1, 1, 2, 4)))
-    for caches in ([RotatingKVCache(max_size=8)], uneven, []):
+    for caches in ([ChunkedKVCache(8)], [object()], uneven, []):
         with pytest.raises(OptionError, match="make_prompt_cache"):
-            KVCache.from_mlx_lm(caches)
+            from_mlx_lm(caches)
     for caches in ([RotatingKVCache(max_size=8)] * 3, [MlxLmCache()]):
         with pytest.raises(OptionError, match="make_prompt_cache"):
-            KVCache(3).to_mlx_lm(caches)
+            to_mlx_lm(KVCache(3), caches)
 
 
 def test_rows_are_gathered_and_scratch_is_overwritten() -> None:

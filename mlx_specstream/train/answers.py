@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_specstream.backbone import Backbone, Mask, RowMask, causal_mask
-from mlx_specstream.cache import GROWTH, KVCache, LayerKV
+from mlx_specstream.cache import GROWTH, KVCache, LayerKV, Span
 
 from .base import embed_texts, kept_rows, pad_texts
 
@@ -69,7 +69,8 @@ class SlotMask(RowMask):
         super().__init__(None, lambda: (positions, keys))
         self.rows, self.keys = positions[:, None], keys
 
-    def of(self, window: int | None) -> Mask:
+    def of(self, window: int | None, span: Span | None = None) -> Mask:
+        assert span is None
         seen = self.keys <= self.rows
         if window is not None:
             seen = seen & (self.keys > self.rows - window)

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_specstream.backbone import Mask, RowMask
-from mlx_specstream.cache import KVCache, LayerKV
+from mlx_specstream.cache import KVCache, LayerKV, Span
 from mlx_specstream.streams import Streams
 
 from .base import BaseStates
@@ -107,7 +107,8 @@ class SegmentMask(RowMask):
         super().__init__(None, lambda: (rows, keys))
         self.by_segment, self.rows, self.keys = seen[:, None], rows, keys
 
-    def of(self, window: int | None) -> Mask:
+    def of(self, window: int | None, span: Span | None = None) -> Mask:
+        assert span is None
         if window is None:
             return self.by_segment
         if window not in self._windowed:

@@ -1,0 +1,58 @@
+"""Which kind of cache each layer gets, from the model's windows and a `CacheConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import CacheConfig
+from ..errors import OptionError
+from .kv import KVCache
+from .quantized import Quantization
+from .rotating import SLACK, RotatingLayer
+from .rows import LayerKV
+
+KEEP = 4  # first rows that stay under max_kv_size, as mlx-lm has it
+
+
+def new_cache(
+    windows: Sequence[int | None], config: CacheConfig | None = None, slack: int = SLACK
+) -> KVCache:
+    """Return an empty cache for layers with these sliding windows (None: full attention).
+
+    Sliding layers hold their window, the others everything, or the last `max_kv_size` rows and
+    the first four. `slack`: how many rows beyond a window to keep, for rewinding.
+
+    Raises:
+        OptionError: the config asks to quantise layers that rotate.
+    """
+    config = config or CacheConfig()
+    check_config(config, windows)
+    layers: list[LayerKV] = []
+    for window in windows:
+        if window is not None:
+            layers.append(RotatingLayer(window, slack=slack))
+        elif config.max_kv_size is not None:
+            layers.append(RotatingLayer(config.max_kv_size, KEEP, slack))
+        else:
+            layers.append(LayerKV())
+    return KVCache.of(layers, quantize=quantization(config))
+
+
+def quantization(config: CacheConfig) -> Quantization | None:
+    """Return how the config has rows stored, None for unquantised."""
+    if config.kv_bits is None:
+        return None
+    return Quantization(config.kv_bits, config.kv_group_size, config.quantized_kv_start)
+
+
+def check_config(config: CacheConfig, windows: Sequence[int | None]) -> None:
+    """Refuse what these layers cannot have.
+
+    Raises:
+        OptionError: quantised rows, and a layer with a sliding window.
+    """
+    if config.kv_bits is not None and any(window is not None for window in windows):
+        raise OptionError(
+            "kv_bits cannot be used with this model: it has sliding-window layers, whose rotating "
+            "caches mlx-lm does not quantise; leave kv_bits out."
+        )

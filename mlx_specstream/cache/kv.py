@@ -1,0 +1,153 @@
+"""The caches of all layers, with the moves that a decoding loop makes: commit, advance, rewind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from ..errors import OptionError
+from .quantized import Quantization, QuantizedLayer
+from .rows import LayerKV, LayerPass, LayerView, OnValues
+
+
+class PassCache(Protocol):
+    """What a forward pass asks of a cache: a view of each layer, for its rows alone."""
+
+    def view(
+        self,
+        layer: int,
+        start: int,
+        offset: int | mx.array,
+        on_values: OnValues | None = None,
+    ) -> LayerView:
+        """Return what layer `layer` sees as its cache during a pass."""
+        ...
+
+
+class KVCache:
+    """The caches of all layers and the number of rows that are committed text.
+
+    `KVCache(num_layers)` holds every row of every layer; `cache.new_cache` makes other kinds.
+    With `quantize`, plain layers turn quantised once `quantize.start` rows are committed, when
+    mlx-lm's plain decoding would: between two passes, never within one.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers: list[LayerKV] = [LayerKV() for _ in range(num_layers)]
+        self.length = 0
+        self.quantize: Quantization | None = None
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[LayerKV], length: int = 0, quantize: Quantization | None = None
+    ) -> KVCache:
+        """Return a cache of these layers, which hold `length` committed rows."""
+        result = cls(0)
+        result.layers, result.quantize = list(layers), quantize
+        result._set_length(length)
+        return result
+
+    def view(
+        self, layer: int, start: int, offset: int | mx.array, on_values: OnValues | None = None
+    ) -> LayerPass:
+        """Return what layer `layer` sees as its cache during a pass; see `LayerPass`."""
+        return self.layers[layer].view(start, offset, on_values)
+
+    def commit(self, rows: Sequence[int], layers: range) -> None:
+        """Bring a pass's rows, given by their places in the pass, to the end of the committed text.
+
+        In the graph, and only those that are not in place. `layers` that hold fewer rows, because
+        the tree was pruned above, get their own `rows`.
+        """
+        in_place = 0
+        while in_place < len(rows) and rows[in_place] == in_place:
+            in_place += 1
+        if in_place == len(rows):
+            return
+        index = mx.array(list(rows[in_place:]), dtype=mx.int32) + self.length
+        for layer in layers:
+            self.layers[layer].move(self.length + in_place, index)
+
+    def advance(self, rows: int) -> None:
+        """Count `rows` more rows as committed."""
+        self._set_length(self.length + rows)
+        if rows > 0 and self.quantize is not None and self.length >= self.quantize.start:
+            self._turn_quantized(self.quantize)
+
+    def must_not_pass(self, depth: int) -> bool:
+        """Tell whether drafts down to `depth` would have to see rows quantised, the root not yet.
+
+        Plain decoding turns the cache quantised after the pass that fills row `start` − 1; rows
+        on either side of that cannot share a pass.
+        """
+        return (
+            self.quantize is not None
+            and self.length + depth >= self.quantize.start
+            and not all(isinstance(layer, QuantizedLayer) for layer in self.layers)
+        )
+
+    def can_rewind(self, length: int) -> bool:
+        """Tell whether `rewind(length)` is possible: rotating layers forget."""
+        return 0 <= length <= self.length and all(layer.can_rewind(length) for layer in self.layers)
+
+    def rewind(self, length: int) -> None:
+        """Forget all committed rows from `length` on; the buffers are kept.
+
+        Raises:
+            OptionError: `length` is negative or beyond the committed text, or a rotating layer
+                no longer holds the rows in sight there.
+        """
+        if not 0 <= length <= self.length:
+            raise OptionError(
+                f"cannot rewind the KV cache to {length} rows: it holds {self.length}."
+            )
+        if not self.can_rewind(length):
+            raise OptionError(
+                f"cannot rewind the KV cache from {self.length} to {length} rows: its window has "
+                "moved on and older rows are gone; prefill the text again in a fresh cache."
+            )
+        self._set_length(length)
+
+    def fresh(self) -> KVCache:
+        """Return an empty cache of the same kind."""
+        plain_first = self.quantize is not None
+        layers = [
+            LayerKV() if plain_first and isinstance(layer, QuantizedLayer) else layer.fresh()
+            for layer in self.layers
+        ]
+        return KVCache.of(layers, quantize=self.quantize)
+
+    def copy(self, length: int) -> KVCache:
+        """Return a cache of its own as this one is when rewound to `length` rows.
+
+        Raises:
+            OptionError: it cannot be rewound that far.
+        """
+        if not self.can_rewind(length):
+            raise OptionError(
+                f"cannot copy {length} rows of the KV cache: of {self.length}, older ones are gone."
+            )
+        return KVCache.of([layer.copy(length) for layer in self.layers], length, self.quantize)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return every buffer, for evaluation."""
+        return [array for layer in self.layers for array in layer.arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers, scratch rows included."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        for layer in self.layers:
+            layer.follow(length)
+
+    def _turn_quantized(self, how: Quantization) -> None:
+        """Store all plain layers' rows in a few bits from now on, as a part of the next graph."""
+        for index, layer in enumerate(self.layers):
+            if type(layer) is LayerKV:
+                self.layers[index] = QuantizedLayer.of(layer, how.bits, how.group_size)
