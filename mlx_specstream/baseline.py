@@ -64,7 +64,7 @@ class PlainDecoder:
             if not self.chooser.waits and run_ahead():
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
-            tokens, _, _ = read_report(report, 1, cache)
+            tokens = read_report(report, 1, cache).tokens
             cache.advance(1)
             self.chooser.history += tokens
             result = StepResult(tokens, 0, logits)

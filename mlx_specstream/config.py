@@ -256,15 +256,25 @@ class DecodeConfig:
 
     `schedule`: `inline` computes streams for every node in the verifying pass; `deferred`
     computes them for the accepted node alone, in a second short pass of the same graph
-    (lossless mode only); `auto` takes `deferred` where it is possible.
+    (lossless mode only); `auto` takes `deferred` where it is possible. Inline, `stream_nodes`
+    > 0 gives streams only to that many nodes, the likeliest for the accepted path to end at; a
+    step that ends elsewhere drafts nothing (lossless mode only).
+
+    Raises:
+        OptionError: a value is out of range, or `stream_nodes` without the schedule `inline`.
     """
 
     tree: TreeSpec = field(default_factory=lambda: TreeSpec(kind="auto"))
     prune: PruneSpec | None = None
     schedule: Schedule = "auto"
     use_conditioner: bool = True
+    stream_nodes: int = 0
 
     def __post_init__(self) -> None:
+        if self.stream_nodes < 0:
+            raise OptionError(f"stream_nodes must be at least 0 (all), got {self.stream_nodes}.")
+        if self.stream_nodes and self.schedule != "inline":
+            raise OptionError("stream_nodes needs the schedule 'inline'.")
         if self.schedule not in ("auto", "inline", "deferred"):
             raise OptionError(
                 f"schedule must be 'auto', 'inline' or 'deferred', got {self.schedule!r}."
@@ -277,6 +287,11 @@ class DecodeConfig:
             OptionError: `deferred` was asked for in shared mode, where main attends its streams.
         """
         if mode == "shared":
+            if self.stream_nodes:
+                raise OptionError(
+                    "stream_nodes needs lossless streams: in shared mode the main stream attends "
+                    "its streams, so every node has its own."
+                )
             if self.schedule == "deferred":
                 raise OptionError(
                     "schedule 'deferred' needs lossless streams: in shared mode the main stream "

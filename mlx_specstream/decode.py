@@ -63,6 +63,7 @@ class StreamDecoder:
             prune=self.config.prune,
             pruner=pruner,
             conditioner=conditioner,
+            stream_nodes=self.config.stream_nodes,
         )
 
     def prefill(
@@ -106,10 +107,14 @@ class StreamDecoder:
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step, the loop's one synchronisation, and commit what it accepted.
 
-        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map.
+        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. A
+        step that ended where no streams were leaves a next tree of its root alone.
         """
-        tokens, nodes, lower_rows = read_report(step.report, step.tree.depth + 1, cache)
-        cache.commit(lower_rows, self.streams.lower)
+        found = read_report(step.report, step.tree.depth + 1, cache, step.stream_nodes)
+        tokens, nodes = found.tokens, found.nodes
+        if not found.drafting:
+            step.next_tree = root_only(mx.array(tokens[-1:]))
+        cache.commit(found.lower_rows, self.streams.lower)
         cache.commit(nodes, self.streams.upper)
         cache.advance(len(tokens))
         self.chooser.history += tokens

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from typing import cast, get_args
 
-from .config import DecodeConfig, PruneSpec, TreeSpec
+from .config import DecodeConfig, PruneSpec, Schedule, TreeSpec
 from .demo import DEMO_NAME
 from .errors import OptionError
 from .shipped import AUTO
-
-_SCHEDULES = ("auto", "inline", "deferred")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
@@ -56,11 +55,11 @@ def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: boo
     )
     parser.add_argument(
         "--schedule",
-        choices=_SCHEDULES,
+        metavar="{auto,inline,inline:N,deferred}",
         default=default.schedule,
         help=(
-            "when streams run: in the verifying pass, or after it for the accepted node alone "
-            "(default: %(default)s)"
+            "when streams run: in the verifying pass, for all nodes or the N at which the accepted "
+            "path likeliest ends, or after it for the accepted node alone (default: %(default)s)"
         ),
     )
     parser.add_argument(
@@ -81,10 +80,12 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
     Raises:
         OptionError: an option cannot be read or is out of range.
     """
+    schedule, stream_nodes = parse_schedule(arguments.schedule)
     return DecodeConfig(
         tree=TreeSpec.parse(arguments.tree if tree is None else tree),
         prune=None if arguments.prune is None else parse_prune(arguments.prune),
-        schedule=arguments.schedule,
+        schedule=schedule,
+        stream_nodes=stream_nodes,
         use_conditioner=not arguments.no_conditioning,
     )
 
@@ -105,6 +106,21 @@ def parse_prune(text: str) -> PruneSpec:
             f"cannot read the pruning {text!r}; use '8' (rows to keep) or '8:0.02' (and the "
             "lowest probability)."
         ) from None
+
+
+def parse_schedule(text: str) -> tuple[Schedule, int]:
+    """Read `auto`, `inline`, `deferred` or `inline:2`; return the schedule and `stream_nodes`.
+
+    Raises:
+        OptionError: the text has none of these forms.
+    """
+    word, colon, count = text.strip().lower().partition(":")
+    if word in get_args(Schedule) and (not colon or (word == "inline" and count.isdecimal())):
+        return cast(Schedule, word), int(count or 0)
+    raise OptionError(
+        f"cannot read the schedule {text!r}; use 'auto', 'inline', 'deferred', or 'inline:2' "
+        "(streams at the two likeliest nodes)."
+    )
 
 
 def described(config: DecodeConfig) -> dict[str, object]:

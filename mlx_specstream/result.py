@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -46,10 +46,20 @@ class StepResult:
         return [*range(1, len(self.tokens)), 0]
 
 
-def read_report(
-    report: mx.array, places: int, cache: KVCache
-) -> tuple[list[int], list[int], list[int]]:
-    """Wait for a step's report; return the path's tokens, nodes, and rows in the lower layers.
+class Report(NamedTuple):
+    """A step's accepted path on the host: its tokens, nodes, and their rows in the lower layers.
+
+    drafting: whether the last of `nodes` had streams, so that there is a next tree.
+    """
+
+    tokens: list[int]
+    nodes: list[int]
+    lower_rows: list[int]
+    drafting: bool = True
+
+
+def read_report(report: mx.array, places: int, cache: KVCache, stream_nodes: int = 0) -> Report:
+    """Wait for a step's report, a vector of integers as `Step` describes it.
 
     `places` is the longest path the step's tree can hold: its depth + 1.
 
@@ -62,10 +72,13 @@ def read_report(
             f"the model's output is not a number (NaN) after {cache.length} tokens: its weights "
             "are damaged, or overflow in this precision; check the files or use another dtype."
         )
-    tokens, nodes = values[:places], values[places : 2 * places]
-    lower_rows = values[2 * places :] or nodes
     kept = accepted + 1
-    return tokens[:kept], nodes[:kept], lower_rows[:kept]
+    tokens, nodes = values[:kept], values[places : places + kept]
+    lower_rows, with_streams = nodes, values[len(values) - stream_nodes :]
+    if len(values) - stream_nodes > 2 * places:
+        lower_rows = values[2 * places : 2 * places + kept]
+    drafting = not stream_nodes or nodes[-1] in with_streams
+    return Report(tokens, nodes, lower_rows, drafting)
 
 
 def to_ints(array: mx.array) -> list[int]:

@@ -5,6 +5,7 @@
                                                                                         │
     next tree ◄── candidates ◄── LM head on γ rows ◄── streams of the accepted node ◄── accept
 
+With `stream_nodes` only a few nodes have streams, the likeliest for the path to end at.
 `deferred` moves the streams behind acceptance: main rows first, then γ rows of the accepted node
 alone through the MSA layers. That reads N_s/N of the weights again and saves (m − 1)·γ rows. In
 lossless mode main rows are the base model's alone in both schedules, so both draft the same.
@@ -32,7 +33,7 @@ from .config import PruneSpec, TreeSpec
 from .prune import Pruner, prune
 from .sampling import TokenChooser
 from .streams import Streams, pass_mask
-from .tree import DraftTree, Proposer, ancestors, build
+from .tree import DraftTree, Proposer, ancestors, build, likely_ends
 
 
 @dataclass
@@ -41,13 +42,15 @@ class Step:
 
     report: int32, what the host needs: accepted drafts, whether all is finite, then for the
     path's depth + 1 places the tokens drawn, the nodes, and (pruned) their rows in the lower
-    layers. logits: (depth + 1, V), the target's at the path's nodes.
+    layers; last, unless all or none had them, the `stream_nodes` nodes that had streams.
+    logits: (depth + 1, V), the target's at the path's nodes.
     """
 
     tree: DraftTree
     report: mx.array
     logits: mx.array
     next_tree: DraftTree
+    stream_nodes: int = 0
 
     def schedule(self) -> None:
         """Start computing the step and all that the next one builds on.
@@ -64,8 +67,9 @@ class Verified:
 
     tree: what is left of it after pruning, m nodes. seen: (m, m) bool, its ancestor mask.
     positions: (m,) int32. first, last: (1, m, h), main rows at the input of the first MSA layer
-    and after the final norm. streams: (1, m, γ, h) after the last layer, None when deferred.
+    and after the final norm. streams: (1, n, γ, h) after the last layer, None when deferred.
     lower_rows: (m,) int32, where the nodes' rows are in the lower layers, None if unpruned.
+    stream_nodes: (n,) int32, the nodes that have `streams`, None when all m have.
     """
 
     tree: DraftTree
@@ -75,6 +79,7 @@ class Verified:
     last: mx.array
     streams: mx.array | None
     lower_rows: mx.array | None
+    stream_nodes: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Stepper:
     prune: PruneSpec | None = None
     pruner: Pruner | None = None
     conditioner: Conditioner | None = None
+    stream_nodes: int = 0
 
     def step(self, tree: DraftTree, cache: KVCache) -> Step:
         """Return the graph of one step over `tree`, whose root follows the committed text.
@@ -107,11 +113,15 @@ class Stepper:
         parts = [path.length.reshape(1), finite.reshape(1), path.tokens, path.nodes]
         if verified.lower_rows is not None:
             parts.append(mx.take(verified.lower_rows, path.nodes))
+        with_streams = 0
+        if verified.stream_nodes is not None:
+            parts.append(verified.stream_nodes)
+            with_streams = verified.stream_nodes.shape[0]
         report = mx.concatenate([part.astype(mx.int32) for part in parts])
-        return Step(tree, report, mx.take(logits, path.nodes, axis=0), next_tree)
+        return Step(tree, report, mx.take(logits, path.nodes, axis=0), next_tree, with_streams)
 
     def verify(self, tree: DraftTree, cache: KVCache) -> Verified:
-        """Run the tree's nodes through the model, with every node's streams if inline."""
+        """Run the tree's nodes through the model, inline with streams of all or some of them."""
         streams, length = self.streams, cache.length
         backbone, upper = streams.backbone, streams.upper
         lower_rows, T = None, tree.num_nodes
@@ -133,19 +143,23 @@ class Stepper:
                 mask = _mask(seen, positions, length)
 
         # MSA layers: with every node's streams (inline), or main rows alone (deferred).
-        first, stream_rows = hidden, None
+        first, stream_rows, nodes = hidden, None, None
         if self.inline:
-            both = mx.concatenate([positions, streams.positions(positions)])
-            allowed = pass_mask(seen, streams.num_streams, length, streams.shared)
+            origins, places = hidden, positions
+            if 0 < self.stream_nodes < T and tree.scores is not None:
+                nodes = likely_ends(tree, self.stream_nodes)
+                origins, places = mx.take(hidden, nodes, axis=1), mx.take(positions, nodes)
+            both = mx.concatenate([positions, streams.positions(places)])
+            allowed = pass_mask(seen, streams.num_streams, length, streams.shared, nodes)
             row_mask = RowMask(allowed, lambda: (both, _keys(both, length)))
-            hidden = mx.concatenate([hidden, streams.start(hidden)], axis=1)
+            hidden = mx.concatenate([hidden, streams.start(origins)], axis=1)
             hidden = streams.run(hidden, T, upper, cache, length, both, row_mask)
-            stream_rows = hidden[:, T:].reshape(1, T, streams.num_streams, -1)
+            stream_rows = hidden[:, T:].reshape(1, -1, streams.num_streams, hidden.shape[-1])
             hidden = hidden[:, :T]
         else:
             hidden = backbone.run(hidden, upper, cache, length, positions, mask)
         last = backbone.norm(hidden)
-        return Verified(tree, seen, positions, first, last, stream_rows, lower_rows)
+        return Verified(tree, seen, positions, first, last, stream_rows, lower_rows, nodes)
 
     def stream_states(self, verified: Verified, node: mx.array, cache: KVCache) -> mx.array:
         """Return the streams of one node (() int32) after the last layer, (1, γ, h).
@@ -154,7 +168,10 @@ class Stepper:
         the verifying pass left them, behind the committed text, and put their own behind those.
         """
         if verified.streams is not None:
-            return mx.take(verified.streams, node, axis=1)
+            # Of a node without streams another's are returned: the tree they make is never used.
+            with_streams = verified.stream_nodes
+            place = node if with_streams is None else mx.argmax(with_streams == node)
+            return mx.take(verified.streams, place, axis=1)
         streams, length = self.streams, cache.length
         T, G = verified.tree.num_nodes, streams.num_streams
         node = node.reshape(1)

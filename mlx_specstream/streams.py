@@ -247,23 +247,31 @@ def rotate_values(values: mx.array, angles: mx.array) -> mx.array:
 
 
 def pass_mask(
-    ancestor_mask: mx.array, num_streams: int, length: int, main_sees_streams: bool
+    ancestor_mask: mx.array,
+    num_streams: int,
+    length: int,
+    main_sees_streams: bool,
+    nodes: mx.array | None = None,
 ) -> mx.array:
-    """Return who sees whom in an inline pass, (R, length + R) bool with R = T + T·γ.
+    """Return who sees whom in an inline pass, (R, length + R) bool with R = T + n·γ.
 
-    ancestor_mask: (T, T) bool. Rows and local columns are the T nodes, then their streams, node
-    by node; before them stand `length` committed columns that every row sees.
+    ancestor_mask: (T, T) bool. Rows and local columns are the T nodes, then the streams of n
+    nodes, node by node; before them stand `length` committed columns that every row sees.
+    nodes: (n,) int32, the nodes that have streams; None for all T.
     """
     T, G = ancestor_mask.shape[0], num_streams
     if G == 0:
         local = ancestor_mask
     else:
-        same_node = mx.eye(T, dtype=mx.bool_)
-        own = mx.repeat(same_node, G, axis=1)
+        itself = mx.eye(T, dtype=mx.bool_)
+        above = ancestor_mask
+        if nodes is not None:
+            itself, above = mx.take(itself, nodes, axis=0), mx.take(above, nodes, axis=0)
+        own = mx.repeat(itself.T, G, axis=1)
         earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
-        among = mx.kron(same_node, earlier)
+        among = mx.kron(mx.eye(itself.shape[0], dtype=mx.bool_), earlier)
         main = [ancestor_mask, own if main_sees_streams else mx.zeros_like(own)]
-        streams = [mx.repeat(ancestor_mask, G, axis=0), among]
+        streams = [mx.repeat(above, G, axis=0), among]
         local = mx.concatenate(
             [mx.concatenate(main, axis=1), mx.concatenate(streams, axis=1)], axis=0
         )

@@ -59,7 +59,8 @@ class DraftTree:
     @property
     def arrays(self) -> list[mx.array]:
         """Return the vectors to evaluate together with a step."""
-        return [self.tokens, self.parents, self.depths]
+        scores = [] if self.scores is None else [self.scores]
+        return [self.tokens, self.parents, self.depths, *scores]
 
 
 def root_only(token: mx.array) -> DraftTree:
@@ -129,7 +130,8 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
     )
     if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
         # The root's score 0 is the highest of all, so it is always among the best.
-        return select(tree, best_nodes(mx.concatenate(scores), spec.rows))
+        assert tree.scores is not None
+        return select(tree, best_nodes(tree.scores, spec.rows))
     return tree
 
 
@@ -148,6 +150,20 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
         alive=None if tree.alive is None else mx.take(tree.alive, kept),
         scores=None if tree.scores is None else mx.take(tree.scores, kept),
     )
+
+
+def likely_ends(tree: DraftTree, count: int) -> mx.array:
+    """Return the `count` nodes at which the accepted path likeliest ends, ascending, int32.
+
+    A path ends at a node if it gets there and none of the node's children is right: with p the
+    probability of getting somewhere, p(node) − Σ p(children). `tree` has scores.
+    """
+    assert tree.scores is not None
+    reached = mx.exp(tree.scores)
+    if tree.alive is not None:
+        reached = mx.where(tree.alive, reached, 0)
+    goes_on = mx.zeros_like(reached).at[tree.parents[1:]].add(reached[1:])
+    return best_nodes(reached - goes_on, count)
 
 
 def best_nodes(scores: mx.array, count: int) -> mx.array:

@@ -163,6 +163,8 @@ def test_product_trees_that_are_too_large() -> None:
         (PruneSpec, {"keep": 4, "threshold": 1.5}, "is a probability, got 1.5"),
         (PruneSpec, {"keep": 4, "threshold": math.nan}, "is a probability, got nan"),
         (DecodeConfig, {"schedule": "later"}, "schedule must be"),
+        (DecodeConfig, {"stream_nodes": 2}, "needs the schedule 'inline'"),
+        (DecodeConfig, {"stream_nodes": -1}, "at least 0"),
     ],
 )
 def test_options_out_of_range(make: Any, fields: dict[str, Any], says: str) -> None:

@@ -117,11 +117,14 @@ def test_greedy_text_is_that_of_plain_decoding(data: st.DataObject) -> None:
     window = draw(st.sampled_from([None, None, 6])) if family == "llama" else None
     model = small_model(family, layers, vocab, seed, attention, window)
     streams = random_streams(model, draw(stream_configs(layers)), seed)
+    schedule = "inline" if streams.shared else draw(st.sampled_from(["auto", "inline", "deferred"]))
+    few = schedule == "inline" and not streams.shared
     config = DecodeConfig(
         draw(trees),
         draw(prunes),
-        "inline" if streams.shared else draw(st.sampled_from(["auto", "inline", "deferred"])),
+        schedule,
         draw(st.booleans()),
+        stream_nodes=draw(st.integers(0, 3)) if few else 0,
     )
     prompt = prompt_of(draw(st.integers(1, 40)), vocab, seed)
     make = draw(st.sampled_from([stream_decoder, table_decoder]))
@@ -292,6 +295,38 @@ def test_streams_that_overflow_only_draft_badly(tensor: str, vocab: int, tree: s
             assert max(step.draft.tokens) < vocab
 
 
+def test_streams_at_few_nodes_draft_only_where_the_path_ends() -> None:
+    """With streams at 2 of 8 nodes a path that ends elsewhere is followed by a root alone.
+
+    Where it does end at one of them, the next tree is the one that streams everywhere give.
+    """
+    model = small_model(layers=3, vocab=64, attention=0.3, seed=3)
+    streams = random_streams(model, stream_config(num_streams=3), scale=0.05)
+    prompt = prompt_of(7, 64, 0)
+    everywhere = DecodeConfig(TreeSpec(rows=8), schedule="inline")
+    few = DecodeConfig(TreeSpec(rows=8), schedule="inline", stream_nodes=2)
+    all_steps = decode(table_decoder(streams, everywhere, keep_drafts=True), prompt, 60)
+    steps = decode(table_decoder(streams, few, keep_drafts=True), prompt, 60)
+    assert_same_text(steps.tokens, all_steps.tokens)
+    trees: dict[int, list[int]] = {}
+    at = 0
+    for step in all_steps.steps:
+        assert step.draft is not None
+        trees[at] = step.draft.tokens
+        at += len(step.tokens)
+    rows: Counter[int] = Counter()
+    at = 0
+    for step in steps.steps:
+        assert step.draft is not None
+        rows[len(step.draft.tokens)] += 1
+        if len(step.draft.tokens) > 1 and at in trees:
+            assert step.draft.tokens == trees[at]
+        at += len(step.tokens)
+    assert set(rows) == {1, 8}
+    assert rows[8] > 3
+    assert rows[1] > 3
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = small_model(layers=3)
     bare = random_streams(model, stream_config(pruner_rank=0))
@@ -300,6 +335,8 @@ def test_what_cannot_be_is_refused() -> None:
     shared = random_streams(model, stream_config(mode="shared"))
     with pytest.raises(OptionError, match="'deferred' needs lossless streams"):
         stream_decoder(shared, DecodeConfig(schedule="deferred"))
+    with pytest.raises(OptionError, match="stream_nodes needs lossless streams"):
+        stream_decoder(shared, DecodeConfig(schedule="inline", stream_nodes=2))
     backbone = Backbone(model)
     for lost, config in (
         ("pruner.lora_b", DecodeConfig(prune=PruneSpec(4))),

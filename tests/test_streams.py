@@ -188,6 +188,16 @@ def test_pass_mask_is_the_drawing_of_the_docstring() -> None:
     ]
 
 
+def test_pass_mask_with_streams_at_some_nodes_leaves_out_the_others() -> None:
+    seen = mx.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=mx.bool_)
+    every = np.array(pass_mask(seen, 2, 4, main_sees_streams=False))
+    kept = [0, 1, 2, 3, *range(4, 7), 9, 10, 11, 12]  # committed, main, streams of nodes 1 and 2
+    nodes = mx.array([1, 2], dtype=mx.int32)
+    few = pass_mask(seen, 2, 4, main_sees_streams=False, nodes=nodes)
+    rows = [i - 4 for i in kept[4:]]
+    np.testing.assert_array_equal(np.array(few), every[np.ix_(rows, kept)])
+
+
 def test_rotation_of_values_is_a_complex_product() -> None:
     values = mx.random.normal((1, 2, 3, 6), key=mx.random.key(1))
     angles = mx.array([0.0, 0.5, -2.0])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_specstream.config import TreeSpec
-from mlx_specstream.tree import DraftTree, Proposer, ancestors, best_nodes, build, root_only, select
+from mlx_specstream.tree import (
+    DraftTree,
+    Proposer,
+    ancestors,
+    best_nodes,
+    build,
+    likely_ends,
+    root_only,
+    select,
+)
 from tests.engine import examples
 from tests.reference import tree as reference
 
@@ -55,7 +65,7 @@ tables = st.builds(
 def checked(spec: TreeSpec, gamma: int, table: Table) -> tuple[list[tuple[int, ...]], list[float]]:
     """Build a tree, check what every tree must be, return its paths and their scores."""
     tree = build(mx.array([4]), spec, gamma, table.proposer)
-    tokens, parents, depths = (a.tolist() for a in tree.arrays)
+    tokens, parents, depths = (a.tolist() for a in (tree.tokens, tree.parents, tree.depths))
     assert tree.tokens.dtype == tree.parents.dtype == tree.depths.dtype == mx.int32
     assert (tokens[0], parents[0], depths[0]) == (4, 0, 0)
     for node in range(1, tree.num_nodes):
@@ -122,7 +132,7 @@ def test_parents_come_first_whatever_the_scores(log_prob: float, rows: int) -> N
         return ids, mx.full((W, 8), log_prob)
 
     tree = build(mx.array(1), TreeSpec(kind="best", rows=rows), 4, propose)
-    tokens, parents, depths = (a.tolist() for a in tree.arrays)
+    tokens, parents, depths = (a.tolist() for a in (tree.tokens, tree.parents, tree.depths))
     assert len(tokens) == rows
     assert depths[0] == 0
     for node in range(1, rows):
@@ -200,3 +210,15 @@ def test_building_waits_for_nothing() -> None:
     tree = build(mx.array([0]), TreeSpec(kind="best", rows=6, branching=2), 3, propose)
     assert asked == [(0, (1,)), (1, (3,)), (2, (5,))]
     assert tree.num_nodes == 6
+
+
+def test_likely_ends_are_where_probability_stays() -> None:
+    """Root .1 (children .6 + .3), its first child .6 − .5, its second .3, the grandchild .5."""
+    scores = mx.log(mx.array([1.0, 0.6, 0.3, 0.5]))
+    parents = mx.array([0, 0, 0, 1], dtype=mx.int32)
+    depths = mx.array([0, 1, 1, 2], dtype=mx.int32)
+    tree = DraftTree(mx.arange(4, dtype=mx.int32), parents, depths, 2, scores=scores)
+    assert likely_ends(tree, 1).tolist() == [3]
+    assert likely_ends(tree, 2).tolist() == [2, 3]
+    dead = replace(tree, alive=mx.array([True, True, True, False]))
+    assert likely_ends(dead, 1).tolist() == [1]
