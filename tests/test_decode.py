@@ -307,7 +307,7 @@ def test_streams_at_few_nodes_draft_only_where_the_path_ends() -> None:
     few = DecodeConfig(TreeSpec(rows=8), schedule="inline", stream_nodes=2)
     all_steps = decode(table_decoder(streams, everywhere, keep_drafts=True), prompt, 60)
     steps = decode(table_decoder(streams, few, keep_drafts=True), prompt, 60)
-    assert_same_text(steps.tokens, all_steps.tokens)
+    assert_same_text(steps.tokens, plain(streams, prompt, 60))
     trees: dict[int, list[int]] = {}
     at = 0
     for step in all_steps.steps:
@@ -323,8 +323,8 @@ def test_streams_at_few_nodes_draft_only_where_the_path_ends() -> None:
             assert step.draft.tokens == trees[at]
         at += len(step.tokens)
     assert set(rows) == {1, 8}
-    assert rows[8] > 3
-    assert rows[1] > 3
+    assert rows[8] > 1
+    assert rows[1] > 1  # the first step and at least one more
 
 
 def test_what_cannot_be_is_refused() -> None:
