@@ -38,6 +38,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
     "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),
+    "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),
     "verify": Verb("mlx_specstream.verify_cli", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""

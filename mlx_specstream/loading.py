@@ -7,6 +7,7 @@ gives mlx-lm's own logits, and the streams belong to this base.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .backbone import Backbone, check_backbone
+from .cache import KVCache
 from .demo import DEMO_NAME, resolve_demo
 from .errors import ModelError, OptionError
 from .hub import fetch, first_line
+from .prefill import PREFILL_CHUNK, prefill_chunks
 from .shipped import AUTO, find_streams
 from .streams import Streams
 
@@ -66,6 +69,17 @@ class StreamModel:
         """Return how many tokens the model was made for, if its config says so."""
         limit = getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+    def prefill(
+        self, tokens: Sequence[int], cache: KVCache, chunk: int = PREFILL_CHUNK
+    ) -> Iterator[int]:
+        """Append `tokens` to a cache a chunk at a time, yielding how many are done.
+
+        For callers that do other work between chunks. The prompt's last token is not for here:
+        `stream_generate` begins from it.
+        """
+        forward = self.backbone.forward if self.streams is None else self.streams.forward
+        return prefill_chunks(forward, tokens, cache, chunk)
 
 
 @overload

@@ -5,7 +5,7 @@ The last prompt token stays outside: it is the root of the first step, where str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -22,10 +22,21 @@ def prefill(
     chunk: int,
 ) -> None:
     """Run `tokens` through `forward` in chunks and commit them; `on_progress(done, total)`."""
+    for done in prefill_chunks(forward, tokens, cache, chunk):
+        if on_progress is not None:
+            on_progress(done, len(tokens))
+
+
+def prefill_chunks(
+    forward: Callable[[mx.array, KVCache], mx.array],
+    tokens: Sequence[int],
+    cache: KVCache,
+    chunk: int,
+) -> Iterator[int]:
+    """Run `tokens` through `forward`, a chunk at a time; yield how many are committed."""
     for first in range(0, len(tokens), chunk):
         part = mx.array(list(tokens[first : first + chunk]), dtype=mx.int32)
         forward(part, cache)
         cache.advance(part.shape[0])
         mx.eval(cache.arrays)
-        if on_progress is not None:
-            on_progress(first + part.shape[0], len(tokens))
+        yield first + part.shape[0]

@@ -10,13 +10,14 @@ through where the terminal can and stand between tildes where it cannot.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..tokens import decoded
 from .session import DraftStep
 from .text import on_one_line
 
@@ -102,16 +103,6 @@ def mark(origin: int) -> str:
 def style_of(origin: int) -> str:
     """Return the style of a stream's tokens."""
     return STREAM_COLOURS[(origin - 1) % len(STREAM_COLOURS)] if origin else "bold"
-
-
-def decoded(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
-    """Return the text of a few tokens, with the blank that some tokenizers drop at the front."""
-    backend: Any = tokenizer
-    text: str = backend.decode(list(tokens))
-    first = backend.convert_ids_to_tokens(list(tokens[:1]))[0]
-    if isinstance(first, str) and first.startswith("▁") and not text.startswith(" "):
-        return f" {text}"
-    return text
 
 
 def drawing(view: DraftView, steps: Sequence[DraftStep], num_streams: int) -> Group:

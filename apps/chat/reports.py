@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .drafts import decoded
+from ..tokens import decoded
 from .session import ChatSession
 from .settings import Settings
 from .speed import Speed

@@ -1,0 +1,240 @@
+"""One thread that owns the model, and the bounded line of answers that wait for it.
+
+    submit ──► waiting (at most max_queue) ──► decoding (at most decode_concurrency) ──► deliver
+
+MLX arrays belong to the thread that computes them, so the model is loaded, used and let go in
+this thread alone. Everything else talks to it through `submit` and `cancel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .errors import ApiError, invalid
+from .work import Decoding, Event, Failure, Progress, Work
+
+log = logging.getLogger("mlx_specstream")
+
+
+class Engine:
+    """Generates the submitted answers, first come, first served.
+
+    make: called once, in the engine's thread; returns what decodes.
+    """
+
+    def __init__(
+        self, make: Callable[[], Decoding], *, decode_concurrency: int, max_queue: int
+    ) -> None:
+        self.make = make
+        self.decode_concurrency = decode_concurrency
+        self.max_queue = max_queue
+        self.waiting: deque[Work] = deque()
+        self.active = 0
+        self.seconds_per_answer = 1.0  # a running mean, for Retry-After
+        self._changed = threading.Condition()
+        self._closing: ApiError | None = None
+        self._stop = False
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="specstream-engine", daemon=True)
+
+    # Called from other threads.
+
+    def start(self) -> None:
+        """Load the model and begin.
+
+        Raises:
+            SpecStreamError: the model cannot be loaded.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def healthy(self) -> bool:
+        """Tell whether answers are being generated."""
+        return self._thread.is_alive() and self._closing is None
+
+    def submit(self, works: Sequence[Work]) -> None:
+        """Line up the answers to one request, all or none.
+
+        Raises:
+            ApiError: there is no room (429), or the server is closing (503).
+        """
+        with self._changed:
+            if self._closing is not None:
+                raise self._closing
+            if not self._thread.is_alive():
+                raise ApiError(503, "the model is not running; restart the server.")
+            room = self.decode_concurrency + self.max_queue
+            if self.active + len(self.waiting) + len(works) > room:
+                raise self._full(len(works))
+            self.waiting.extend(works)
+            self._changed.notify()
+
+    def cancel(self, works: Sequence[Work]) -> None:
+        """Let go of answers nobody waits for; those that wait in line leave it at once."""
+        with self._changed:
+            for work in works:
+                work.cancelled = True
+                if work in self.waiting:
+                    self.waiting.remove(work)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take no more answers; those taken on are finished."""
+        with self._changed:
+            self._closing = ApiError(503, "the server is shutting down.")
+
+    def stop(self) -> None:
+        """End all answers with an error and the thread; return when it has ended."""
+        self.close()
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether no answer is under way or waiting."""
+        with self._changed:
+            return not self.active and not self.waiting
+
+    def _full(self, wanted: int) -> ApiError:
+        turns = (len(self.waiting) + 1) / self.decode_concurrency
+        seconds = min(60, max(1, round(turns * self.seconds_per_answer)))
+        if wanted > self.max_queue + self.decode_concurrency:
+            return invalid(
+                f"this request asks for {wanted} answers at once, more than this server has "
+                f"room for ({self.max_queue + self.decode_concurrency})."
+            )
+        return ApiError(
+            429,
+            f"too many requests: {self.active} answers are being generated and "
+            f"{len(self.waiting)} are waiting; try again in {seconds} s.",
+            code="queue_full",
+            headers={"Retry-After": str(seconds)},
+        )
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            decoding = self.make()
+        except BaseException as error:
+            self._error = error
+            return
+        finally:
+            self._started.set()
+        try:
+            while self._turn(decoding):
+                pass
+        finally:
+            reason = self._closing or ApiError(500, "the model stopped unexpectedly.")
+            with self._changed:
+                left = [*decoding.works, *self.waiting]
+                self.waiting.clear()
+                self.active = 0
+            for work in left:
+                self._deliver(work, Failure(reason))
+
+    def _turn(self, decoding: Decoding) -> bool:
+        """Admit, decode one step, tidy up; return False when it is time to stop."""
+        with self._changed:
+            if not self._stop and not self.active and not self.waiting:
+                mx.clear_cache()
+                self._changed.wait()
+            if self._stop:
+                return False
+        self._admit(decoding)
+        try:
+            events = decoding.step()
+        except Exception as error:
+            # Which answer it was is not known, and no state can be trusted.
+            for work in list(decoding.works):
+                self._fail(decoding, work, error)
+            events = []
+        for work, event in events:
+            self._deliver(work, event)
+        now = time.monotonic()
+        for work in list(decoding.works):
+            if not work.over and not work.cancelled and now > work.deadline:
+                self._deliver(work, out_of_time(work))
+            if work.over or work.cancelled:
+                self._end(decoding, work)
+        return True
+
+    def _next(self) -> Work | None:
+        """Return the first in line, unless the answer it comes after still reads the prompt."""
+        if not self.waiting:
+            return None
+        work = self.waiting[0]
+        before = work.after
+        ready = before is None or before.prompt_read or before.over or before.cancelled
+        return work if ready else None
+
+    def _admit(self, decoding: Decoding) -> None:
+        """Take on as many answers as may be decoded at once; those out of time leave the line."""
+        now = time.monotonic()
+        with self._changed:
+            late = [work for work in self.waiting if now > work.deadline]
+            for work in late:
+                self.waiting.remove(work)
+        for work in late:
+            self._deliver(work, out_of_time(work))
+        while True:
+            with self._changed:
+                first = self._next() if self.active < self.decode_concurrency else None
+                if first is None:
+                    return
+                self.waiting.popleft()
+                self.active += 1
+            first.begun_at = time.monotonic()
+            try:
+                decoding.begin(first)
+            except Exception as error:
+                with self._changed:
+                    self.active -= 1
+                self._deliver(first, Failure.of(error))
+
+    def _fail(self, decoding: Decoding, work: Work, error: Exception) -> None:
+        self._deliver(work, Failure.of(error))
+        self._end(decoding, work)
+
+    def _end(self, decoding: Decoding, work: Work) -> None:
+        work.over = True
+        try:
+            decoding.end(work)
+        except Exception:
+            log.exception("an answer could not be ended cleanly")
+        with self._changed:
+            self.active -= 1
+        spent = time.monotonic() - work.begun_at
+        self.seconds_per_answer += 0.2 * (spent - self.seconds_per_answer)
+
+    def _deliver(self, work: Work, event: Event) -> None:
+        """Hand over an event; an answer is over after a finish reason or an error."""
+        if work.over or work.cancelled:
+            return
+        if isinstance(event, Progress):
+            work.last = event
+        work.over = isinstance(event, Failure) or event.finish_reason is not None
+        work.deliver(event)
+
+
+def out_of_time(work: Work) -> Event:
+    """Return the end of an answer whose time is over: what there is of it, or an error."""
+    if work.last is None:
+        return Failure(
+            ApiError(503, "the server was too busy to begin this answer in time; try again later.")
+        )
+    last = work.last
+    return Progress((), "length", last.stats, last.cached_tokens, last.tokens_per_s)

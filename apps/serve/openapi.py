@@ -1,0 +1,206 @@
+"""The description at /openapi.json, made from the models that check the requests."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from mlx_specstream import __version__
+
+from .schema import ChatRequest, CompletionRequest
+
+Json = dict[str, Any]
+
+_ERROR: Json = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_MODEL: Json = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+        "context_length": {"type": ["integer", "null"]},
+        "streams": {"type": ["string", "null"]},
+        "num_streams": {"type": "integer"},
+        "mode": {"enum": ["lossless", "shared", "plain"]},
+    },
+}
+_MODELS: Json = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+    },
+}
+_USAGE: Json = {
+    "type": "object",
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+    "properties": {
+        "prompt_tokens": {"type": "integer"},
+        "completion_tokens": {"type": "integer"},
+        "total_tokens": {"type": "integer"},
+        "prompt_tokens_details": {
+            "type": "object",
+            "properties": {"cached_tokens": {"type": "integer"}},
+        },
+        "completion_tokens_details": {
+            "type": "object",
+            "properties": {
+                "accepted_prediction_tokens": {"type": "integer"},
+                "rejected_prediction_tokens": {"type": "integer"},
+            },
+        },
+    },
+}
+_STATUSES = {
+    400: "The request makes no sense; `param` names the field.",
+    401: "The server needs its API key.",
+    403: "The Host or Origin header is not allowed.",
+    404: "There is no such page or model.",
+    405: "The method does not fit the path.",
+    408: "The request was not complete in time.",
+    413: "The request is too large.",
+    415: "The request is not JSON.",
+    429: "The queue is full; `Retry-After` says when to try again.",
+    500: "The model failed.",
+    503: "The server is closing or too busy.",
+}
+_ALWAYS = (400, 401, 403, 404, 405)
+
+
+@cache
+def description() -> Json:
+    """Return the OpenAPI 3.1 description of the server."""
+    _, schemas = models_json_schema(
+        [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+        ref_template="#/components/schemas/{model}",
+    )
+    components = {
+        **schemas["$defs"],
+        "Error": _ERROR,
+        "Model": _MODEL,
+        "Models": _MODELS,
+        "Usage": _USAGE,
+        "ChatCompletion": _reply("chat.completion", {"message": {"type": "object"}}),
+        "Completion": _reply("text_completion", {"text": {"type": "string"}}),
+    }
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mlx-specstream",
+            "version": __version__,
+            "description": "An OpenAI-compatible server with Speculative Streaming.",
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": _post("Answer a chat", "Chat")},
+            "/v1/completions": {"post": _post("Continue texts", "")},
+            "/v1/models": {"get": _get("List the served model", "Models")},
+            "/v1/models/{name}": {
+                "get": {**_get("Describe the served model", "Model"), "parameters": [name]}
+            },
+            "/health": {"get": _get("Tell whether answers are generated", None, (503,))},
+            "/metrics": {"get": _get("Figures for Prometheus", "text/plain")},
+        },
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _reply(name: str, content: Json) -> Json:
+    choice = {
+        "type": "object",
+        "required": ["index", "finish_reason", "logprobs", *content],
+        "properties": {
+            "index": {"type": "integer"},
+            "finish_reason": {"enum": ["stop", "length", "tool_calls"]},
+            "logprobs": {"type": ["object", "null"]},
+            **content,
+        },
+    }
+    return {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "properties": {
+            "id": {"type": "string"},
+            "object": {"const": name},
+            "created": {"type": "integer"},
+            "model": {"type": "string"},
+            "choices": {"type": "array", "items": choice},
+            "usage": {"$ref": "#/components/schemas/Usage"},
+        },
+    }
+
+
+def _post(summary: str, kind: str) -> Json:
+    request, reply = f"{kind or 'Completion'}Request", f"{kind}Completion"
+    return {
+        "summary": summary,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(request)}},
+        },
+        "responses": {
+            "200": {
+                "description": "The answer; with `stream` as server-sent events.",
+                "content": {
+                    "application/json": {"schema": _ref(reply)},
+                    "text/event-stream": {"schema": {"type": "string"}},
+                },
+            },
+            **_errors(*_ALWAYS, 408, 413, 415, 429, 500, 503),
+        },
+    }
+
+
+def _get(summary: str, reply: str | None, further: tuple[int, ...] = ()) -> Json:
+    if reply == "text/plain":
+        content: Json = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = {
+            "application/json": {"schema": {"type": "object"} if reply is None else _ref(reply)}
+        }
+    return {
+        "summary": summary,
+        "responses": {
+            "200": {"description": summary, "content": content},
+            **_errors(*_ALWAYS),
+            **{
+                str(status): {"description": _STATUSES[status], "content": content}
+                for status in further
+            },
+        },
+    }
+
+
+def _errors(*statuses: int) -> Json:
+    content = {"application/json": {"schema": _ref("Error")}}
+    return {
+        str(status): {"description": _STATUSES[status], "content": content} for status in statuses
+    }
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}

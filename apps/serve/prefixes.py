@@ -1,0 +1,61 @@
+"""KV caches of earlier requests, for later ones that begin with the same tokens.
+
+Bound in bytes; what was used longest ago goes first. A request that continues a stored text gets
+that cache itself; one that shares only a beginning gets a copy of its rows, for a cache is
+written to while it is decoded in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..prefix import PrefixCache, common_prefix
+
+
+class PrefixStore:
+    """Caches of text nobody decodes in at the moment, the longest unused one first."""
+
+    def __init__(self, num_layers: int, max_bytes: int) -> None:
+        self.num_layers = num_layers
+        self.max_bytes = max_bytes
+        self.entries: list[PrefixCache] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all stored caches."""
+        return sum(entry.kv.nbytes for entry in self.entries)
+
+    def take(self, ids: Sequence[int]) -> tuple[PrefixCache, int]:
+        """Return a cache to decode `ids` in, and how many of them it holds: never all."""
+        shared, best = 0, None
+        for entry in self.entries:
+            common = min(common_prefix(entry.tokens, ids), len(ids) - 1)
+            if common > shared:
+                shared, best = common, entry
+        if best is None:
+            return PrefixCache.empty(self.num_layers), 0
+        self.entries.remove(best)
+        if shared == len(best.tokens):
+            return best, shared
+        self.entries.append(best)
+        return PrefixCache(best.fork(shared), list(ids[:shared])), shared
+
+    def put(self, cache: PrefixCache) -> None:
+        """Store a cache, in place of those whose text it begins with, and forget the oldest."""
+        if not cache.tokens:
+            return
+        for entry in list(self.entries):
+            common = common_prefix(entry.tokens, cache.tokens)
+            if common == len(cache.tokens):  # nothing new
+                self.entries.remove(entry)
+                self.entries.append(entry)
+                return
+            if common == len(entry.tokens):
+                self.entries.remove(entry)
+        self.entries.append(cache)
+        while self.entries and self.nbytes > self.max_bytes:
+            self.entries.pop(0)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries.clear()

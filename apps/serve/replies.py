@@ -1,0 +1,248 @@
+"""Passes of the model to OpenAI's JSON, whole or in chunks.
+
+Two kinds of replies, chat and completion, differ in how a choice looks; all else they share.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlx_specstream import __version__
+from mlx_specstream.statistics import SpeculationStats
+
+from .tool_calls import Call, CallReader
+from .work import Alternative, Piece, Progress
+
+Json = dict[str, Any]
+FINGERPRINT = f"mlx-specstream-{__version__}"
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI writes this
+
+
+@dataclass
+class Delta:
+    """What one pass added to a choice."""
+
+    text: str
+    calls: list[Call]
+    pieces: tuple[Piece, ...]
+    finish_reason: str | None
+
+
+@dataclass
+class Choice:
+    """One answer as it grows."""
+
+    index: int
+    prompt_tokens: int
+    counts_prompt: bool = True  # the first answer to its prompt
+    reader: CallReader | None = None
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    finish_reason: str | None = None
+    last: Progress | None = None
+
+    def take(self, progress: Progress) -> Delta:
+        """Take in a pass and return what it added."""
+        text = "".join(piece.text for piece in progress.pieces)
+        calls: list[Call] = []
+        finish: str | None = progress.finish_reason
+        if self.reader is not None:
+            text, calls = self.reader.feed(text, over=finish is not None)
+            if self.reader.found and finish == "stop":
+                finish = "tool_calls"
+        self.text += text
+        self.calls += calls
+        self.pieces += progress.pieces
+        self.finish_reason, self.last = finish, progress
+        return Delta(text, calls, progress.pieces, finish)
+
+    @property
+    def stats(self) -> SpeculationStats:
+        """Return the figures so far."""
+        return SpeculationStats() if self.last is None else self.last.stats
+
+
+@dataclass
+class Reply:
+    """The answer to one request; `chunk`s while it grows, `whole` when it is over."""
+
+    kind: Literal["chat", "completion"]
+    model: str
+    choices: list[Choice]
+    logprobs: bool = False
+    draft_details: bool = False
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self) -> Json:
+        """Return the complete reply."""
+        made = self._chat_choice if self.kind == "chat" else self._completion_choice
+        choices = [
+            made(c, Delta(c.text, c.calls, tuple(c.pieces), c.finish_reason)) for c in self.choices
+        ]
+        return {**self._head(chunk=False), "choices": choices, "usage": self.usage()}
+
+    def first_chunks(self) -> list[Json]:
+        """Return what a stream begins with: in a chat, who speaks."""
+        if self.kind == "completion":
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._chunk(
+                [{"index": c.index, "delta": delta, "logprobs": None, "finish_reason": None}]
+            )
+            for c in self.choices
+        ]
+
+    def chunk(self, choice: Choice, delta: Delta) -> Json | None:
+        """Return the chunk that a pass makes, None if there is nothing in it to tell."""
+        if not (
+            delta.text or delta.calls or delta.finish_reason or self.logprobs or self.draft_details
+        ):
+            return None
+        if self.kind == "completion":
+            return self._chunk([self._completion_choice(choice, delta)])
+        return self._chunk([self._chat_delta(choice, delta)])
+
+    def last_chunks(self) -> list[Json]:
+        """Return what a stream ends with: the usage, if asked for."""
+        if not self.include_usage:
+            return []
+        return [{**self._head(chunk=True), "choices": [], "usage": self.usage()}]
+
+    def usage(self) -> Json:
+        """Return the tokens this reply took; a prompt counts once, whatever n."""
+        stats = [choice.stats for choice in self.choices]
+        counted = [choice for choice in self.choices if choice.counts_prompt]
+        prompt = sum(choice.prompt_tokens for choice in counted)
+        cached = sum(choice.last.cached_tokens for choice in counted if choice.last is not None)
+        completion = sum(one.tokens for one in stats)
+        accepted = sum(one.accepted for one in stats)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": sum(one.drafted for one in stats) - accepted,
+            },
+        }
+
+    def _head(self, *, chunk: bool) -> Json:
+        if self.kind == "chat":
+            name, prefix = f"chat.completion{'.chunk' if chunk else ''}", "chatcmpl-"
+        else:
+            name, prefix = "text_completion", "cmpl-"
+        return {
+            "id": prefix + self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        usage = {"usage": None} if self.include_usage else {}
+        return {**self._head(chunk=True), "choices": choices, **usage}
+
+    def _chat_choice(self, choice: Choice, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message["content"] = delta.text or None
+            message["tool_calls"] = [_call(call) for call in delta.calls]
+        return self._ended(choice, delta, {"message": message}, self._chat_logprobs(delta))
+
+    def _chat_delta(self, choice: Choice, delta: Delta) -> Json:
+        content: Json = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            before = len(choice.calls) - len(delta.calls)
+            content["tool_calls"] = [
+                {"index": before + place, **_call(call)} for place, call in enumerate(delta.calls)
+            ]
+        return self._ended(choice, delta, {"delta": content}, self._chat_logprobs(delta))
+
+    def _completion_choice(self, choice: Choice, delta: Delta) -> Json:
+        logprobs = self._completion_logprobs(choice, delta) if self.logprobs else None
+        return self._ended(choice, delta, {"text": delta.text}, logprobs)
+
+    def _ended(self, choice: Choice, delta: Delta, content: Json, logprobs: Json | None) -> Json:
+        made = {
+            "index": choice.index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+        if self.draft_details and choice.last is not None:
+            stats = choice.stats
+            made["specstream"] = {
+                "pieces": [{"text": piece.text, "origin": piece.origin} for piece in delta.pieces],
+                "tokens": stats.tokens,
+                "passes": stats.passes,
+                "tokens_per_pass": round(stats.tokens_per_step, 3),
+                "tokens_per_s": round(choice.last.tokens_per_s, 2),
+            }
+        return made
+
+    def _chat_logprobs(self, delta: Delta) -> Json | None:
+        if not self.logprobs:
+            return None
+        content = [
+            {**_ranked(piece.drawn), "top_logprobs": [_ranked(one) for one in piece.alternatives]}
+            for piece in delta.pieces
+            if piece.drawn is not None
+        ]
+        return {"content": content, "refusal": None}
+
+    def _completion_logprobs(self, choice: Choice, delta: Delta) -> Json:
+        drawn = [(piece, piece.drawn) for piece in delta.pieces if piece.drawn is not None]
+        before = choice.pieces[: len(choice.pieces) - len(delta.pieces)]
+        offset, offsets = sum(len(piece.text) for piece in before), []
+        for piece, _ in drawn:
+            offsets.append(offset)
+            offset += len(piece.text)
+        return {
+            "tokens": [one.text for _, one in drawn],
+            "token_logprobs": [_finite(one.logprob) for _, one in drawn],
+            "top_logprobs": [
+                {one.text: _finite(one.logprob) for one in reversed(piece.alternatives)}
+                for piece, _ in drawn
+            ],
+            "text_offset": offsets,
+        }
+
+
+def choices_for(
+    prompts: Sequence[int], n: int, readers: Sequence[CallReader | None]
+) -> list[Choice]:
+    """Return the choices of prompts with so many tokens, n each."""
+    return [
+        Choice(index, prompts[index // n], index % n == 0, readers[index])
+        for index in range(len(prompts) * n)
+    ]
+
+
+def _call(call: Call) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _ranked(one: Alternative | None) -> Json:
+    assert one is not None
+    # Half a character has no text of its own.
+    whole = "\N{REPLACEMENT CHARACTER}" not in one.text
+    return {
+        "token": one.text,
+        "logprob": _finite(one.logprob),
+        "bytes": list(one.text.encode()) if whole else None,
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,204 @@
+"""The running server's parts, and what turns a request's wishes into settings within its limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mlx_specstream import DecodeConfig, StreamModel
+
+from .engine import Engine
+from .errors import ApiError
+from .interleaved import Interleaved
+from .limits import Limits
+from .metrics import Metrics
+from .prefixes import PrefixStore
+from .prompt import PromptEncoder
+from .schema import ChatRequest, Sampling
+from .settings import Settings
+from .tool_calls import ToolFormat
+from .work import Decoding
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+PLACEHOLDER = "default_model"  # mlx-lm's clients name the served model so
+READING = 64  # requests that may be read and encoded at once, beside those that are answered
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that does not say gets; mlx-lm's defaults."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+
+@dataclass
+class Service:
+    """One served model with everything around it."""
+
+    model_name: str
+    streams_name: str
+    mode: str
+    num_streams: int
+    context_length: int | None
+    limits: Limits
+    defaults: Defaults
+    engine: Engine
+    encoder: PromptEncoder
+    tools: ToolFormat | None
+    metrics: Metrics
+    vocab_size: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    encoding: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "specstream-prompts")
+    )
+    reading: int = 0
+
+    def check_model(self, name: str | None) -> None:
+        """Accept the served model's name, or none.
+
+        Raises:
+            ApiError: another model is named.
+        """
+        if name not in (None, self.model_name, PLACEHOLDER):
+            raise ApiError(
+                404,
+                f"there is no model {name[:200]!r} here; this server has {self.model_name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def settings(self, request: Sampling, prompt_tokens: int, choice: int) -> Settings:
+        """Return how one of a request's answers is drawn, within the limits."""
+        limits, defaults = self.limits, self.defaults
+        wanted = request.max_tokens
+        if isinstance(request, ChatRequest):
+            wanted = request.max_completion_tokens or wanted
+            logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        else:
+            logprobs = request.logprobs  # type: ignore[attr-defined]
+        most = min(wanted or limits.max_tokens, limits.max_tokens_limit)
+        if self.context_length is not None:
+            most = min(most, self.context_length - prompt_tokens)
+        seed = defaults.seed if request.seed is None else request.seed
+        stop = request.stop or ()
+        return Settings(
+            max_tokens=most,
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            top_k=_given(request.top_k, defaults.top_k),
+            min_p=_given(request.min_p, defaults.min_p),
+            seed=None if seed is None else (seed + choice) % 2**63,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            repetition_penalty=_given(request.repetition_penalty, 1.0),
+            repetition_context_size=_given(request.repetition_context_size, 20),
+            presence_penalty=_given(request.presence_penalty, 0.0),
+            presence_context_size=_given(request.presence_context_size, 20),
+            frequency_penalty=_given(request.frequency_penalty, 0.0),
+            frequency_context_size=_given(request.frequency_context_size, 20),
+            logit_bias=self._logit_bias(request),
+            logprobs=logprobs,
+        )
+
+    def _logit_bias(self, request: Sampling) -> dict[int, float]:
+        bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+        if wrong := [token for token in bias if token >= self.vocab_size]:
+            raise ApiError(
+                400,
+                f"logit_bias: the token id {wrong[0]} is not below {self.vocab_size}.",
+                param="logit_bias",
+            )
+        return bias
+
+    async def encode(self, encode: Callable[[], Result]) -> Result:
+        """Run an encoder's work in its thread, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, encode)
+
+    def stop(self) -> None:
+        """End everything that is under way."""
+        self.engine.stop()
+        self.encoding.shutdown(cancel_futures=True)
+
+
+def start_service(
+    load: Callable[[], tuple[StreamModel, TokenizerWrapper]],
+    limits: Limits,
+    defaults: Defaults | None = None,
+    *,
+    config: DecodeConfig | None = None,
+    speculative: bool = True,
+) -> Service:
+    """Load a model in the engine's thread and return the service that answers with it.
+
+    Raises:
+        SpecStreamError: it cannot be loaded.
+    """
+    found: list[tuple[StreamModel, TokenizerWrapper, PrefixStore]] = []
+
+    def make() -> Decoding:
+        model, tokenizer = load()
+        prefixes = PrefixStore(model.backbone.num_layers, limits.prompt_cache_bytes)
+        found.append((model, tokenizer, prefixes))
+        return Interleaved(
+            model,
+            tokenizer,
+            prefixes,
+            config=config,
+            speculative=speculative,
+            prefill_step_size=limits.prefill_step_size,
+        )
+
+    engine = Engine(make, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue)
+    engine.start()
+    model, tokenizer, prefixes = found.pop()
+    metrics = Metrics()
+    metrics.watch("active_answers", "Answers being generated.", lambda: engine.active)
+    metrics.watch("waiting_answers", "Answers waiting in line.", lambda: len(engine.waiting))
+    metrics.watch("prompt_cache_bytes", "Memory of stored KV caches.", lambda: prefixes.nbytes)
+    metrics.watch("prompt_cache_entries", "Stored KV caches.", lambda: len(prefixes.entries))
+    streams = model.streams
+    context = model.context_length
+    limit = _smaller(limits.max_prompt_tokens, None if context is None else context - 1)
+    return Service(
+        model_name=served_name(model.name),
+        streams_name=served_name(model.streams_name) if streams is not None else "",
+        mode="plain" if streams is None or not speculative else streams.config.mode,
+        num_streams=0 if streams is None or not speculative else streams.num_streams,
+        context_length=context,
+        limits=limits,
+        defaults=defaults or Defaults(),
+        engine=engine,
+        encoder=PromptEncoder(tokenizer, model.backbone.vocab_size, limit),
+        tools=ToolFormat.of(tokenizer),
+        metrics=metrics,
+        vocab_size=model.backbone.vocab_size,
+    )
+
+
+def served_name(name: str) -> str:
+    """Return what clients call a model: a hub id or a shipped name as it is, a folder's last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else name
+
+
+Value = TypeVar("Value")
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _smaller(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
