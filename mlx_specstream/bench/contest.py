@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -161,7 +162,7 @@ def described_model(contest: Contest, name: str) -> dict[str, Any]:
     backbone, module = contest.model.backbone, contest.model.model
     parameters = _arrays(module)
     return {
-        "name": name,
+        "name": Path(name).name if Path(name).expanduser().exists() else name,
         "family": type(module).__module__.rpartition(".")[2],
         "fingerprint": fingerprint(module),
         "dtype": str(backbone.dtype).rpartition(".")[2],
@@ -173,8 +174,13 @@ def described_model(contest: Contest, name: str) -> dict[str, Any]:
         "layer_params": sum(map(_num_params, backbone.layers)) // backbone.num_layers,
         "head_params": backbone.vocab_size * backbone.hidden_size,
         "weight_bytes": sum(array.nbytes for array in parameters),
+        "used": {
+            method_name: method.streams
+            for method_name, method in contest.methods.items()
+            if method.kind == "streams"
+        },
         "streams": {
-            streams: {
+            Path(streams).name: {
                 "num_streams": joined.streams.config.num_streams,
                 "num_msa_layers": joined.streams.config.num_msa_layers,
                 "mode": joined.streams.config.mode,

@@ -14,7 +14,7 @@ from mlx_specstream.files import atomic_file
 
 from .methods import MLX_LM
 from .result import Result
-from .summary import ALL, Line, summarised
+from .summary import ALL, summarised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,10 @@ def speedup(result: Result) -> Figure | None:
         subtitle(result),
     )
     step = 0.8 / len(methods)
+    for place in range(1, len(categories)):
+        axes.axhline(place - 0.5, color="#e4e4e4", linewidth=0.8)
     for index, method in enumerate(methods):
+        color, marker = style(result, method)
         own = [line for line in lines if line.method == method]
         heights = [
             categories.index(line.category) + (index - (len(methods) - 1) / 2) * step
@@ -104,17 +107,29 @@ def speedup(result: Result) -> Figure | None:
             middle,
             heights,
             xerr=spread,
-            fmt=MARKERS[index % len(MARKERS)],
+            fmt=marker,
             markersize=5,
-            color=COLORS[index % len(COLORS)],
+            color=color,
             elinewidth=1.6,
             capsize=2,
             label=method,
         )
+        for x, y in zip(middle, heights, strict=True):
+            axes.annotate(
+                f"{x:.2f}",
+                (1, y),
+                xycoords=("axes fraction", "data"),
+                fontsize=7,
+                va="center",
+                ha="right",
+                color=color,
+            )
     axes.axvline(1, color="#444444", linewidth=1)
     axes.set_yticks(range(len(categories)), categories)
     axes.set_ylim(len(categories) - 0.45, -0.55)
-    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]), right=max(1.5, axes.get_xlim()[1]))
+    low, high = axes.get_xlim()
+    low, high = min(0.5, low), max(1.5, high)
+    axes.set_xlim(low, high + 0.06 * (high - low))  # medians stand at the right edge
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("times as fast as mlx-lm (median and middle half of the prompts; 1 = equal)")
     _legend(figure, axes, len(methods))
@@ -128,28 +143,17 @@ def acceptance(result: Result) -> Figure | None:
     if not whole:
         return None
     figure, axes = new_figure(7.5, 4.2, "How deep drafts are accepted", subtitle(result))
-    colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(_methods(whole))}
+    deepest = max(len(line.accepted) for line in lines)
     for line in lines:
-        if line not in whole:
-            axes.plot(
-                _depths(line),
-                line.accepted,
-                color=colors.get(line.method, "k"),
-                alpha=0.18,
-                linewidth=1,
-            )
-    for index, line in enumerate(whole):
-        axes.plot(
-            _depths(line),
-            line.accepted,
-            color=colors[line.method],
-            linewidth=2,
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            label=f"{line.method}: {line.tokens_per_step:.2f} tokens per pass",
-        )
-    axes.set_ylim(0, 1)
-    axes.set_xticks(range(1, 1 + max(len(line.accepted) for line in lines)))
+        color, marker = style(result, line.method)
+        shares = [1.0, *line.accepted, *[0.0] * (deepest - len(line.accepted))]
+        if line in whole:
+            label = f"{line.method}: {line.tokens_per_step:.2f} tokens per pass"
+            axes.plot(shares, color=color, linewidth=2, marker=marker, markersize=5, label=label)
+        else:
+            axes.plot(shares, color=color, alpha=0.18, linewidth=1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xticks(range(deepest + 1))
     axes.set_xlabel("drafts accepted, at least (thin lines: single categories)")
     axes.set_ylabel("share of drafting passes")
     _legend(figure, axes, len(whole))
@@ -170,16 +174,18 @@ def roofline(result: Result) -> Figure | None:
         (x, min(ceilings.flop_s, x * ceilings.bytes_s) / 1e9) for x in (low, ceilings.ridge, high)
     ]
     axes.plot(*zip(*roof, strict=True), color="#444444", linewidth=1.6)
+    middle = (low * ceilings.ridge) ** 0.5
     axes.annotate(
-        f"memory: {ceilings.bytes_s / 1e9:.0f} GB/s",
-        (low, roof[0][1]),
+        f"memory: {ceilings.bytes_s / 1e9:.3g} GB/s",
+        (middle, middle * ceilings.bytes_s / 1e9),
         fontsize=8,
-        xytext=(4, 14),
+        xytext=(-6, 6),
         textcoords="offset points",
+        ha="right",
         color="#444444",
     )
     axes.annotate(
-        f"arithmetic ({ceilings.dtype}): {ceilings.flop_s / 1e9:.0f} GFLOP/s",
+        f"arithmetic ({ceilings.dtype}): {ceilings.flop_s / 1e9:.3g} GFLOP/s",
         (high, roof[2][1]),
         fontsize=8,
         xytext=(-4, 5),
@@ -187,15 +193,17 @@ def roofline(result: Result) -> Figure | None:
         ha="right",
         color="#444444",
     )
-    for index, point in enumerate(found):
+    for point in found:
+        color, marker = style(result, point.method)
+        label = f"{point.method}: {point.rows:.1f} rows a pass"
         axes.plot(
             point.intensity,
             point.flop_s / 1e9,
-            MARKERS[index % len(MARKERS)],
-            color=COLORS[index % len(COLORS)],
+            marker,
+            color=color,
             markersize=7,
             linestyle="none",
-            label=f"{point.method}: {point.rows:.1f} rows a pass",
+            label=label,
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -213,9 +221,7 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
     )
 
 
-def _methods(lines: list[Line]) -> list[str]:
-    return list(dict.fromkeys(line.method for line in lines))
-
-
-def _depths(line: Line) -> range:
-    return range(1, 1 + len(line.accepted))
+def style(result: Result, method: str) -> tuple[str, str]:
+    """Return a method's colour and marker, the same in all plots of a result."""
+    index = list(result.named_methods).index(method)
+    return COLORS[(index - 1) % len(COLORS)], MARKERS[(index - 1) % len(MARKERS)]

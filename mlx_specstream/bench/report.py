@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .methods import MLX_LM
@@ -69,7 +70,7 @@ def show(result: Result, console: Console) -> None:
         pad_edge=False,
     )
     whole.add_column("", overflow="fold")
-    for name in ("prefill tok/s", "first token", "cold", "peak GB", "accepted by depth"):
+    for name in ("prefill tok/s", "first token", "cold", "peak", "accepted by depth"):
         whole.add_column(name, justify="right")
     for line in _all(lines):
         whole.add_row(
@@ -77,7 +78,7 @@ def show(result: Result, console: Console) -> None:
             f"{line.prefill_tokens_s:.0f}",
             _ms(line.first_token_s),
             _ms(_cold(result, line.method)[0]),
-            f"{line.peak_bytes / 1e9:.2f}",
+            _size(line.peak_bytes),
             " ".join(f"{share:.2f}"[1:] if share < 1 else "1" for share in line.accepted) or "–",
         )
     console.print(whole)
@@ -122,6 +123,7 @@ def _about(result: Result) -> str:
         f"model: {model['name']}, {model['family']}, {model['layers']} layers, {model['params'] / 1e6:.0f} M weights, "
         f"{model['bits']} bits, computing in {model['dtype']}",
         f"streams: {streams or 'none'}",
+        *(f"{name}: streams {_short(used)}" for name, used in model["used"].items()),
         f"machine: {machine.summary}; {machine.chip}, {machine.memory_bytes / 2**30:.0f} GB",
         f"versions: mlx-specstream {machine.mlx_specstream}, {machine.versions}, {machine.system} {machine.os_version}",
         f"prompts: {count} of {sources}; at most {settings.max_tokens} tokens, greedy, repeats {settings.repeats}, "
@@ -166,7 +168,7 @@ def _whole_row(result: Result, line: Line) -> list[str]:
         f"{line.prefill_tokens_s:.0f} tokens/s",
         _ms(first),
         f"{speed:.1f}" if speed else "–",
-        f"{line.peak_bytes / 1e9:.2f} GB",
+        _size(line.peak_bytes),
         str(sum(r.passes for a in result.asked for r in a.runs if r.method == line.method)),
         f"{line.acceptance:.0%}" if line.acceptance else "–",
         " ".join(f"{share:.2f}" for share in line.accepted) or "–",
@@ -205,6 +207,21 @@ def _ms(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     return f"{1e3 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _short(streams: str) -> str:
+    """Return the names of streams without the folders they are in."""
+    return ", ".join(
+        f"{category}{equals}{Path(name).name}"
+        for category, equals, name in (
+            ("", "", word) if "=" not in word else word.partition("=")
+            for word in streams.split(",")
+        )
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _colored(ratio: float) -> str:

@@ -24,6 +24,19 @@ from .methods import Method
 KIND, VERSION = "specstream-bench", 1
 RESULT_FILE = "result.json"
 
+# What `contest.described_model` writes and reports read.
+_MODEL_FIELDS = {
+    "name",
+    "family",
+    "dtype",
+    "bits",
+    "layers",
+    "params",
+    "layer_params",
+    "head_params",
+}
+_MODEL_FIELDS |= {"weight_bytes", "used", "streams"}
+
 D = TypeVar("D")
 
 
@@ -176,6 +189,8 @@ class Result:
                 ceilings=values["ceilings"],
                 curve=values["curve"],
             )
+            if missing := sorted(_MODEL_FIELDS - set(result.model)):
+                raise KeyError(missing[0])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{what}: a field is missing or of the wrong kind ({error}).") from None
         return result

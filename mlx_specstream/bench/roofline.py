@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .methods import parse_streams
 from .result import Result
 from .summary import ALL, Line, summarised
 
@@ -95,7 +97,8 @@ def _point(result: Result, line: Line) -> Point | None:
     rows = 1 + sum(run.drafted for run in runs) / max(1, sum(run.passes for run in runs))
     layers, head = model["layer_params"] * model["layers"], model["head_params"]
     flop, read = layers * rows + head * rows, layers + head
-    streams = model["streams"].get(method.streams_for(""), None) if method.streams else None
+    used = model["used"].get(line.method)
+    streams = model["streams"].get(Path(parse_streams(used)[0]).name) if used else None
     if streams is not None and line.acceptance:
         share = streams["num_msa_layers"] / model["layers"]
         inline = method.schedule == "inline" or streams["mode"] == "shared"
