@@ -8,10 +8,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mlx_specstream.convert.pytorch.data import Example, Selection  # noqa: E402
+from mlx_specstream.convert.pytorch.kernels import GatedSiLU, RMSNorm  # noqa: E402
 from mlx_specstream.convert.pytorch.loss import VocabularySampler  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
 from mlx_specstream.convert.pytorch.objectives import Common, LosslessObjective  # noqa: E402
-from mlx_specstream.convert.pytorch.packed import GatedSiLU, PackedBatch, PackedStreams, RMSNorm  # noqa: E402
+from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
 
