@@ -97,6 +97,13 @@ class StreamAdapters(nn.Module):
         key = name.replace(".", "/")
         return modules[key] if key in modules else None  # noqa: SIM401 (a ModuleDict has no get)
 
+    def scale_lora(self, factor: float) -> None:
+        """Multiply what LoRA adds by `factor`."""
+        with torch.no_grad():
+            for name, parameter in self.lora.named_parameters():
+                if name.endswith("lora_B.weight"):
+                    parameter.mul_(factor)
+
     def start(self, main: Tensor) -> Tensor:
         """Return the streams' first states S_tj = f(M_t) + P_j [SS Eq. 3]: (..., h) -> (..., γ, h)."""
         if self.stream_init is not None:
@@ -120,14 +127,43 @@ class StreamAdapters(nn.Module):
 def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
     """Return adapters of a changed config that hold everything the given ones have learned.
 
-    Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner).
+    Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner, the lower
+    layers of shared mode); a changed `lora_rank` keeps the maps' largest singular values, at the same alpha / rank.
     """
-    config = dataclasses.replace(adapters.config, **changes)  # type: ignore[arg-type]
-    if config == adapters.config:
+    before = adapters.config
+    rank = changes.get("lora_rank", before.lora_rank)
+    assert isinstance(rank, int)
+    if before.lora_rank:
+        changes["lora_alpha"] = before.lora_alpha * rank / before.lora_rank
+    config = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
+    if config == before:
         return adapters
     grown, learned = StreamAdapters(config, backbone), adapters.state_dict()
-    extra = config.num_streams - adapters.config.num_streams
+    extra = config.num_streams - before.num_streams
     embeddings = learned["stream_embeddings"]
     learned["stream_embeddings"] = torch.cat((embeddings, embeddings[-1:].repeat(extra, 1)))
-    grown.load_state_dict({**grown.state_dict(), **learned})
+    fresh = grown.state_dict()
+    if rank != before.lora_rank:
+        for name in [n for n in learned if n.startswith("lora.") and n.endswith("lora_A.weight")]:
+            other = name.replace("lora_A", "lora_B")
+            learned[name], learned[other] = resize(
+                learned[name], learned[other], fresh[name], fresh[other]
+            )
+    grown.load_state_dict({**fresh, **learned})
     return grown
+
+
+def resize(a: Tensor, b: Tensor, fresh_a: Tensor, fresh_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (R, in) and B (out, R) whose product is the best rank-R copy of b·a; spare rank is as in the fresh pair.
+
+    a: (r, in). b: (out, r). The singular values are split evenly between the two.
+    """
+    left, inner_left = torch.linalg.qr(b)
+    right, inner_right = torch.linalg.qr(a.t())
+    u, values, v = torch.linalg.svd(inner_left @ inner_right.t())
+    kept = min(len(values), len(fresh_a))
+    root = values[:kept].sqrt()
+    new_a, new_b = fresh_a.clone(), fresh_b.clone()
+    new_a[:kept] = root[:, None] * (v[:kept] @ right.t())
+    new_b[:, :kept] = (left @ u[:, :kept]) * root
+    return new_a, new_b

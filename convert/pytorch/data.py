@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from mlx_specstream.errors import DataError
 
 Key = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,52 @@ def select(example: Example, fraction: float, seed: str) -> Selection:
     return Selection(example, tuple(sorted(chosen)))
 
 
+def alike(items: Iterable[T], prompt: Callable[[T], Sequence[int]]) -> list[list[T]]:
+    """Group items whose prompts share at least half of the longer one's tokens with their neighbour in sorted order."""
+    groups: list[list[T]] = []
+    last: Sequence[int] = ()
+    for item in sorted(items, key=lambda item: tuple(prompt(item))):
+        ids = prompt(item)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(last, ids, strict=False)) if a != b),
+            min(len(last), len(ids)),
+        )
+        if not groups or 2 * same < max(len(ids), len(last)):
+            groups.append([])
+        groups[-1].append(item)
+        last = ids
+    return groups
+
+
+def grouped(examples: Sequence[Example], size: int, seed: str) -> list[Example]:
+    """Return the examples in random order, but up to `size` of those whose prompts begin alike stand together."""
+    draw = random.Random(seed)  # noqa: S311
+    runs = []
+    for group in alike(examples, lambda example: example.prompt):
+        draw.shuffle(group)
+        runs += [group[start : start + size] for start in range(0, len(group), size)]
+    draw.shuffle(runs)
+    return [example for run in runs for example in run]
+
+
 def epoch_batches(
-    examples: Sequence[Example], *, num_positions: int, fraction: float, seed: int, epoch: int
+    examples: Sequence[Example],
+    *,
+    num_positions: int,
+    fraction: float,
+    seed: int,
+    epoch: int,
+    group_size: int = 1,
 ) -> Iterator[list[Selection]]:
-    """Yield one epoch's batches of about `num_positions` stream positions; a function of its arguments alone."""
+    """Yield one epoch's batches of about `num_positions` stream positions; a function of its arguments alone.
+
+    `group_size`: texts whose prompts begin alike that stand together, as far as there are any.
+    """
     order = list(examples)
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311
+    if group_size > 1:
+        order = grouped(order, group_size, f"{seed}/{epoch}")
+    else:
+        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311
     batch: list[Selection] = []
     filled = 0
     for example in order:

@@ -22,6 +22,7 @@ from mlx_specstream.convert.pytorch import workers
 from mlx_specstream.convert.pytorch.adapters import StreamAdapters
 from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.data import Example, Selection, Targets, targets
+from mlx_specstream.convert.pytorch.joint import JointStreams
 from mlx_specstream.convert.pytorch.loss import (
     HeadCrossEntropy,
     Vocabulary,
@@ -29,7 +30,6 @@ from mlx_specstream.convert.pytorch.loss import (
     stream_weights,
 )
 from mlx_specstream.convert.pytorch.measure import rank_targets, summarize
-from mlx_specstream.convert.pytorch.model import SpeculativeModel
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
 from mlx_specstream.convert.pytorch.states import States
 
@@ -39,13 +39,23 @@ EVAL_TEXTS = 8
 
 
 class Objective(Protocol):
-    """A loss over batches of selected positions."""
+    """A loss over batches of selected positions. done: how much of the run is behind, 0..1; the trainer sets it."""
+
+    done: float
 
     def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
         """Return this process's share of the loss, and figures of it; `seed` draws the vocabulary subset."""
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
         """Return held-out figures, the whole vocabulary counted; to be called on every process."""
+
+
+@dataclass(frozen=True)
+class StreamLoss:
+    """A scalar to differentiate, and its parts for the log."""
+
+    total: Tensor
+    figures: Figures
 
 
 @dataclass
@@ -71,12 +81,38 @@ class Common:
         vocabulary = self.sampler.draw(tokens, seed)
         return self.backbone.head_weight[vocabulary.ids], vocabulary
 
+    def stream_loss(
+        self,
+        streams: Tensor,
+        wanted: Targets,
+        weights: Tensor,
+        head: Tensor,
+        vocabulary: Vocabulary,
+    ) -> StreamLoss:
+        """Return the streams' loss, marginal and, with a conditioner, given the parents; sums of weighted rows.
+
+        streams: (N, γ, h) normed. weights: (R,), of the R valid rows of `wanted`.
+        """
+        hidden, G = streams[wanted.valid], streams.shape[1]
+        places, stream = vocabulary.index[wanted.tokens[wanted.valid]], wanted.valid.nonzero()[:, 1]
+        total, losses = HeadCrossEntropy.apply(hidden, head, vocabulary.log_weight, places, weights)
+        figures: Figures = {"loss": mean_per_stream(losses, stream, G)}
+        if self.adapters.conditioner is not None:
+            parents = self.backbone.embed(wanted.parents[wanted.valid])
+            corrected = self.adapters.conditioner(parents, hidden)
+            extra, losses = HeadCrossEntropy.apply(
+                corrected, head, vocabulary.log_weight, places, weights
+            )
+            total = total + extra
+            figures["conditioned_loss"] = mean_per_stream(losses, stream, G)
+        return StreamLoss(total, figures)
+
 
 class LosslessObjective:
     """Streams over a frozen base model, marginal and parent-conditioned cross-entropy together."""
 
     def __init__(self, common: Common) -> None:
-        self.common = common
+        self.common, self.done = common, 0.0
         self.packed = PackedStreams(common.backbone, common.adapters)
 
     def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
@@ -86,21 +122,10 @@ class LosslessObjective:
         mine, rows = workers.share(batch)
         wanted = Targets(whole.tokens[rows], whole.parents[rows], whole.valid[rows])
         weights = stream_weights(whole.valid, common.alpha_decay)[rows][wanted.valid]
-        places = vocabulary.index[wanted.tokens[wanted.valid]]
-        hidden = self.packed.forward(common.pack(mine))[wanted.valid]
-        stream = wanted.valid.nonzero()[:, 1]
-
-        total, losses = HeadCrossEntropy.apply(hidden, head, vocabulary.log_weight, places, weights)
-        figures: Figures = {"loss": mean_per_stream(losses, stream, G)}
-        if common.adapters.conditioner is not None:
-            parents = common.backbone.embed(wanted.parents[wanted.valid])
-            corrected = common.adapters.conditioner(parents, hidden)
-            extra, losses = HeadCrossEntropy.apply(
-                corrected, head, vocabulary.log_weight, places, weights
-            )
-            total = total + extra
-            figures["conditioned_loss"] = mean_per_stream(losses, stream, G)
-        return total, figures
+        part = common.stream_loss(
+            self.packed.forward(common.pack(mine)), wanted, weights, head, vocabulary
+        )
+        return part.total, part.figures
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
         ranks = []
@@ -114,77 +139,89 @@ class LosslessObjective:
 class SharedObjective:
     """Main and streams share their LoRA and main attends to its streams: a different, fine-tuned model [SS §3.1.1].
 
-    Every position of a completion has its streams, as at decoding, so selections must hold all of them.
+    Every position of a completion has its streams, as at decoding, so whole texts are trained. Main's attention to its
+    streams opens gently [own]: a score added to it rises from `gate_start` to zero over the first `gate_share` of the
+    run, and is zero in the model that is written. With `streams=False` it is plain next-token LoRA, the yardstick.
     """
 
     def __init__(
-        self, common: Common, main_weight: float = 1.0, stream_weight: float = 0.1
+        self,
+        common: Common,
+        main_weight: float = 1.0,
+        stream_weight: float = 0.1,
+        *,
+        gate_start: float = 0.0,
+        gate_share: float = 0.3,
+        streams: bool = True,
     ) -> None:
         self.common = common
-        self.model = SpeculativeModel(common.backbone, common.adapters)
+        self.joint = JointStreams(common.backbone, common.adapters, streams)
         self.packed = PackedStreams(common.backbone, common.adapters)
         self.main_weight, self.stream_weight = main_weight, stream_weight
+        self.gate_start, self.gate_share = gate_start, gate_share
+        self.done = 0.0
 
-    def _forward(self, example: Example) -> tuple[Tensor, Tensor]:
-        """Return normed main rows (A, h) and streams (A - 1, γ, h) of one text's answer."""
-        first = len(example.prompt) - 1
-        ids = torch.tensor([[*example.prompt, *example.answer[:-1]]])
-        out = self.model.forward(ids, torch.arange(first, first + len(example.answer)))
-        return out.main[0, first:], out.streams[0, :-1]
+    @property
+    def opening(self) -> float:
+        """Return what is added to the scores that main gives its streams, now."""
+        return (
+            self.gate_start * max(0.0, 1 - self.done / self.gate_share) if self.gate_share else 0.0
+        )
 
     def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
         common, G = self.common, self.common.adapters.config.num_streams
-        texts = [s.example for s in batch]
-        answers = torch.tensor([token for text in texts for token in text.answer])
+        everything = [whole(s.example) for s in batch]
+        answers = torch.tensor([token for s in everything for token in s.example.answer])
         head, vocabulary = common.head(answers, seed)
-        everything = [Selection(text, tuple(range(text.num_positions))) for text in texts]
-        valid = targets(everything, G).valid.sum(0).clamp(min=1)
-        total = torch.zeros(())
-        main_losses, stream_losses, streams = [], [], []
-        for selection in everything[workers.rank() :: workers.count()]:
-            main, hidden = self._forward(selection.example)
-            wanted = targets([selection], G)
-            stream = wanted.valid.nonzero()[:, 1]
-            tokens = vocabulary.index[torch.tensor(selection.example.answer)]
-            weights = torch.full((len(main),), self.main_weight / len(answers))
-            part, losses = HeadCrossEntropy.apply(
-                main, head, vocabulary.log_weight, tokens, weights
+        valid = targets(everything, G).valid
+        mine = everything[workers.rank() :: workers.count()]
+        if not mine:
+            return torch.zeros(()), {}
+        out = self.joint.forward([s.example for s in mine], self.opening)
+        tokens = vocabulary.index[torch.tensor([t for s in mine for t in s.example.answer])]
+        share = torch.full((len(tokens),), self.main_weight / len(answers))
+        total, losses = HeadCrossEntropy.apply(out.main, head, vocabulary.log_weight, tokens, share)
+        figures: Figures = {"main_loss": round(float(losses.detach().mean()), 4)}
+        if out.streams is not None:
+            wanted = targets(mine, G)
+            rows = wanted.valid
+            weights = (self.stream_weight / valid.sum(0).clamp(min=1)).expand_as(rows)[rows]
+            # An answer's last row has streams for main to attend to, but nothing left to foresee.
+            has_target = torch.cat(
+                [torch.arange(len(s.example.answer)) < s.example.num_positions for s in mine]
             )
-            main_losses.append(losses)
-            places = vocabulary.index[wanted.tokens[wanted.valid]]
-            weights = (self.stream_weight / valid)[stream]
-            more, losses = HeadCrossEntropy.apply(
-                hidden[wanted.valid], head, vocabulary.log_weight, places, weights
-            )
-            stream_losses.append(losses)
-            streams.append(stream)
-            total = total + part + more
-        if not main_losses:
-            return total, {}
-        figures: Figures = {
-            "loss": mean_per_stream(torch.cat(stream_losses), torch.cat(streams), G)
-        }
-        figures["main_loss"] = round(float(torch.cat(main_losses).detach().mean()), 4)
+            part = common.stream_loss(out.streams[has_target], wanted, weights, head, vocabulary)
+            total = total + part.total
+            figures.update(part.figures)
         return total, figures
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
-        ranks, right, count = [], 0, 0
+        ranks, counts = [], []
         for part in _parts(held_out):
+            with torch.inference_mode():
+                out = self.joint.forward([s.example for s in part])
+                log_probs = self.common.backbone.head(out.main).float().log_softmax(-1)
+            tokens = torch.tensor([t for s in part for t in s.example.answer])
+            right = int((log_probs.argmax(-1) == tokens).sum())
+            loss = -float(log_probs.gather(1, tokens[:, None]).sum())
+            counts.append((right, loss, len(tokens)))
+            if out.streams is None:
+                continue
+            start, rows = 0, []
             for selection in part:
-                with torch.inference_mode():
-                    main, hidden = self._forward(selection.example)
-                    guesses = self.common.backbone.head(main).argmax(-1)
-                    right += int((guesses == torch.tensor(selection.example.answer)).sum())
-                    count += len(guesses)
-                    rows = torch.tensor(selection.positions)
-                    ranks.append(
-                        rank_targets(
-                            self.packed, hidden[rows], targets([selection], hidden.shape[1])
-                        )
-                    )
-        counts = workers.gather([(right, count)])
-        main_top1 = sum(r for r, _ in counts) / max(1, sum(c for _, c in counts))
-        return {**summarize(workers.gather(ranks)), "main_top1": round(main_top1, 4)}
+                rows += [start + i for i in selection.positions]
+                start += len(selection.example.answer)
+            hidden = out.streams[torch.tensor(rows)]
+            ranks.append(rank_targets(self.packed, hidden, targets(part, hidden.shape[1])))
+        right, loss, count = (sum(values) for values in zip(*workers.gather(counts), strict=True))
+        ranks = workers.gather(ranks)
+        figures = {"main_top1": round(right / count, 4), "main_loss": round(loss / count, 4)}
+        return {**(summarize(ranks) if ranks else {}), **figures}
+
+
+def whole(example: Example) -> Selection:
+    """Select every position of a text."""
+    return Selection(example, tuple(range(example.num_positions)))
 
 
 class PrunerObjective:
@@ -192,7 +229,7 @@ class PrunerObjective:
 
     def __init__(self, common: Common) -> None:
         assert common.adapters.pruner is not None
-        self.common = common
+        self.common, self.done = common, 0.0
 
     def _exit(self, batch: Sequence[Selection]) -> tuple[Tensor, Tensor]:
         """Return normed early-exit states (n, h) and the tokens (n,) that follow."""

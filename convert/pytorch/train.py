@@ -56,10 +56,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="schema-1 checkpoint to start from; its shape wins, streams may be added",
     )
     group = parser.add_argument_group("what is trained")
-    group.add_argument("--train", default="streams", choices=("streams", "pruner"))
+    group.add_argument(
+        "--train",
+        default="streams",
+        choices=("streams", "pruner", "plain"),
+        help="plain: next-token LoRA without streams, the yardstick of shared mode",
+    )
     group.add_argument("--mode", default="lossless", choices=("lossless", "shared"))
     group.add_argument("--main-weight", type=float, default=1.0, help="α_0, shared mode")
     group.add_argument("--stream-weight", type=float, default=0.1, help="α_j, shared mode")
+    group.add_argument(
+        "--gate-start",
+        type=float,
+        default=-6.0,
+        help="shared mode: score by which main's attention to its streams begins; zero after 30 %% of the run",
+    )
     group.add_argument("--pruner-rank", type=int, default=8, help="with --train pruner")
     group = parser.add_argument_group("shape")
     group.add_argument("--num-streams", type=int, default=4, help="γ")
@@ -79,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--embedding-std", type=float, default=1.0, help="scale of the untrained stream embeddings"
     )
+    group.add_argument(
+        "--resize-rank",
+        type=int,
+        default=0,
+        help="with --start-from: cut its adapters to this rank (singular values), or widen them",
+    )
+    group.add_argument(
+        "--start-scale",
+        type=float,
+        default=0.3,
+        help="shared mode from lossless streams: share of their LoRA kept, for main rows must now bear it too",
+    )
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--steps", type=int, default=1000, help="budget in steps, unless --max-minutes is given"
@@ -92,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--positions", type=int, default=768, help="stream positions of a step")
     group.add_argument(
         "--fraction", type=float, default=0.5, help="share of a text's positions used per epoch"
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        default=1,
+        help="shared mode: so many texts whose prompts begin alike stand together and share that beginning",
     )
     group.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
     group.add_argument("--embedding-lr", type=float, default=4e-2)
@@ -130,6 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    if args.train == "plain":
+        args.mode = "shared"
     if not args.conditioner_rank:
         args.conditioner_hidden = 0
     if not math.isfinite(args.max_minutes) or args.max_minutes < 0:

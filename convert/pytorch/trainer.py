@@ -91,7 +91,12 @@ class Trainer:
             }
             if args.train == "pruner":
                 wanted["pruner_rank"] = args.pruner_rank
-            return grow(adapters, self.backbone, **wanted)
+            if args.resize_rank:
+                wanted["lora_rank"] = args.resize_rank
+            grown = grow(adapters, self.backbone, **wanted)
+            if args.mode == "shared" and adapters.config.mode == "lossless":
+                grown.scale_lora(args.start_scale)
+            return grown
         if args.train == "pruner":
             raise OptionError(
                 "--train pruner needs --start-from with the streams that the pruner is for"
@@ -113,7 +118,13 @@ class Trainer:
         if self.args.train == "pruner":
             return PrunerObjective(common)
         if self.args.mode == "shared":
-            return SharedObjective(common, self.args.main_weight, self.args.stream_weight)
+            return SharedObjective(
+                common,
+                self.args.main_weight,
+                self.args.stream_weight,
+                gate_start=self.args.gate_start,
+                streams=self.args.train != "plain",
+            )
         return LosslessObjective(common)
 
     def _groups(self) -> list[dict[str, object]]:
@@ -122,7 +133,9 @@ class Trainer:
         conditioner: list[torch.Tensor] = []
         rest: list[torch.Tensor] = []
         for name, parameter in self.adapters.named_parameters():
-            if name.startswith("pruner") != (self.args.train == "pruner"):
+            part = name.split(".")[0]
+            trained = {"pruner": part == "pruner", "plain": part == "lora"}
+            if not trained.get(self.args.train, part != "pruner"):
                 parameter.requires_grad_(False)
                 continue
             home = (
@@ -180,6 +193,7 @@ class Trainer:
     def step(self, batch: Sequence[Selection]) -> dict[str, object]:
         """Make one optimizer step; return what goes to the log."""
         args, factor = self.args, self.rate()
+        self.objective.done = self.fraction()
         total, figures = self.objective.loss(batch, args.seed * 1_000_003 + self.progress.step)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
@@ -231,6 +245,7 @@ class Trainer:
                 fraction=args.fraction,
                 seed=args.seed,
                 epoch=progress.epoch,
+                group_size=args.group_size,
             )
             for number, batch in enumerate(batches):
                 if number < progress.batch:
@@ -279,6 +294,7 @@ class Trainer:
             fraction=self.args.fraction,
             seed=self.args.seed,
             epoch=0,
+            group_size=self.args.group_size,
         )
         trial = next(iter(batches))
         started = time.monotonic()
