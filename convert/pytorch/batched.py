@@ -10,7 +10,7 @@ A slot is one sequence; a finished slot is refilled with the next prompt, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -90,9 +90,23 @@ class Decoder:
 
     def fill(self, slots: list[int], prompts: list[Prompt]) -> list[Prompt]:
         """Prefill `prompts` into `slots`; return those that are finished after one token."""
-        width = max(len(p.ids) for p in prompts)
-        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for p in prompts])
-        lengths = torch.tensor([len(p.ids) for p in prompts])
+        lengths = [len(p.ids) for p in prompts]
+        x = self._prefill(slots, [p.ids for p in prompts])
+        last = torch.tensor(lengths) - 1
+        tokens = greedy(self.backbone, self.backbone.norm(x[torch.arange(len(slots)), last]))
+        self._occupy(slots, prompts, lengths)
+        return self._take(slots, tokens)
+
+    def _occupy(self, slots: list[int], prompts: list[Prompt], lengths: list[int]) -> None:
+        self.lengths[slots] = torch.tensor(lengths)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.prompts[slot] = prompt
+
+    def _prefill(self, slots: list[int], texts: list[list[int]]) -> Tensor:
+        """Run `texts` in `slots`, keeping keys and values; return the last layer's rows (B, width, h)."""
+        width = max(len(ids) for ids in texts)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])
+        lengths = torch.tensor([len(ids) for ids in texts])
         rows = torch.tensor(slots)
         rotation = tuple(table[:, :width] for table in self.rotations)
         x = self.backbone.embed(ids)
@@ -109,11 +123,7 @@ class Decoder:
                 q, k, v, is_causal=True, scale=layer.scale
             )
             x = layer.finish(x, out.transpose(1, 2).flatten(2))
-        tokens = greedy(self.backbone, self.backbone.norm(x[torch.arange(len(slots)), lengths - 1]))
-        self.lengths[rows] = lengths
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.prompts[slot] = prompt
-        return self._take(slots, tokens)
+        return x
 
     def step(self) -> list[Prompt]:
         """Decode one token in every slot; return the prompts that are finished."""
@@ -187,8 +197,12 @@ def answer(
     max_new_tokens: int,
     eos: set[int],
     num_msa_layers: int = 0,
+    make: Callable[..., Decoder] = Decoder,
 ) -> Iterator[Prompt]:
-    """Yield each prompt once its greedy answer is complete, in order of completion."""
+    """Yield each prompt once its greedy answer is complete, in order of completion.
+
+    make: makes the decoder, with `Decoder`'s arguments.
+    """
     if not prompts:
         return
     queue: list[Prompt] = []
@@ -197,7 +211,7 @@ def answer(
     queue.reverse()
     batch_size = min(batch_size, len(queue))
     longest = max(len(p.ids) for p in queue) + max_new_tokens
-    decoder = Decoder(backbone, batch_size, longest, max_new_tokens, eos, num_msa_layers)
+    decoder = make(backbone, batch_size, longest, max_new_tokens, eos, num_msa_layers)
     refill = max(1, batch_size // 16)
     with torch.inference_mode():
         while True:

@@ -1,5 +1,7 @@
 """Tokens per step of trained streams, teacher-forced over the model's own greedy text.
 
+Of a shared-mode checkpoint that is the text of the fine-tuned model (`task.py` writes it).
+
 For every text each position's drafts are scored, as a chain and as best-first trees of several sizes, with marginal and
 with parent-conditioned candidates; then the text is walked as decoding would: a step that accepts a drafts moves a + 1
 tokens on. Both figures are given, over all positions and walking.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
 from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
 from mlx_specstream.convert.pytorch.data import Example, Selection, Targets, read_examples, targets
+from mlx_specstream.convert.pytorch.joint import JointStreams
 from mlx_specstream.convert.pytorch.measure import walk
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
 from mlx_specstream.convert.pytorch.states import StateReader, compute_states
@@ -132,9 +135,12 @@ def evaluate(
     packed: PackedStreams,
     texts: Sequence[Example],
     sizes: Sequence[int],
-    reader: StateReader | None = None,
+    foresee: Callable[[Example], Tensor],
 ) -> dict[str, object]:
-    """Return tokens per step by kind of candidates and tree size (0: chain), and per-stream top-1 and top-3."""
+    """Return tokens per step by kind of candidates and tree size (0: chain), and per-stream top-1 and top-3.
+
+    foresee: gives the normed stream states (A, γ, h) of a text with A answer tokens.
+    """
     G = packed.adapters.config.num_streams
     kinds = (
         ("marginal", "conditioned") if packed.adapters.conditioner is not None else ("marginal",)
@@ -142,15 +148,11 @@ def evaluate(
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
     for text in tqdm(texts, desc="evaluate", unit="text"):
-        states = reader[text.key] if reader else compute_states(
-            packed.backbone, text.prompt, text.answer, packed.adapters.config.num_msa_layers
-        )  # fmt: skip
         selection = Selection(text, tuple(range(len(text.answer))))
-        rows = torch.tensor(selection.positions)
-        hidden = packed.forward(PackedBatch([states], [rows], [len(text.prompt) - 1]))
+        hidden = foresee(text)
         wanted = targets([selection], G)
         accepted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in tallies}
-        for start in range(0, len(rows), POSITIONS):
+        for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
             some = Targets(wanted.tokens[part], wanted.parents[part], wanted.valid[part])
             found = candidates(packed, hidden[part])
@@ -170,6 +172,36 @@ def evaluate(
     for (kind, size), tally in tallies.items():
         figures[f"{kind} {'chain' if not size else f'{size} rows'}"] = tally.figures()
     return figures
+
+
+def lossless_streams(
+    packed: PackedStreams, reader: StateReader | None = None
+) -> Callable[[Example], Tensor]:
+    """Return what gives a text's stream states over a frozen base, its states kept or computed."""
+
+    def foresee(text: Example) -> Tensor:
+        num_layers = packed.adapters.config.num_msa_layers
+        states = (
+            reader[text.key]
+            if reader
+            else compute_states(packed.backbone, text.prompt, text.answer, num_layers)
+        )
+        rows = torch.arange(len(text.answer))
+        return packed.forward(PackedBatch([states], [rows], [len(text.prompt) - 1]))
+
+    return foresee
+
+
+def shared_streams(packed: PackedStreams) -> Callable[[Example], Tensor]:
+    """Return what gives a text's stream states where main runs with the adapters too."""
+    joint = JointStreams(packed.backbone, packed.adapters)
+
+    def foresee(text: Example) -> Tensor:
+        streams = joint.forward([text]).streams
+        assert streams is not None
+        return streams
+
+    return foresee
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -199,9 +231,12 @@ def main(argv: list[str]) -> int:
         texts = read_examples(args.data)
         texts = texts[: args.limit] if args.limit else texts
         with torch.inference_mode():
-            figures = evaluate(
-                packed, texts, args.rows, StateReader(args.states) if args.states else None
-            )
+            if packed.adapters.config.mode == "shared":
+                foresee = shared_streams(packed)
+            else:
+                reader = StateReader(args.states) if args.states else None
+                foresee = lossless_streams(packed, reader)
+            figures = evaluate(packed, texts, args.rows, foresee)
     except SpecStreamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -256,7 +256,8 @@ class Trainer:
                 progress.elapsed_s, last = progress.elapsed_s + now - last, now
                 write(record)
                 bar.update(int(1000 * self.fraction()) - bar.n)
-                bar.set_postfix(step=progress.step, epoch=progress.epoch, loss=record["loss"])
+                loss = record.get("loss", record.get("main_loss"))
+                bar.set_postfix(step=progress.step, epoch=progress.epoch, loss=loss)
                 if self.fraction() >= 1:
                     break
                 if now - last_save > args.save_seconds:

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch import distill, evaluate, train, trainer  # noqa: E402
+from mlx_specstream.convert.pytorch import distill, evaluate, task, train, trainer  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
 
@@ -155,6 +155,30 @@ def test_shared_mode_trains_main_too(work):
     assert 0 <= log[-1]["held_out"]["main_top1"] <= 1
     adapters = load_checkpoint(work / "shared", Backbone.load(work / "model"))
     assert adapters.delta(0, "self_attn.q_proj").lora_B.weight.abs().max() > 0
+
+
+def test_shared_mode_from_lossless_streams_and_its_yardstick(work):
+    start = ["--start-from", str(work / "lossless"), "--mode", "shared", "--resize-rank", "6"]
+    run(work, "lossless", "--steps", "2")
+    log = run(work, "joint", *start, "--steps", "4", "--group-size", "4", "--fraction", "1")
+    assert {"main_loss", "loss", "conditioned_loss"} <= log[0].keys()
+    assert log[-1]["held_out"]["conditioned_chain"] >= 1
+    plain = run(work, "plain", "--train", "plain", "--steps", "16", "--conditioner-rank", "0")
+    losses = [record["main_loss"] for record in plain[:16]]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert "loss" not in plain[0]
+
+    gold = [{"prompt": "w5 w6", "completion": "w7 w8"}, {"prompt": "w9", "completion": "w4"}]
+    (work / "gold.jsonl").write_text("\n".join(map(json.dumps, gold)))
+    options = ["--dtype", "float32", "--max-tokens", "6"]
+    for name, extra in {"joint": [], "plain": ["--plain"]}.items():
+        options = ["--checkpoint", str(work / name), "--dtype", "float32", "--max-tokens", "6"]
+        options += [*extra, "--figures", str(work / f"{name}.json")]
+        assert task.main([*paths(work, "gold.jsonl", f"{name}_own.jsonl"), *options]) == 0
+        assert json.loads((work / f"{name}.json").read_text())["prompts"] == 2
+    options = f"--checkpoint {work / 'joint'} --rows 4 --dtype float32".split()
+    assert evaluate.main([*paths(work, "joint_own.jsonl", "joint_steps.json"), *options]) == 0
+    assert json.loads((work / "joint_steps.json").read_text())["conditioned chain"]["walking"] >= 1
 
 
 def test_a_time_budget_ends_the_run(work):
