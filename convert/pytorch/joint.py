@@ -136,11 +136,12 @@ class JointStreams:
     @staticmethod
     def _own_ends(groups: Sequence[Family], ends: Sequence[int]) -> list[int]:
         """Return where each branch's own rows end, of the ends of all pieces (prefix, own, own, prefix ..)."""
-        found, piece = [], 0
+        piece = 0
+        found: list[int] = []
         for family in groups:
             found += ends[piece + 1 : piece + 1 + len(family.branches)]
             piece += 1 + len(family.branches)
-        return list(found)
+        return found
 
     def _mask(self, branch: Branch, num_streams: int, opening: float) -> Tensor:
         """Return the additive mask of a branch's rows (own, streams) over its keys (prefix, own, streams)."""
@@ -187,8 +188,8 @@ class JointStreams:
             if family.prefix:
                 size = len(family.prefix)
                 causal = torch.ones(size, size, dtype=torch.bool).tril()
-                rows = (t[prefix][None] for t in (q, k, v))
-                main_out.append(attend(*rows, causal, scale)[0])
+                head = (q[prefix][None], k[prefix][None], v[prefix][None])
+                main_out.append(attend(*head, causal, scale)[0])
             for branch in family.branches:
                 piece += 1
                 own = [piece, streams_at + number] if G else [piece]

@@ -13,6 +13,8 @@ import sqlite3
 from collections import Counter
 from dataclasses import dataclass
 
+from mlx_specstream.errors import DataError
+
 FILLINGS = 5
 ROWS = 12
 STEPS = 200_000
@@ -58,7 +60,12 @@ def filled(schema: str, gold: str, seed: str) -> sqlite3.Connection:
     """Return a database in memory: the schema's tables, `ROWS` random rows each."""
     draw = random.Random(seed)  # noqa: S311
     database = sqlite3.connect(":memory:")
-    database.executescript(schema)
+    try:
+        database.executescript(schema)
+    except sqlite3.Error as error:
+        raise DataError(
+            f"a prompt's schema is not SQL ({error}); it should begin with CREATE TABLE statements."
+        ) from error
     words = [found[0][1:-1].replace("%", "") for found in STRING.finditer(gold)]
     words += ["red", "blue", "Paris", "Ann"]
     numbers = [float(n) for n in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", STRING.sub("", gold))]

@@ -47,3 +47,8 @@ def test_a_query_without_end_does_not_run():
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     )
     assert judge(SCHEMA, GOLD, endless).runs is False
+
+
+def test_a_schema_that_is_no_sql_is_named():
+    with pytest.raises(DataError, match="CREATE TABLE"):
+        judge("two tables", GOLD, GOLD)

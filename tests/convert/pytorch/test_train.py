@@ -168,7 +168,8 @@ def test_shared_mode_from_lossless_streams_and_its_yardstick(work):
     assert sum(losses[-4:]) < sum(losses[:4])
     assert "loss" not in plain[0]
 
-    gold = [{"prompt": "w5 w6", "completion": "w7 w8"}, {"prompt": "w9", "completion": "w4"}]
+    schema = "CREATE TABLE w5 (w6 TEXT);\n\nQuestion: "
+    gold = [{"prompt": schema + q, "completion": "SELECT w6 FROM w5"} for q in ("w7 w8", "w9")]
     (work / "gold.jsonl").write_text("\n".join(map(json.dumps, gold)))
     options = ["--dtype", "float32", "--max-tokens", "6"]
     for name, extra in {"joint": [], "plain": ["--plain"]}.items():
