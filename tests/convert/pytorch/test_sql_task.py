@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mlx_specstream.convert.pytorch.sql_task import Verdict, judge, normalized
+from mlx_specstream.errors import DataError
 
 SCHEMA = (
     "CREATE TABLE city (id NUMERIC, name TEXT, size NUMERIC, PRIMARY KEY (id));\n"
