@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
         "mlx_specstream.convert.cli", "turn a checkpoint into an MLX model with streams"
     ),
     "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
+    "doctor": Verb("mlx_specstream.doctor.command", "say what runs here, and what to change"),
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
     "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),

@@ -29,7 +29,8 @@ class Machine:
     Rosetta. backend: `metal`, `cuda`, `cpu`, or empty if MLX cannot be imported (`mlx_error` says
     why). gpu: Metal's architecture, as `applegpu_g16s`, or the CUDA device's name.
     working_set_bytes: what Metal recommends to use of the memory, or the CUDA device's memory.
-    blas: matrix library of the CPU back end.
+    blas: matrix library of the CPU back end. nvidia: there is a driver for NVIDIA GPUs.
+    low_power: a Mac saves energy and is slower for it.
     """
 
     system: str = ""
@@ -43,6 +44,8 @@ class Machine:
     gpu: str = ""
     working_set_bytes: int = 0
     blas: str = ""
+    nvidia: bool = False
+    low_power: bool = False
     python: str = ""
     conda: bool = False
     mlx: str = ""
@@ -71,6 +74,8 @@ class Machine:
             gpu=found.gpu,
             working_set_bytes=found.working_set_bytes,
             blas=_blas(mac) if found.backend == "cpu" else "",
+            nvidia=_try(lambda: Path("/proc/driver/nvidia/version").exists(), False),
+            low_power=mac and bool(re.search(r"lowpowermode\s+1", _output("/usr/bin/pmset", "-g"))),
             python=platform.python_version(),
             conda=(Path(sys.prefix) / "conda-meta").is_dir(),
             mlx=_version("mlx"),
@@ -176,10 +181,13 @@ def _blas(mac: bool) -> str:
 
 
 def _sysctl(name: str) -> str:
+    return _output("/usr/sbin/sysctl", "-n", name).strip()
+
+
+def _output(*words: str) -> str:
     def read() -> str:
-        words = ["/usr/sbin/sysctl", "-n", name]
         done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=True)
-        return done.stdout.strip()
+        return done.stdout
 
     return _try(read, "")
 

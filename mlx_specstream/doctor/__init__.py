@@ -1,0 +1,1 @@
+"""The doctor: what this machine can run, what is wrong with it, and what to change."""

@@ -1,0 +1,103 @@
+"""Diagnoses of described machines: each rule fires where it must, and only there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlx_specstream.doctor.findings import findings, older, version
+from mlx_specstream.machine import Machine
+
+M4_PRO = Machine(
+    system="Darwin", os_version="26.3", arch="arm64", chip="Apple M4 Pro", cores=12,
+    memory_bytes=24 << 30, backend="metal", gpu="applegpu_g16s", working_set_bytes=17 << 30,
+    python="3.12.4", mlx="0.32.4", mlx_lm="0.32.2", mlx_specstream="0.1.0",
+)  # fmt: skip
+M1 = replace(M4_PRO, chip="Apple M1", gpu="applegpu_g13g", memory_bytes=16 << 30)
+M5 = replace(M4_PRO, chip="Apple M5", gpu="applegpu_g17g")
+LINUX = Machine(
+    system="Linux", os_version="6.8", arch="x86_64", cores=2, memory_bytes=24 << 30, backend="cpu",
+    blas="OpenBLAS", python="3.11.7", mlx="0.32.4", mlx_lm="0.32.2",
+)  # fmt: skip
+CUDA = replace(LINUX, backend="cuda", gpu="NVIDIA H200", blas="", nvidia=True)
+
+
+def said(machine: Machine, level: str = "") -> str:
+    return "\n".join(f.what for f in findings(machine) if level in ("", f.level))
+
+
+@pytest.mark.parametrize("machine", [M4_PRO, M1, M5, LINUX, CUDA])
+def test_a_good_machine_has_no_problem(machine: Machine) -> None:
+    assert said(machine, "problem") == ""
+
+
+@pytest.mark.parametrize(
+    ("machine", "what"),
+    [
+        (replace(M4_PRO, python="3.9.18"), "Python 3.9.18 is older than 3.10"),
+        (replace(M4_PRO, mlx="0.30.1"), "MLX 0.30.1 is older than 0.31.2"),
+        (replace(M4_PRO, mlx_lm="0.31.2"), "mlx-lm 0.31.2 is older"),
+        (replace(M4_PRO, mlx_lm=""), "mlx-lm is not installed"),
+        (replace(M4_PRO, mlx_error="no libmlx", backend=""), "cannot be imported: no libmlx"),
+        (replace(M4_PRO, arch="x86_64", translated=True, backend="cpu"), "under Rosetta"),
+        (replace(M4_PRO, arch="x86_64", gpu="", backend="cpu"), "an Intel processor"),
+        (replace(M4_PRO, backend="cpu", gpu=""), "does not use the GPU"),
+        (replace(M4_PRO, os_version="13.6"), "macOS 13.6 is older than 14"),
+        (replace(M5, os_version="26.1"), "has no neural accelerators for MLX"),
+        (Machine(system="Windows"), "Windows is not supported"),
+        (Machine(), "this system is not supported"),
+    ],
+)
+def test_problems(machine: Machine, what: str) -> None:
+    assert what in said(machine, "problem")
+
+
+@pytest.mark.parametrize(
+    ("machine", "what", "but_not"),
+    [
+        (replace(M4_PRO, os_version="14.7"), "cannot keep weights in memory", M4_PRO),
+        (replace(M4_PRO, low_power=True), "Low Power Mode", M4_PRO),
+        (replace(M4_PRO, mlx="0.31.2"), "reads 4-bit weights once for every row", M4_PRO),
+        (replace(M4_PRO, mlx="0.32.0"), "slow at a few rows in 16 bits", M4_PRO),
+        (replace(M5, os_version="15.6"), "neural accelerators are not used", M5),
+        (M1, "bfloat16 are slower than in float16", M4_PRO),
+        (replace(LINUX, blas="reference BLAS"), "reference BLAS", LINUX),
+        (replace(LINUX, nvidia=True), "NVIDIA GPU that MLX does not use", CUDA),
+    ],
+)
+def test_advice(machine: Machine, what: str, but_not: Machine) -> None:
+    assert what in said(machine, "advice")
+    assert what not in said(but_not)
+
+
+def test_facts_follow_the_chip() -> None:
+    assert "each row up to five reads all weights again" in said(M1, "fact")
+    assert "16-bit models gain most" in said(M4_PRO, "fact")
+    assert "two thirds of the memory" in said(M1)
+    assert "two thirds" not in said(M4_PRO)
+    assert "Ultra" in said(replace(M4_PRO, gpu="applegpu_g15d"))
+    assert "Ultra" not in said(M4_PRO)
+    assert "from 8 rows on" in said(CUDA)
+
+
+def test_every_finding_says_what_to_do() -> None:
+    odd = replace(M1, python="2.7", mlx="0.1", mlx_lm="0.1", os_version="12.0", low_power=True)
+    for finding in findings(odd) + findings(replace(LINUX, blas="reference BLAS", nvidia=True)):
+        assert finding.what
+        assert finding.why
+        assert finding.do
+
+
+def test_problems_come_first() -> None:
+    levels = [f.level for f in findings(replace(M1, mlx="0.30.0", low_power=True))]
+    assert levels == sorted(levels, key=("problem", "advice", "fact").index)
+    assert len(set(levels)) == 3
+
+
+def test_versions() -> None:
+    assert version("0.32.1.dev20260801+abc") == (0, 32, 1)
+    assert version("unknown") == ()
+    assert older("0.9", "0.31.2")
+    assert not older("0.32", "0.31.2")
+    assert not older("", "1.0")
