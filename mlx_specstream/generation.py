@@ -145,6 +145,7 @@ def stream_generate(
     speculative: bool = True,
     stop: Sequence[str] = (),
     keep_drafts: bool = False,
+    seed: int | None = None,
     **mlx_lm_options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate an answer token by token.
@@ -161,6 +162,9 @@ def stream_generate(
         config: how to decode; None for the default tree.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
+        seed: of this answer's random numbers; None takes one from MLX's global generator, so
+            that `mx.random.seed` before the call repeats the answer. The same seed gives the
+            same text with any tree and without speculation.
         keep_drafts: put every verified tree into its tokens' responses.
 
     Raises:
@@ -176,7 +180,7 @@ def stream_generate(
     max_tokens = _token_budget(max_tokens, cache.length + len(ids), model.context_length)
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
-    chooser = TokenChooser(_sampler(sampler), tuple(logits_processors or ()), list(ids))
+    chooser = TokenChooser(_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed)
     for process in chooser.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))

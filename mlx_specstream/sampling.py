@@ -16,6 +16,10 @@ At most depth + 1 rows are processed and drawn from, whatever the tree's size, e
 its own; once no child holds the token, what follows is computed and not used. Filters that sort
 a whole vocabulary are thus kept off the rows that do not need them. Greedy, without processors,
 is one argmax of all rows.
+
+The random numbers of a token depend on the answer's seed and the token's place in the text, not
+on how many were drawn before: a seed gives the same text whatever the trees are, and the text
+of plain decoding.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 
 from .accept import TypicalAcceptance
+from .randomness import seeded, take_seed
 from .tree import DraftTree
 
 Sampler = Callable[[mx.array], mx.array]
@@ -61,9 +66,10 @@ class TreeProcessor(Protocol):
 
 @dataclass
 class TokenChooser:
-    """Draws the target's tokens.
+    """Draws the target's tokens of one answer.
 
     history: the text up to and including the root, kept up by the caller.
+    seed: of this answer's random numbers; None takes one from MLX's global generator.
     typical: accept likely drafts that were not drawn, which is lossy (`accept.py`).
     """
 
@@ -71,6 +77,11 @@ class TokenChooser:
     processors: Sequence[LogitsProcessor] = ()
     history: list[int] = field(default_factory=list)
     typical: TypicalAcceptance | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is None and self.sampler is not None:
+            self.seed = take_seed()
 
     @property
     def waits(self) -> bool:
@@ -87,8 +98,7 @@ class TokenChooser:
         """
         # One damaged head row makes one NaN, which argmax and samplers may step over.
         finite = ~mx.any(mx.isnan(mx.max(logits, axis=-1)))
-        only_draws = not self.processors and self.typical is None
-        if only_draws and (self.sampler is None or tree.num_nodes == 1):
+        if self.sampler is None and not self.processors and self.typical is None:
             return self.draw(logits), finite
         drawn, processed = self._walk(logits, tree, self.history if ahead else self.history[:-1])
         return drawn, finite & processed
@@ -100,6 +110,13 @@ class TokenChooser:
         logits = logits.astype(mx.float32)
         log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return self.sampler(log_probs).astype(mx.int32)
+
+    def _draw_at(self, place: int, logits: mx.array) -> mx.array:
+        """Return the token (1,) at a place of the text, for processed logits (1, V)."""
+        if self.seed is None:
+            return self.draw(logits)
+        with seeded(self.seed, place):
+            return self.draw(logits)
 
     def _walk(
         self, logits: mx.array, tree: DraftTree, past: Sequence[int]
@@ -119,7 +136,7 @@ class TokenChooser:
             for process in processors:
                 values = process(text, node, values)
             finite = finite & ~(accepted & mx.any(mx.isnan(mx.max(values, axis=-1))))
-            token = self.draw(values)
+            token = self._draw_at(len(past) + 1 + depth, values)
             children = (tree.parents == node) & (nodes > 0)
             if tree.alive is not None:
                 children = children & tree.alive

@@ -237,15 +237,28 @@ def test_processors_see_every_rows_own_history(name: str, kind: str) -> None:
     assert plain(streams, prompt, 30, chooser=chooser).tokens == expected
 
 
-def test_a_seed_repeats_a_sampled_text() -> None:
+@pytest.mark.parametrize("xtc", [0.0, 0.5])
+def test_a_seed_gives_one_text_whatever_the_tree(xtc: float) -> None:
+    """Also sampled text is plain decoding's, token for token."""
     streams = random_streams(small_model(layers=3, vocab=12, seed=2), stream_config(), 2)
-    texts = []
-    for seed in (1, 1, 2):
+
+    def text(seed: int, config: DecodeConfig | None) -> list[int]:
         mx.random.seed(seed)
-        chooser = TokenChooser(make_sampler(temp=1.0, top_p=0.9))
-        decoder = stream_decoder(streams, DecodeConfig(TreeSpec(rows=8)), chooser=chooser)
-        texts.append(decode(decoder, [1, 2, 3], 25).tokens)
-    assert texts[0] == texts[1] != texts[2]
+        chooser = TokenChooser(make_sampler(temp=1.0, top_p=0.9, xtc_probability=xtc))
+        if config is None:
+            return plain(streams, [1, 2, 3], 25, chooser=chooser).tokens
+        run = decode(table_decoder(streams, config, chooser=chooser), [1, 2, 3], 25)
+        assert run.accepted > 0
+        return run.tokens[:25]
+
+    expected = text(1, None)
+    for config in (
+        DecodeConfig(TreeSpec(rows=8)),
+        DecodeConfig(TreeSpec.parse("chain")),
+        DecodeConfig(TreeSpec(rows=12), PruneSpec(5)),
+    ):
+        assert text(1, config) == expected
+    assert text(2, DecodeConfig(TreeSpec(rows=8))) != expected
 
 
 @pytest.mark.parametrize("where", ["layer", "norm", "head row", "embedding row"])

@@ -286,10 +286,12 @@ def first_child_if_any(tree: DraftTree, seen: mx.array, drawn: mx.array) -> Acce
 def test_plain_sampling_has_the_same_distribution() -> None:
     options = {"temp": 1.0, "top_k": 4}
     mx.random.seed(2)
-    chooser = TokenChooser(make_sampler(**options))
-    counts = Counter(
-        tuple(plain(streams_of("lossless"), PROMPT, 2, chooser=chooser).tokens) for _ in range(150)
-    )
+
+    def run() -> tuple[int, ...]:
+        chooser = TokenChooser(make_sampler(**options))
+        return tuple(plain(streams_of("lossless"), PROMPT, 2, chooser=chooser).tokens)
+
+    counts = Counter(run() for _ in range(150))
     expected: dict[tuple[int, ...], float] = Counter()
     for text, probability in three_tokens("lossless", options).items():
         expected[text[:2]] += probability

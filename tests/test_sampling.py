@@ -185,13 +185,14 @@ def deterministic(log_probs: mx.array) -> mx.array:
 XTC = {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.1}
 
 
-def chain_outcomes(chooser: TokenChooser, number: int, at_once: bool) -> Counter[tuple[int, ...]]:
+def chain_outcomes(
+    options: dict[str, float], number: int, at_once: bool
+) -> Counter[tuple[int, ...]]:
     """Count what one step over root, 1, 3 emits; `at_once` draws all rows in one call."""
     tree = tree_from([2, 1, 3], [0, 0, 1])
     mx.random.seed(5)
-    rows = mx.stack(
-        [chooser.draw(LOGITS) if at_once else chooser(LOGITS, tree)[0] for _ in range(number)]
-    )
+    choosers = [TokenChooser(make_sampler(**options), history=[2]) for _ in range(number)]
+    rows = mx.stack([c.draw(LOGITS) if at_once else c(LOGITS, tree)[0] for c in choosers])
     found: Counter[tuple[int, ...]] = Counter()
     for drawn in rows.tolist():
         path = reference.accepted([2, 1, 3], [0, 0, 1], [True] * 3, drawn)
@@ -213,9 +214,8 @@ def test_xtc_draws_anew_for_every_row() -> None:
                 continue
             for c in range(4):
                 expected[(a, b, c)] = rows[0][a] * rows[1][b] * rows[2][c]
-    chooser = TokenChooser(make_sampler(**XTC))
-    assert chi_square_p(chain_outcomes(chooser, 800, at_once=False), expected) > 1e-3
-    assert chi_square_p(chain_outcomes(chooser, 800, at_once=True), expected) < 1e-9
+    assert chi_square_p(chain_outcomes(XTC, 800, at_once=False), expected) > 1e-3
+    assert chi_square_p(chain_outcomes(XTC, 800, at_once=True), expected) < 1e-9
 
 
 def test_a_nan_that_a_processor_makes_is_seen_on_the_path_alone() -> None:
@@ -227,3 +227,26 @@ def test_a_nan_that_a_processor_makes_is_seen_on_the_path_alone() -> None:
     assert not chooser(LOGITS, tree)[1].item()
     # The root's draw is 1, which no child holds: what follows is not used.
     assert chooser(LOGITS, tree_from([2, 3, 0], [0, 0, 0]))[1].item()
+
+
+def test_a_place_has_its_own_random_numbers_and_others_are_left_alone() -> None:
+    logits = mx.zeros((1, 1000))
+    mx.random.seed(4)
+    before = mx.random.state[0].tolist()
+    tree = root_only(mx.array(0))
+
+    def at(place: int, seed: int = 9) -> int:
+        chooser = TokenChooser(make_sampler(temp=1.0), history=[0] * place, seed=seed)
+        return chooser(logits, tree)[0].item()
+
+    first = [at(place) for place in range(1, 30)]
+    assert first == [at(place) for place in range(1, 30)]
+    assert len(set(first)) > 25
+    assert sum(a == at(n, 10) for n, a in enumerate(first, start=1)) < 3
+    assert mx.random.state[0].tolist() == before
+    TokenChooser()
+    assert mx.random.state[0].tolist() == before
+    taken = [TokenChooser(make_sampler(temp=1.0)).seed for _ in range(2)]
+    assert taken[0] != taken[1]
+    mx.random.seed(4)
+    assert TokenChooser(make_sampler(temp=1.0)).seed == taken[0]
