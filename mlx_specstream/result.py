@@ -68,10 +68,7 @@ def read_report(report: mx.array, places: int, cache: KVCache, stream_nodes: int
     """
     accepted, finite, *values = to_ints(report)
     if not finite:
-        raise ModelError(
-            f"the model's output is not a number (NaN) after {cache.length} tokens: its weights "
-            "are damaged, or overflow in this precision; check the files or use another dtype."
-        )
+        raise not_a_number(cache.length)
     kept = accepted + 1
     tokens, nodes = values[:kept], values[places : places + kept]
     lower_rows, with_streams = nodes, values[len(values) - stream_nodes :]
@@ -79,6 +76,14 @@ def read_report(report: mx.array, places: int, cache: KVCache, stream_nodes: int
         lower_rows = values[2 * places : 2 * places + kept]
     drafting = not stream_nodes or nodes[-1] in with_streams
     return Report(tokens, nodes, lower_rows, drafting)
+
+
+def not_a_number(length: int) -> ModelError:
+    """Return the error of a model that computed NaN behind `length` committed tokens."""
+    return ModelError(
+        f"the model's output is not a number (NaN) after {length} tokens: its weights are "
+        "damaged, or overflow in this precision; check the files or use another dtype."
+    )
 
 
 def to_ints(array: mx.array) -> list[int]:

@@ -1,0 +1,349 @@
+"""The batched loop: requests join and leave at any step, and every step is one pass for all.
+
+    decoder = BatchDecoder(model)
+    slot = decoder.add(prompt_ids, more=lambda result: eos not in result.tokens)
+    while decoder.busy:
+        for slot, result, error in decoder.step():
+            ...
+        # a finished slot gives its cache back: cache = decoder.remove(slot)
+
+A request waits until its prompt is in a cache of its own (a bounded number of prompt tokens is
+computed between two steps, so that the others are never held up for long), joins the batch,
+decodes in chains, and leaves with an ordinary `KVCache` of its text. Each request's tokens are
+those it would get alone, whatever shares the batch.
+
+This module knows token ids, not text. It waits for the device once per step, and schedules the
+next step before it hands out results.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, cast
+
+import mlx.core as mx
+
+from ..cache import KVCache
+from ..config import DecodeConfig, TreeSpec
+from ..decode import StreamDecoder
+from ..errors import OptionError
+from ..loading import StreamModel
+from ..result import DraftRecord, StepResult, not_a_number
+from ..sampling import TokenChooser
+from .cache import BatchKVCache, check_plain
+from .step import BatchStep, BatchStepper
+
+PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
+
+State = Literal["waiting", "running", "finished", "failed", "removed"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A request in the batch: what `BatchDecoder.add` returns, to be used as a handle.
+
+    state: `waiting` (prompt being computed), `running`, `finished` (its `more` said no),
+    `failed` or `removed`. cache: its text while it is not in the batch. rest: prompt tokens to
+    come, the last of which is the first step's root. row: its row in the batch while it runs.
+    drafted: its row among the drafts of the last step, None before its first one.
+    """
+
+    chooser: TokenChooser
+    cache: KVCache
+    rest: list[int]
+    more: Callable[[StepResult], bool]
+    prompt_tokens: int
+    state: State = "waiting"
+    row: int = -1
+    drafted: int | None = None
+
+    @property
+    def prefilled(self) -> int:
+        """Return how many prompt tokens have been computed; the last one is in the first step."""
+        return self.prompt_tokens - len(self.rest)
+
+
+class BatchEvent(NamedTuple):
+    """What a step brought for one slot: a result, or the error that ended the slot."""
+
+    slot: Slot
+    result: StepResult | None
+    error: Exception | None
+
+
+@dataclass
+class _Pending:
+    """A scheduled step and whose rows it has."""
+
+    step: BatchStep
+    slots: list[Slot]
+    num_drafts: list[int]
+    lengths: list[int]
+
+
+@dataclass
+class BatchDecoder:
+    """Decodes several requests over one model, a pass for all of them at a time [SS App. F].
+
+    Args:
+        model: what `load` returns. Without streams it is decoded plainly, one token per pass.
+        config: how to decode; None for the default. Drafts are chains whatever tree it names, as
+            deep as that tree; pruning does not apply.
+        speculative: False decodes one token per pass, with the same results.
+        prefill_budget: prompt tokens that may be computed between two steps.
+        keep_drafts: put every verified chain into its result.
+
+    Raises:
+        OptionError: pruning was asked for; the schedule does not fit the streams' mode.
+        StreamsError: a tensor is missing.
+    """
+
+    model: StreamModel
+    config: DecodeConfig | None = None
+    speculative: bool = True
+    prefill_budget: int = PREFILL_BUDGET
+    keep_drafts: bool = False
+    stepper: BatchStepper = field(init=False)
+    cache: BatchKVCache = field(init=False)
+    running: list[Slot] = field(init=False, default_factory=list)
+    waiting: deque[Slot] = field(init=False, default_factory=deque)
+    _pending: _Pending | None = field(init=False, default=None)
+    _drafts: mx.array | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.prefill_budget < 1:
+            raise OptionError(f"prefill_budget must be at least 1, got {self.prefill_budget}.")
+        self.stepper = make_stepper(self.model, self.config or DecodeConfig(), self.speculative)
+        self.cache = BatchKVCache(self.model.backbone.num_layers)
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether a slot is waiting or running, so that another step makes sense."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the KV caches of waiting and running slots."""
+        return self.cache.nbytes + sum(slot.cache.nbytes for slot in self.waiting)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        *,
+        cache: KVCache | None = None,
+        chooser: TokenChooser | None = None,
+        more: Callable[[StepResult], bool] = lambda _: True,
+    ) -> Slot:
+        """Take in a request and return its slot; nothing is computed yet.
+
+        Args:
+            prompt: token ids, at least one.
+            cache: what comes before the prompt; None for nothing. The decoder keeps it.
+            chooser: draws the target's tokens, for this request alone; None takes the likeliest.
+                Its `history` is kept up, so it must begin as the text before the first token.
+            more: asked with every result whether the slot needs another step, before that is
+                scheduled. After no the slot is finished and waits for `remove`.
+
+        Raises:
+            OptionError: no prompt, or a cache that cannot be batched.
+        """
+        if not len(prompt):
+            raise OptionError("the prompt is empty; give at least one token.")
+        num_layers = self.model.backbone.num_layers
+        if cache is None:
+            cache = KVCache(num_layers)
+        check_plain(cache)
+        if len(cache.layers) != num_layers:
+            raise OptionError(
+                f"the prompt cache has {len(cache.layers)} layers and the model {num_layers}; "
+                "make it for this model."
+            )
+        ids = [int(token) for token in prompt]
+        chooser = chooser or TokenChooser(history=list(ids))
+        slot = Slot(chooser, cache, ids, more, prompt_tokens=len(ids))
+        self.waiting.append(slot)
+        return slot
+
+    def step(self) -> list[BatchEvent]:
+        """Hand out the results of the scheduled step, after scheduling the next one.
+
+        The list is empty where no slot was running yet. A failed slot (NaN, or what its chooser
+        or `more` raised) leaves the batch without touching the others; remove it as usual.
+        """
+        events = self._finish()
+        self._prefill()
+        self._schedule()
+        return events
+
+    def remove(self, slot: Slot) -> KVCache:
+        """Take a slot out, in whatever state it is, and return the cache of its text.
+
+        The cache holds the prompt and all tokens handed out but the last, as a fresh prefill
+        would have left it; of a slot that was waiting, as much of the prompt as was computed.
+
+        Raises:
+            OptionError: the slot was removed before, or belongs to another decoder.
+        """
+        if slot.state == "removed" or not self._knows(slot):
+            raise OptionError("this slot is not in the batch: it was removed, or never added here.")
+        if slot.state == "waiting":
+            self.waiting.remove(slot)
+        elif slot.state == "running":
+            self._leave(slot)
+        slot.state = "removed"
+        cache, slot.cache = slot.cache, KVCache(0)
+        return cache
+
+    def _knows(self, slot: Slot) -> bool:
+        if slot.state == "waiting":
+            return any(slot is other for other in self.waiting)
+        if slot.state == "running":
+            return any(slot is other for other in self.running)
+        return True
+
+    def _finish(self) -> list[BatchEvent]:
+        """Wait for the scheduled step, the only synchronisation, and note what it decided."""
+        if self._pending is None:
+            return []
+        pending = self._pending
+        reports = cast(list[list[int]], pending.step.report.tolist())
+        self._pending = None
+        return [
+            self._result(pending, row, reports[row])
+            for row, slot in enumerate(pending.slots)
+            if slot.state == "running"  # not removed since the step was scheduled
+        ]
+
+    def _result(self, pending: _Pending, row: int, report: list[int]) -> BatchEvent:
+        """Commit what a step accepted for one slot, and ask whether it goes on."""
+        slot, num_drafts = pending.slots[row], pending.num_drafts[row]
+        accepted, finite, *values = report
+        T = len(values) // 2
+        raised = pending.step.errors.get(row)
+        if raised is not None:
+            return self._fail(slot, raised)
+        if not finite:
+            return self._fail(slot, not_a_number(pending.lengths[row]))
+        tokens, nodes = values[: accepted + 1], 1 + num_drafts
+        self.cache.lengths[slot.row] += len(tokens)
+        slot.chooser.history += tokens
+        draft = None
+        if self.keep_drafts:
+            draft = DraftRecord(
+                values[T : T + nodes],
+                [max(node - 1, 0) for node in range(nodes)],
+                list(range(nodes)),
+                list(range(accepted + 1)),
+            )
+        result = StepResult(tokens, num_drafts, pending.step.logits[row, : accepted + 1], draft)
+        try:
+            wanted = slot.more(result)
+        except Exception as error:
+            return self._fail(slot, error)
+        if not wanted:
+            self._leave(slot)
+            slot.state = "finished"
+        return BatchEvent(slot, result, None)
+
+    def _fail(self, slot: Slot, error: Exception) -> BatchEvent:
+        self._leave(slot)
+        slot.state = "failed"
+        return BatchEvent(slot, None, error)
+
+    def _leave(self, slot: Slot) -> None:
+        """Take a running slot's rows out of the batch; the last slot moves into its place."""
+        slot.cache = self.cache.leave(slot.row)
+        last = self.running.pop()
+        if last is not slot:
+            last.row = slot.row
+            self.running[slot.row] = last
+        slot.row = -1
+
+    def _prefill(self) -> None:
+        """Compute prompts for at most the budget, a chunk of each waiting slot in turn."""
+        streams = self.stepper.streams
+        forward = streams.forward if streams is not None else self.model.backbone.forward
+        left = self.prefill_budget
+        while self.waiting and (left or len(self.waiting[0].rest) == 1):
+            slot = self.waiting[0]
+            part, slot.rest = slot.rest[:-1][:left], slot.rest[min(left, len(slot.rest) - 1) :]
+            if part:
+                left -= len(part)
+                forward(mx.array(part, dtype=mx.int32), slot.cache)
+                slot.cache.advance(len(part))
+                mx.async_eval(slot.cache.arrays)
+            self.waiting.popleft()
+            if len(slot.rest) == 1:
+                self._join(slot)
+            else:
+                self.waiting.append(slot)
+        if not self.running and self.waiting:
+            # Nothing else waits for the device: do not queue up chunk after chunk.
+            mx.eval([slot.cache.arrays for slot in self.waiting])
+
+    def _join(self, slot: Slot) -> None:
+        self.cache.join(slot.cache)
+        slot.cache = KVCache(0)  # its rows are the batch's now
+        slot.row, slot.state = len(self.running), "running"
+        self.running.append(slot)
+
+    def _schedule(self) -> None:
+        """Schedule the next step for all that run."""
+        if not self.running:
+            self._drafts = None
+            self.cache.reserve(0)
+            return
+        tokens, num_drafts = self._chains()
+        self.cache.reserve(self.stepper.scratch)
+        choosers = [slot.chooser for slot in self.running]
+        step = self.stepper.step(tokens, num_drafts, choosers, self.cache)
+        step.schedule()
+        self._pending = _Pending(step, list(self.running), num_drafts, list(self.cache.lengths))
+        self._drafts = step.next_tokens
+        for row, slot in enumerate(self.running):
+            slot.drafted = row
+
+    def _chains(self) -> tuple[mx.array, list[int]]:
+        """Return every running slot's root and drafts (B, T), and how many drafts are real.
+
+        Chains come from the last step, in whatever order the slots are now; those that have just
+        joined bring their root alone, behind which zeros fill up the shape.
+        """
+        fresh = [slot for slot in self.running if slot.drafted is None]
+        if self._drafts is None or len(fresh) == len(self.running):
+            roots = [[slot.rest[-1]] for slot in self.running]
+            return mx.array(roots, dtype=mx.int32), [0] * len(roots)
+        rows, T = self._drafts.shape
+        chains = self._drafts
+        if fresh:
+            new = [[slot.rest[-1]] + [0] * (T - 1) for slot in fresh]
+            chains = mx.concatenate([chains, mx.array(new, dtype=mx.int32)])
+        order, num_drafts = [], []
+        for slot in self.running:
+            if slot.drafted is None:
+                order.append(rows + fresh.index(slot))
+            else:
+                order.append(slot.drafted)
+            num_drafts.append(0 if slot.drafted is None else T - 1)
+        if order != list(range(chains.shape[0])):
+            chains = mx.take(chains, mx.array(order, dtype=mx.int32), axis=0)
+        return chains, num_drafts
+
+
+def make_stepper(model: StreamModel, config: DecodeConfig, speculative: bool) -> BatchStepper:
+    """Return the parts of a batched step for a model and a configuration.
+
+    Raises:
+        OptionError, StreamsError: as `BatchDecoder`.
+    """
+    streams = model.streams
+    if streams is None or not (speculative or streams.shared):
+        return BatchStepper(model.backbone, None, depth=0, inline=False, conditioner=None)
+    if config.prune is not None:
+        raise OptionError("a batch decodes in chains, which are not pruned; leave out the pruning.")
+    depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
+    chain = TreeSpec(kind="chain", branching=1, depth=depth)
+    parts = StreamDecoder(streams, replace(config, tree=chain), TokenChooser()).stepper
+    return BatchStepper(model.backbone, streams, depth, parts.inline, parts.conditioner)

@@ -1,0 +1,162 @@
+"""One step for a batch: every sequence's chain verified and the next ones drafted, in one graph.
+
+As `step.py` does it for one sequence and any tree, with the same streams, candidates and rule of
+acceptance; a chain needs no ancestor masks, no path search and no commit. One forward pass and
+one report for all sequences, whatever each of them accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..backbone import Backbone
+from ..condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
+from ..sampling import TokenChooser
+from ..streams import Streams
+from .cache import BatchKVCache
+from .choose import draw
+from .rows import deferred_rows, inline_rows, main_rows
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """A step as a graph that has not been waited for.
+
+    report: (B, 2 + 2T) int32: accepted drafts, whether all is finite, the tokens drawn, root and
+    drafts. logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
+    errors: what choosers raised, by row.
+    """
+
+    report: mx.array
+    logits: mx.array
+    next_tokens: mx.array
+    errors: dict[int, Exception]
+
+    def schedule(self) -> None:
+        """Start computing the step and all that the next one builds on, the report first."""
+        mx.async_eval(self.report, self.logits, self.next_tokens)
+
+
+@dataclass(frozen=True)
+class BatchStepper:
+    """The parts of batched steps, for one model, its streams if any, and one configuration.
+
+    depth: drafts per chain, at most γ; 0 without streams, for plain decoding.
+    """
+
+    backbone: Backbone
+    streams: Streams | None
+    depth: int
+    inline: bool
+    conditioner: Conditioner | None
+
+    @property
+    def scratch(self) -> int:
+        """Return the most columns that a pass uses behind each sequence's text."""
+        T, G = 1 + self.depth, self.streams.num_streams if self.streams is not None else 0
+        return T * (1 + G) if self.inline else T + G
+
+    def step(
+        self,
+        tokens: mx.array,
+        num_drafts: Sequence[int],
+        choosers: Sequence[TokenChooser],
+        cache: BatchKVCache,
+    ) -> BatchStep:
+        """Return the graph of one step over B chains, whose roots follow the committed texts.
+
+        Args:
+            tokens: (B, T) int32, each row a root and its drafts.
+            num_drafts: how many drafts of each row are real: 0 to T − 1.
+        """
+        first, last, states = self.verify(tokens, cache)
+        logits = self.backbone.head(last)
+        drawn = draw(choosers, logits, tokens, num_drafts)
+        accepted = accept(tokens, drawn.tokens, num_drafts)
+        root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
+        finite = drawn.finite & ~mx.any(mx.isnan(last), axis=(1, 2))
+        if self.depth:
+            states = self.stream_states(first, states, accepted, tokens.shape[1], cache)
+            following = mx.concatenate([root, self.drafts(root[:, 0], states)], axis=1)
+        else:
+            following = root
+        head = mx.stack([accepted, finite.astype(mx.int32)], axis=1)
+        report = mx.concatenate([head, drawn.tokens, tokens], axis=1)
+        return BatchStep(report, logits, following, drawn.errors)
+
+    def verify(
+        self, tokens: mx.array, cache: BatchKVCache
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Run the chains (B, T) through the model, with every node's streams if inline.
+
+        Returns main rows (B, T, h) at the input of the first MSA layer and after the final norm,
+        and the streams (B, T, γ, h) after the last layer, None when deferred.
+        """
+        backbone, streams = self.backbone, self.streams
+        B, T = tokens.shape
+        rows = main_rows(cache, T)
+        hidden = backbone.embed(tokens.reshape(-1)).reshape(B, T, -1)
+        if streams is None:
+            every = range(backbone.num_layers)
+            hidden = backbone.run(hidden, every, rows.cache, 0, rows.positions, rows.mask)
+            return hidden, backbone.norm(hidden), None
+        hidden = streams.run(hidden, T, streams.lower, rows.cache, 0, rows.positions, rows.mask)
+        first = hidden
+        if not self.inline:
+            hidden = backbone.run(hidden, streams.upper, rows.cache, 0, rows.positions, rows.mask)
+            return first, backbone.norm(hidden), None
+        rows = inline_rows(cache, T, streams)
+        hidden = mx.concatenate([hidden, streams.start(hidden)], axis=1)
+        hidden = streams.run(hidden, T, streams.upper, rows.cache, 0, rows.positions, rows.mask)
+        states = hidden[:, T:].reshape(B, T, streams.num_streams, -1)
+        return first, backbone.norm(hidden[:, :T]), states
+
+    def stream_states(
+        self,
+        first: mx.array,
+        states: mx.array | None,
+        accepted: mx.array,
+        num_nodes: int,
+        cache: BatchKVCache,
+    ) -> mx.array:
+        """Return the streams (B, γ, h) of each sequence's deepest accepted node (B,)."""
+        streams = self.streams
+        assert streams is not None
+        if states is not None:
+            return mx.take_along_axis(states, accepted[:, None, None, None], axis=1)[:, 0]
+        rows = deferred_rows(cache, num_nodes, streams, accepted)
+        main = mx.take_along_axis(first, accepted[:, None, None], axis=1)
+        hidden = streams.start(main)
+        return streams.run(hidden, 0, streams.upper, rows.cache, 0, rows.positions, rows.mask)
+
+    def drafts(self, roots: mx.array, states: mx.array) -> mx.array:
+        """Return the next chains' drafts (B, D) below `roots` (B,), from streams (B, γ, h)."""
+        B, D = roots.shape[0], self.depth
+        normed = self.backbone.norm(states[:, :D])
+        logits = self.backbone.head(normed)
+        if self.conditioner is None:
+            return mx.argmax(logits, axis=-1).astype(mx.int32)
+        flat = normed.reshape(B * D, -1)
+        marginal = top_candidates(logits.reshape(B * D, -1), flat, NUM_CANDIDATES)
+        proposer = ConditionedProposer(self.conditioner, self.backbone, marginal)
+        first_rows = mx.arange(0, B * D, D, dtype=mx.int32)
+        drafts, parents = [], roots
+        for level in range(D):
+            parents = proposer.best(first_rows + level, parents)
+            drafts.append(parents)
+        return mx.stack(drafts, axis=1)
+
+
+def accept(tokens: mx.array, drawn: mx.array, num_drafts: Sequence[int]) -> mx.array:
+    """Return how many drafts each chain keeps, (B,) int32: those the target drew, from the root.
+
+    tokens, drawn: (B, T) int32. Drafts beyond `num_drafts` are never accepted.
+    """
+    right = drawn[:, :-1] == tokens[:, 1:]
+    if min(num_drafts) < right.shape[1]:
+        real = mx.array(list(num_drafts), dtype=mx.int32)[:, None]
+        right = right & (mx.arange(right.shape[1], dtype=mx.int32) < real)
+    return mx.cumprod(right.astype(mx.int32), axis=1).sum(axis=1).astype(mx.int32)
