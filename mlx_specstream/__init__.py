@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .batch.decode import BatchDecoder as BatchDecoder
     from .cache import KVCache as KVCache
     from .config import DecodeConfig as DecodeConfig
     from .config import PruneSpec as PruneSpec
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchDecoder": "batch.decode",
     "DecodeConfig": "config",
     "GenerationResponse": "generation",
     "KVCache": "cache",
@@ -42,6 +44,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchDecoder",
     "DecodeConfig",
     "GenerationResponse",
     "KVCache",

@@ -1,1 +1,14 @@
-"""Several requests in one pass: chains with an accept length per sequence [SS App. F]."""
+"""Several requests in one pass: chains with an accept length per sequence [SS App. F].
+
+| file | the idea it holds |
+|---|---|
+| `cache.py` | sequences of their own lengths side by side in one buffer |
+| `rows.py` | where a pass's rows stand, and whom each of them sees |
+| `choose.py` | every sequence's own sampler and processors |
+| `step.py` | one pass: verify every chain, draft the next ones |
+| `decode.py` | the loop that requests join and leave |
+"""
+
+from .decode import BatchDecoder, BatchEvent, Slot
+
+__all__ = ["BatchDecoder", "BatchEvent", "Slot"]

@@ -15,12 +15,11 @@ finite. What one sequence computes never reaches another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
-from ..cache import GROWTH, KVCache, LayerKV
-from ..errors import OptionError
+from ..backbone import Backbone
+from ..cache import GROWTH, KVCache, LayerKV, OnValues, RotatingLayer, Span
+from ..errors import ModelError, OptionError
 
 
 class BatchLayerKV:
@@ -103,12 +102,7 @@ class BatchKVCache:
         self._fit(self.size, max(self.lengths, default=0) + scratch)
 
     def join(self, cache: KVCache) -> None:
-        """Add a sequence with the committed rows of `cache` as the last one.
-
-        Raises:
-            OptionError: the cache does not consist of plain growing layers.
-        """
-        check_plain(cache)
+        """Add a sequence with the committed rows of `cache`, a plain one, as the last one."""
         self._fit(self.size + 1, max([*self.lengths, cache.length]))
         for layer, own in zip(self.layers, cache.layers, strict=True):
             if cache.length:
@@ -175,7 +169,7 @@ class BatchPass:
         layer: int,
         start: int,
         offset: int | mx.array,
-        on_values: Callable[[mx.array], mx.array] | None = None,
+        on_values: OnValues | None = None,
     ) -> BatchView:
         """Return what layer `layer` sees as its cache; `columns` say what `start` says elsewhere."""
         del start
@@ -185,12 +179,14 @@ class BatchPass:
 class BatchView:
     """One layer's cache during one pass; `offset` is what the layer hands to RoPE, (B, R)."""
 
+    span: Span | None = None  # sliding windows are the masks' business
+
     def __init__(
         self,
         running: BatchPass,
         layer: BatchLayerKV,
         offset: int | mx.array,
-        on_values: Callable[[mx.array], mx.array] | None,
+        on_values: OnValues | None,
     ) -> None:
         self.running = running
         self.layer = layer
@@ -209,17 +205,37 @@ class BatchView:
         return self.layer.read(cache.size, running.end)
 
 
-def check_plain(cache: KVCache) -> None:
-    """Refuse a cache that is not made of plain growing layers.
+def check_model(backbone: Backbone) -> None:
+    """Refuse a model whose layers keep something else than keys and values of all rows.
+
+    Sliding windows are no obstacle: here their layers keep every row, and masks hide the old ones.
 
     Raises:
-        OptionError: it is not.
+        ModelError: it has such layers.
     """
-    if any(type(layer) is not LayerKV for layer in cache.layers):
+    kinds = {type(layer) for layer in backbone.new_cache().layers}
+    if not kinds <= {LayerKV, RotatingLayer}:
+        raise ModelError(
+            f"models of type {backbone.family.name!r} have layers that keep no keys and values, so "
+            "their requests cannot be batched; decode them one at a time."
+        )
+
+
+def check_cache(cache: KVCache, num_layers: int) -> None:
+    """Refuse a cache that cannot join a batch.
+
+    Raises:
+        OptionError: it has another number of layers than the model, or not plain growing ones.
+    """
+    if len(cache.layers) != num_layers:
         raise OptionError(
-            "requests can be batched only with plain growing KV caches, and this model or cache "
-            "has layers of another kind (rotating, quantised or recurrent); decode its requests "
-            "one at a time."
+            f"the prompt cache has {len(cache.layers)} layers and the model {num_layers}; "
+            "make it for this model."
+        )
+    if cache.quantize is not None or any(type(layer) is not LayerKV for layer in cache.layers):
+        raise OptionError(
+            "requests are batched with plain growing caches, and this one rotates or is quantised; "
+            "take one from BatchDecoder.new_cache, or decode its request alone."
         )
 
 

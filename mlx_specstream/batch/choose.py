@@ -64,4 +64,5 @@ def chain(tokens: mx.array) -> DraftTree:
 
 
 def _takes_likeliest(chooser: TokenChooser) -> bool:
-    return type(chooser) is TokenChooser and chooser.sampler is None and not chooser.processors
+    likeliest = chooser.sampler is None and not chooser.processors and chooser.typical is None
+    return likeliest and type(chooser) is TokenChooser

@@ -32,7 +32,7 @@ from ..errors import OptionError
 from ..loading import StreamModel
 from ..result import DraftRecord, StepResult, not_a_number
 from ..sampling import TokenChooser
-from .cache import BatchKVCache, check_plain
+from .cache import BatchKVCache, check_cache, check_model
 from .step import BatchStep, BatchStepper
 
 PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
@@ -96,6 +96,7 @@ class BatchDecoder:
         keep_drafts: put every verified chain into its result.
 
     Raises:
+        ModelError: the model has layers that cannot be batched.
         OptionError: pruning was asked for; the schedule does not fit the streams' mode.
         StreamsError: a tensor is missing.
     """
@@ -115,6 +116,7 @@ class BatchDecoder:
     def __post_init__(self) -> None:
         if self.prefill_budget < 1:
             raise OptionError(f"prefill_budget must be at least 1, got {self.prefill_budget}.")
+        check_model(self.model.backbone)
         self.stepper = make_stepper(self.model, self.config or DecodeConfig(), self.speculative)
         self.cache = BatchKVCache(self.model.backbone.num_layers)
 
@@ -127,6 +129,10 @@ class BatchDecoder:
     def nbytes(self) -> int:
         """Return the bytes of the KV caches of waiting and running slots."""
         return self.cache.nbytes + sum(slot.cache.nbytes for slot in self.waiting)
+
+    def new_cache(self) -> KVCache:
+        """Return an empty cache of the kind that requests are batched with."""
+        return KVCache(self.model.backbone.num_layers)
 
     def add(
         self,
@@ -151,15 +157,9 @@ class BatchDecoder:
         """
         if not len(prompt):
             raise OptionError("the prompt is empty; give at least one token.")
-        num_layers = self.model.backbone.num_layers
         if cache is None:
-            cache = KVCache(num_layers)
-        check_plain(cache)
-        if len(cache.layers) != num_layers:
-            raise OptionError(
-                f"the prompt cache has {len(cache.layers)} layers and the model {num_layers}; "
-                "make it for this model."
-            )
+            cache = self.new_cache()
+        check_cache(cache, self.model.backbone.num_layers)
         ids = [int(token) for token in prompt]
         chooser = chooser or TokenChooser(history=list(ids))
         slot = Slot(chooser, cache, ids, more, prompt_tokens=len(ids))

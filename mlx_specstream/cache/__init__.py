@@ -25,7 +25,7 @@ from .kv import KVCache, PassCache
 from .mlx_lm import from_mlx_lm, to_mlx_lm
 from .quantized import QuantizedLayer
 from .rotating import RotatingLayer
-from .rows import GROWTH, LayerKV, LayerPass, LayerView, Span
+from .rows import GROWTH, LayerKV, LayerPass, LayerView, OnValues, Span
 
 __all__ = [
     "GROWTH",
@@ -33,6 +33,7 @@ __all__ = [
     "LayerKV",
     "LayerPass",
     "LayerView",
+    "OnValues",
     "PassCache",
     "QuantizedLayer",
     "RotatingLayer",

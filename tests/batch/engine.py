@@ -1,0 +1,124 @@
+"""Batched decoding of tiny models, collected request by request, and the same requests alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_specstream.batch import BatchDecoder, Slot
+from mlx_specstream.batch.step import BatchStepper
+from mlx_specstream.cache import KVCache
+from mlx_specstream.config import DecodeConfig, TreeSpec
+from mlx_specstream.loading import StreamModel
+from mlx_specstream.result import StepResult
+from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.streams import Streams
+from tests.engine import committed_rows, random_streams, stream_config
+
+CHAIN = TreeSpec(kind="chain", branching=1)
+
+
+def prompt_of(length: int, seed: int, vocab: int = 12) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab, length)]
+
+
+def as_model(streams: Streams) -> StreamModel:
+    return StreamModel(streams.backbone.model, streams.backbone, streams, "tiny", "random")
+
+
+def streamed(model: nn.Module, **fields: object) -> StreamModel:
+    return as_model(random_streams(model, stream_config(**fields)))
+
+
+class TableBatchStepper(BatchStepper):
+    """Drafts, after any token, what the model says after that token alone."""
+
+    table: mx.array
+
+    def drafts(self, roots: mx.array, states: mx.array) -> mx.array:
+        drafts, token = [], roots
+        for _ in range(self.depth):
+            token = mx.take(self.table, token)
+            drafts.append(token)
+        return mx.stack(drafts, axis=1)
+
+
+def with_table(decoder: BatchDecoder) -> BatchDecoder:
+    """Give a decoder drafts that are often right, for models whose attention says little."""
+    old = decoder.stepper
+    stepper = TableBatchStepper(**{f.name: getattr(old, f.name) for f in dataclasses.fields(old)})
+    logits = old.backbone.model(mx.arange(old.backbone.vocab_size)[:, None])[:, -1]
+    object.__setattr__(stepper, "table", mx.argmax(logits, axis=-1).astype(mx.int32))
+    mx.eval(stepper.table)
+    decoder.stepper = stepper
+    return decoder
+
+
+def batch_decoder(model: StreamModel, schedule: str = "auto", **options: object) -> BatchDecoder:
+    return BatchDecoder(model, DecodeConfig(CHAIN, schedule=schedule), **options)  # type: ignore[arg-type]
+
+
+@dataclass
+class Request:
+    """A request in a batch, and what came out of it."""
+
+    decoder: BatchDecoder
+    prompt: Sequence[int]
+    limit: int
+    cache: KVCache | None = None
+    sampler: Callable[[mx.array], mx.array] | None = None
+    processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = ()
+    tokens: list[int] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
+    error: Exception | None = None
+    slot: Slot = field(init=False)
+
+    def __post_init__(self) -> None:
+        chooser = TokenChooser(self.sampler, tuple(self.processors), list(self.prompt))
+        self.slot = self.decoder.add(
+            self.prompt, cache=self.cache, chooser=chooser, more=self._more
+        )
+
+    def _more(self, result: StepResult) -> bool:
+        self.tokens += result.tokens
+        self.results.append(result)
+        return len(self.tokens) < self.limit
+
+
+def step(decoder: BatchDecoder, requests: Sequence[Request]) -> None:
+    """Take one step, noting errors, and check that each slot was told at most once."""
+    events = decoder.step()
+    assert len({id(event.slot) for event in events}) == len(events)
+    for slot, result, error in events:
+        (request,) = (request for request in requests if request.slot is slot)
+        assert (result is None) != (error is None)
+        if result is not None:
+            assert request.results[-1] is result
+        request.error = error
+
+
+def finish(decoder: BatchDecoder, requests: Sequence[Request]) -> int:
+    """Step until nothing is left to do and return the number of steps."""
+    steps = 0
+    while decoder.busy:
+        step(decoder, requests)
+        steps += 1
+        assert steps < 1000
+    return steps
+
+
+def assert_fresh(cache: KVCache, streams: Streams, tokens: Sequence[int]) -> None:
+    """Fail unless the committed rows are those of a fresh prefill of `tokens`."""
+    assert cache.length == len(tokens)
+    fresh = KVCache(len(cache.layers))
+    if tokens:
+        streams.backbone.forward(mx.array(list(tokens)), fresh)
+        fresh.advance(len(tokens))
+        for found, expected in zip(committed_rows(cache), committed_rows(fresh), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
