@@ -90,14 +90,15 @@ class BatchDecoder:
     Args:
         model: what `load` returns. Without streams it is decoded plainly, one token per pass.
         config: how to decode; None for the default. Drafts are chains whatever tree it names, as
-            deep as that tree; pruning does not apply.
+            deep as that tree.
         speculative: False decodes one token per pass, with the same results.
         prefill_budget: prompt tokens that may be computed between two steps.
         keep_drafts: put every verified chain into its result.
 
     Raises:
         ModelError: the model has layers that cannot be batched.
-        OptionError: pruning was asked for; the schedule does not fit the streams' mode.
+        OptionError: the config asks for what only trees have (pruning, streams at some nodes), or
+            for a schedule that does not fit the streams' mode.
         StreamsError: a tensor is missing.
     """
 
@@ -341,8 +342,11 @@ def make_stepper(model: StreamModel, config: DecodeConfig, speculative: bool) ->
     streams = model.streams
     if streams is None or not (speculative or streams.shared):
         return BatchStepper(model.backbone, None, depth=0, inline=False, conditioner=None)
-    if config.prune is not None:
-        raise OptionError("a batch decodes in chains, which are not pruned; leave out the pruning.")
+    if config.prune is not None or config.stream_nodes:
+        raise OptionError(
+            "a batch decodes in chains, which are not pruned and have streams at every node; "
+            "leave out prune and stream_nodes."
+        )
     depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
     chain = TreeSpec(kind="chain", branching=1, depth=depth)
     parts = StreamDecoder(streams, replace(config, tree=chain), TokenChooser()).stepper

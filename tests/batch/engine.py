@@ -73,16 +73,19 @@ class Request:
     cache: KVCache | None = None
     sampler: Callable[[mx.array], mx.array] | None = None
     processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = ()
+    seed: int | None = None
     tokens: list[int] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
     error: Exception | None = None
     slot: Slot = field(init=False)
 
     def __post_init__(self) -> None:
-        chooser = TokenChooser(self.sampler, tuple(self.processors), list(self.prompt))
         self.slot = self.decoder.add(
-            self.prompt, cache=self.cache, chooser=chooser, more=self._more
+            self.prompt, cache=self.cache, chooser=self.chooser(), more=self._more
         )
+
+    def chooser(self) -> TokenChooser:
+        return TokenChooser(self.sampler, tuple(self.processors), list(self.prompt), seed=self.seed)
 
     def _more(self, result: StepResult) -> bool:
         self.tokens += result.tokens

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.batch import BatchDecoder
@@ -15,7 +17,6 @@ from mlx_specstream.cache import KVCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.loading import StreamModel
-from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
 from tests import tiny
 from tests.batch.engine import (
@@ -40,6 +41,7 @@ from tests.engine import (
     stream_config,
     stream_decoder,
 )
+from tests.reference.sampling import chi_square_p
 
 LENGTHS = (5, 1, 19, 3)
 
@@ -219,41 +221,52 @@ def test_a_cache_goes_back_into_a_batch() -> None:
     assert_as_alone(other, model.streams)
 
 
-def keyed_sampler(seed: int) -> object:
-    """Return a sampler with random numbers of its own, one key per call."""
-    keys = iter(mx.random.split(mx.random.key(seed), 500))
-    return lambda log_probs: mx.random.categorical(log_probs, key=next(keys))
-
-
 @pytest.mark.parametrize("schedule", ["inline", "deferred"])
 def test_samplers_and_processors_are_each_requests_own(schedule: str) -> None:
-    """With a sampler's own random numbers, a request draws what it draws alone."""
+    """With a seed, a request draws what plain decoding draws, whatever shares the batch."""
     model = streamed(small_model())
     assert model.streams is not None
     decoder = batch_decoder(model, schedule, prefill_budget=8)
+    sampler = make_sampler(temp=1.0, top_k=8)
     penalties = tuple(make_logits_processors(repetition_penalty=1.7))
-    settings = [
-        (keyed_sampler(1), ()),
-        (None, penalties),
-        (None, ()),
-        (keyed_sampler(2), penalties),
-        (keyed_sampler(3), ()),
-    ]
+    settings = [(sampler, ()), (None, penalties), (None, ()), (sampler, penalties), (sampler, ())]
     requests = [
-        Request(decoder, prompt_of(3 + 4 * n, n), 20, sampler=sampler, processors=processors)  # type: ignore[arg-type]
-        for n, (sampler, processors) in enumerate(settings)
+        Request(decoder, prompt_of(3 + 4 * n, n), 20, None, how, processors, seed=n)
+        for n, (how, processors) in enumerate(settings)
     ]
     finish(decoder, requests)
-    for request, seed in zip(requests, (1, None, None, 2, 3), strict=True):
-        sampler = None if seed is None else keyed_sampler(seed)
-        chooser = TokenChooser(sampler, request.processors, list(request.prompt))  # type: ignore[arg-type]
-        config = DecodeConfig(CHAIN, schedule=schedule)  # type: ignore[arg-type]
-        alone = decode(stream_decoder(model.streams, config, chooser), request.prompt, 20)
-        assert request.tokens == alone.tokens
-        assert request.slot.chooser.history == [*request.prompt, *request.tokens]
     greedy = [plain(model.streams, request.prompt, 20).tokens[:20] for request in requests]
-    assert requests[2].tokens[:20] == greedy[2]
-    assert all(requests[n].tokens[:20] != greedy[n] for n in (0, 1, 3, 4))
+    for number, request in enumerate(requests):
+        alone = plain(model.streams, request.prompt, 25, chooser=request.chooser())
+        assert request.tokens == alone.tokens[: len(request.tokens)]
+        assert request.slot.chooser.history == [*request.prompt, *request.tokens]
+        assert (request.tokens[:20] == greedy[number]) == (number == 2)
+    assert sum(result.accepted for r in requests for result in r.results) > 3
+
+
+def test_draws_of_a_batch_follow_the_models_distribution() -> None:
+    """Eight equal requests at a time, each with a seed of its own: the first two tokens' pairs."""
+    vocab = 5
+    model = streamed(small_model(vocab=vocab, seed=3), num_streams=2)
+    assert model.streams is not None
+    prompt = [3, 1, 4]
+    decoder = with_table(batch_decoder(model))
+    sampler = make_sampler(temp=1.0)
+    requests: list[Request] = []
+    for _ in range(50):
+        batch = [
+            Request(decoder, prompt, 2, sampler=sampler, seed=len(requests) + n) for n in range(8)
+        ]
+        finish(decoder, batch)
+        requests += batch
+    found = Counter((request.tokens[0], request.tokens[1]) for request in requests)
+    exact = {}
+    for first in range(vocab):
+        logits = model.model(mx.array([[*prompt, first]]))[0, -2:]
+        before, after = np.array(mx.softmax(logits, axis=-1))
+        exact |= {(first, second): float(before[first] * after[second]) for second in range(vocab)}
+    assert chi_square_p(found, exact) > 1e-3
+    assert sum(result.accepted for r in requests for result in r.results) > 50
 
 
 def poisoned_model() -> StreamModel:
@@ -414,8 +427,12 @@ def test_steps_update_the_buffers_in_place(schedule: str) -> None:
 
 def test_what_cannot_be_batched_is_refused() -> None:
     model = streamed(small_model())
-    with pytest.raises(OptionError, match="not pruned"):
-        BatchDecoder(model, DecodeConfig(CHAIN, PruneSpec(keep=2)))
+    for config in (
+        DecodeConfig(CHAIN, PruneSpec(keep=2)),
+        DecodeConfig(CHAIN, schedule="inline", stream_nodes=1),
+    ):
+        with pytest.raises(OptionError, match="not pruned"):
+            BatchDecoder(model, config)
     with pytest.raises(OptionError, match="prefill_budget"):
         batch_decoder(model, prefill_budget=0)
     decoder = batch_decoder(model)
@@ -423,9 +440,9 @@ def test_what_cannot_be_batched_is_refused() -> None:
         decoder.add([])
     with pytest.raises(OptionError, match="2 layers"):
         decoder.add([1], cache=KVCache(2))
-    for config in (CacheConfig(max_kv_size=8), CacheConfig(kv_bits=8)):
+    for kind in (CacheConfig(max_kv_size=8), CacheConfig(kv_bits=8)):
         with pytest.raises(OptionError, match="rotates or is quantised"):
-            decoder.add([1], cache=model.backbone.new_cache(config))
+            decoder.add([1], cache=model.backbone.new_cache(kind))
     assert not decoder.busy
     slot = decoder.add([1, 2, 3])
     assert decoder.remove(slot).length == 0
