@@ -26,6 +26,7 @@ from mlx_specstream.tree import DraftTree
 
 from .data import Example
 from .loss import Tensors
+from .task import Task
 
 KEPT_SHARE = 0.99
 ROWS = 16
@@ -93,3 +94,16 @@ def threshold_of(scores: Sequence[float], share: float = KEPT_SHARE) -> tuple[fl
     value = math.floor(value * 10**digits) / 10**digits if value > 0 else 0.0
     kept = sum(math.exp(score) >= value for score in scores) / len(scores)
     return value, kept
+
+
+def calibration(task: Task, tensors: Tensors) -> dict[str, str]:
+    """Return the pruner's threshold for the adapter's metadata, if there is a pruner."""
+    options = task.options
+    prompts = list(task.valid or task.train)[: options.verdict_prompts]
+    if not task.config.pruner_rank or not prompts:
+        return {}
+    limits = (prompts, options.verdict_tokens, task.stop)
+    scores = accepted_scores(task.backbone, task.config, tensors, *limits)
+    threshold, kept = threshold_of(scores)
+    task.say(f"Pruning below {threshold:g} keeps {kept:.1%} of {len(scores)} accepted nodes.")
+    return {"prune_threshold": f"{threshold:g}", "prune_kept": f"{kept:.4f}"}

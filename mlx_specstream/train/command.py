@@ -27,13 +27,15 @@ from mlx_specstream.loading import StreamModel, load
 from .batches import select
 from .data import Example, read_records, split_held_out, tokenize
 from .head import VocabularySampler
-from .loop import DivergenceError, Task, Trainer, resumable
-from .loss import Tensors
+from .loop import DivergenceError, Trainer
 from .objective import LosslessObjective
 from .options import PRESETS, TrainOptions, flag_of
+from .pruner import PrunerObjective
 from .shared import SharedObjective
 from .start import hidden_rms, untrained
-from .state import SavedState
+from .state import SavedState, resumable
+from .takeover import take_over
+from .task import Task
 
 CPU_VOCABULARY = 5120
 __all__ = ["DivergenceError", "build_parser", "main"]
@@ -58,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in --adapter-path, if there is one"
     )
     parser.add_argument(
-        "--resume-adapter-file", metavar="FOLDER", help="start from these streams; their shape wins"
+        "--resume-adapter-file",
+        metavar="FOLDER",
+        help="start from these streams; their shape wins, but a pruner or shared mode may be added",
     )
     parser.add_argument("-c", "--config", help="a YAML file with any of these options")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # mlx-lm's habit
@@ -207,14 +211,17 @@ def make_task(
     """Put together what the loop needs: shape, weights to start from, names."""
     backbone = model.backbone
     given = _given_streams(args.resume_adapter_file, model)
+    if options.part == "pruner" and given is None:
+        raise OptionError(
+            "--part pruner needs --resume-adapter-file with the streams that the pruner is for."
+        )
     config = given.config if given else _config(options, backbone)
     tokens = mx.array([train[0].tokens])
     rms = saved.progress.rms if saved else hidden_rms(backbone, tokens, config.num_msa_layers)
-    start: Tensors = (
-        given.tensors
-        if given
-        else untrained(backbone, config, rms, options.seed, options.gate_start)
-    )
+    if given:
+        config, start = take_over(given, options, backbone, rms)
+    else:
+        start = untrained(backbone, config, rms, options.seed, options.gate_start)
     name = Path(args.model).name if Path(args.model).exists() else args.model
     return Task(
         backbone=backbone,
@@ -252,7 +259,11 @@ def make_objective(task: Task) -> LosslessObjective:
         size = CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
     texts = (example.tokens[example.prompt_length :] for example in task.train)
     sampler = VocabularySampler(task.backbone, texts, size)
-    objective = SharedObjective if options.mode == "shared" else LosslessObjective
+    objective: type[LosslessObjective] = LosslessObjective
+    if options.part == "pruner":
+        objective = PrunerObjective
+    elif options.mode == "shared":
+        objective = SharedObjective
     return objective(task.backbone, task.config, options, sampler)
 
 

@@ -8,62 +8,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_specstream.backbone import Backbone
 from mlx_specstream.checkpoint import save_streams
-from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import OptionError, SpecStreamError
 from mlx_specstream.fingerprint import fingerprint
 
 from .batches import BatchPlan, Selection, select, shard
-from .calibrate import accepted_scores, threshold_of
-from .data import Example, digest
+from .calibrate import calibration
+from .data import digest
 from .estimate import check_memory, memory_bytes, try_batch
 from .loss import Tensors
-from .measure import summarize
 from .objective import BatchResult, LosslessObjective
 from .optimizer import StreamOptimizer, schedule
-from .options import TrainOptions
 from .parallel import sum_results, wait_for_all
 from .record import Log, draw_curve
 from .start import EMBEDDING_RATE
-from .state import STATE_FILE, Progress, SavedState, load_state, save_state
+from .state import STATE_FILE, Progress, SavedState, save_state
+from .task import Task
+from .validate import describe, validate
 from .verdict import decoded_tokens_per_step
 
-HELD_OUT_FRACTION = 0.5  # of a held-out text's positions, fixed
 NAMED = 6
 
 
 class DivergenceError(SpecStreamError):
     """The loss or its gradient is not a number; the last good checkpoint is kept."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to train, on what, and where the result goes.
-
-    valid may be empty. stop: end-of-turn tokens. start: the weights to begin with. rms: of the
-    hidden states the streams join. base_name: what the base model is called.
-    """
-
-    backbone: Backbone
-    config: StreamConfig
-    options: TrainOptions
-    train: Sequence[Example]
-    valid: Sequence[Example]
-    folder: Path
-    base_name: str | None
-    stop: Collection[int]
-    start: Tensors
-    rms: float
-    say: Callable[[str], None] = print
 
 
 class Trainer:
@@ -184,8 +158,9 @@ class Trainer:
             "batch": self._batches_done(),
             "update": update,
             "loss": round(result.total, 5),
-            "marginal": [round(float(v), 4) for v in result.marginal / counts],
         }
+        if result.marginal.any():
+            record["marginal"] = [round(float(v), 4) for v in result.marginal / counts]
         if result.conditioned is not None:
             record["conditioned"] = [round(float(v), 4) for v in result.conditioned / counts]
         record |= {
@@ -232,7 +207,7 @@ class Trainer:
 
     def _validate(self, bar: tqdm) -> None:
         options, progress = self.options, self.progress
-        figures = self.validation()
+        figures = validate(self.objective, self.tensors, self.task.valid, options)
         self.log.write(
             {
                 "batch": self._batches_done(),
@@ -251,19 +226,6 @@ class Trainer:
         else:
             progress.worse += 1
             progress.stopped = 0 < options.patience <= progress.worse
-
-    def validation(self) -> dict[str, object]:
-        """Measure the held-out texts at a fixed half of their positions."""
-        size, ranks = self.options.batch_size, []
-        texts = sorted(self.task.valid, key=lambda example: len(example.tokens))
-        chosen = [select(e, HELD_OUT_FRACTION, (0, i)) for i, e in enumerate(texts)]
-        batches = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        if 0 <= self.options.val_batches < len(batches):
-            spread = np.linspace(0, len(batches) - 1, self.options.val_batches).round()
-            batches = [batches[int(i)] for i in spread]
-        for batch in batches:
-            ranks += self.objective.measure(self.tensors, batch)
-        return summarize(ranks) if ranks else {"loss": [math.inf]}
 
     def _announce(self) -> None:
         """Say what will be trained, what it takes, and that it fits."""
@@ -335,19 +297,6 @@ class Trainer:
                       **figures},
         )  # fmt: skip
 
-    def _calibration(self) -> dict[str, str]:
-        """Return the pruner's threshold for the adapter's metadata, if there is a pruner."""
-        task, options = self.task, self.options
-        prompts = list(task.valid or task.train)[: options.verdict_prompts]
-        if not task.config.pruner_rank or not prompts:
-            return {}
-        tensors = self.best or self.tensors
-        limits = (prompts, options.verdict_tokens, task.stop)
-        scores = accepted_scores(task.backbone, task.config, tensors, *limits)
-        threshold, kept = threshold_of(scores)
-        task.say(f"Pruning below {threshold:g} keeps {kept:.1%} of {len(scores)} accepted nodes.")
-        return {"prune_threshold": f"{threshold:g}", "prune_kept": f"{kept:.4f}"}
-
     def _finish(self) -> dict[str, dict[str, float]]:
         """Compare before with after, write everything, and forget the state."""
         after = self._verdict()
@@ -364,46 +313,7 @@ class Trainer:
             told = {
                 f"tokens_per_step_{name.replace(' ', '_')}": f"{v}" for name, v in after.items()
             }
-            self._save_streams(told | self._calibration())
+            self._save_streams(told | calibration(self.task, self.best or self.tensors))
             draw_curve(self.task.folder)
             (self.task.folder / STATE_FILE).unlink(missing_ok=True)
         return {"before": before, "after": after}
-
-
-def describe(figures: dict[str, object]) -> str:
-    """Return a validation's figures in a line."""
-
-    def row(name: str) -> str:
-        values = figures[name]
-        assert isinstance(values, list)
-        return "/".join(f"{v:.2f}".removeprefix("0") for v in values)
-
-    parts = []
-    for name, word in (("marginal", "streams"), ("conditioned", "given their parent")):
-        if f"{name}_top1" in figures:
-            parts.append(
-                f"{word}: top-1 {row(f'{name}_top1')}, top-3 {row(f'{name}_top3')}, "
-                f"chain {figures[f'{name}_chain']} tokens per step"
-            )
-    return "; ".join(parts)
-
-
-def resumable(folder: Path, resume: bool) -> SavedState | None:
-    """Return the state to continue from, if the folder holds one and that is wanted.
-
-    Raises:
-        OptionError: the folder holds an unfinished or a finished run, and `resume` is false.
-    """
-    saved = load_state(folder)
-    if resume:
-        return saved
-    if saved is not None:
-        raise OptionError(
-            f"{folder} holds a run stopped after {saved.progress.update} updates; add --resume to "
-            "continue it, or name another --adapter-path."
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise OptionError(
-            f"{folder} is not empty and is left as it is; name another --adapter-path."
-        )
-    return None

@@ -25,7 +25,7 @@ from .batches import Selection
 from .early_exit import exit_rows, exit_states
 from .head import Head, VocabularySampler, cross_entropy
 from .loss import Tensors, conditioner_of, lossless_loss
-from .measure import Ranks, rank
+from .measure import Ranks, rank, summarize
 from .options import TrainOptions
 from .segments import Segments, cut, stream_states
 from .targets import Rows, rows_of, stream_weights, target_counts
@@ -180,6 +180,10 @@ class LosslessObjective:
             sizes = (part.positions.size, self.config.num_streams)
             ranks.append(rank(hidden, rows, *sizes, self.backbone, conditioner))
         return ranks
+
+    def figures(self, ranks: Sequence[Ranks]) -> dict[str, object]:
+        """Return what a validation tells of the ranks that `measure` gave."""
+        return summarize(ranks)
 
     def _prepare(self, batch: Sequence[Selection], with_last: bool) -> tuple[BaseStates, Segments]:
         tokens = pad_texts([s.example.tokens[:-1] for s in batch])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mlx_specstream.config import Mode, RopeOffset, StreamConfig
 from mlx_specstream.errors import OptionError
 
+Part = Literal["streams", "pruner"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -42,6 +43,11 @@ class TrainOptions:
     # what is trained
     mode: Mode = option(
         "lossless", "lossless: exact text; shared: a fine-tune", choices=("lossless", "shared")
+    )
+    part: Part = option(
+        "streams",
+        "streams, with a pruner if --pruner-rank is given; or the pruner of finished streams alone",
+        choices=("streams", "pruner"),
     )
     num_streams: int = option(4, "streams γ, tokens guessed beyond the next one", 1, 32)
     num_msa_layers: int = option(0, "upper layers N_s that run streams; 0: four in ten", 0)
@@ -91,6 +97,9 @@ class TrainOptions:
     gate_start: float = option(
         -6.0, "main→stream attention opens from this score (shared mode)", -50, 0
     )
+    start_scale: float = option(
+        0.3, "share of lossless streams' adapters kept when shared mode starts from them", 0, 1
+    )
     seed: int = option(0, "of everything random", 0)
     # computing
     sampled_vocab: int = option(
@@ -129,6 +138,8 @@ class TrainOptions:
             raise OptionError(
                 "--pruner-rank is trained with lossless streams only; leave it out in shared mode."
             )
+        if self.mode == "shared" and self.part == "pruner":
+            raise OptionError("--part pruner is for lossless streams; leave out --mode shared.")
         if bool(self.conditioner_rank) != bool(self.conditioner_hidden):
             raise OptionError("--conditioner-rank and --conditioner-hidden are both 0 or both not.")
 

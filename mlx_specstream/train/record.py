@@ -69,12 +69,18 @@ def draw_curve(folder: Path) -> Path | None:
                 label=f"stream {j + 1}{' given its parent' if style == '--' else ''}",
                 linewidth=1,
             )
+    for key, label in (("main", "main"), ("early_exit", "early exit")):
+        if points := [(r["batch"], r[key]) for r in steps if key in r]:
+            left.plot(*zip(*points, strict=True), "k:", label=label, linewidth=1)
     left.set(xlabel="batches", ylabel="cross-entropy", title="training loss")
     for key in ("marginal_chain", "conditioned_chain"):
         rows = [(r["batch"], r["valid"][key]) for r in checks if key in r["valid"]]  # type: ignore[index,operator]
         if rows:
             label = key.removesuffix("_chain")
             right.plot([x for x, _ in rows], [y for _, y in rows], "o-", label=label)
+    exits = [(r["batch"], r["valid"]["exit_top1"][0]) for r in checks if "exit_top1" in r["valid"]]  # type: ignore[index,operator]
+    if exits:
+        right.plot(*zip(*exits, strict=True), "o-", label="early exit, top-1")
     right.set(xlabel="batches", ylabel="tokens per step", title="chain, held-out texts")
     for axes in (left, right):
         if axes.has_data():

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_specstream.errors import OutputError
+from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.files import atomic_file
 
 from .loss import Tensors
@@ -101,3 +101,24 @@ def load_state(folder: Path) -> SavedState | None:
             f"{path} is damaged and the run cannot be resumed; remove the file and start again, "
             "with --resume-adapter-file if the folder holds streams."
         ) from error
+
+
+def resumable(folder: Path, resume: bool) -> SavedState | None:
+    """Return the state to continue from, if the folder holds one and that is wanted.
+
+    Raises:
+        OptionError: the folder holds an unfinished or a finished run, and `resume` is false.
+    """
+    saved = load_state(folder)
+    if resume:
+        return saved
+    if saved is not None:
+        raise OptionError(
+            f"{folder} holds a run stopped after {saved.progress.update} updates; add --resume to "
+            "continue it, or name another --adapter-path."
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise OptionError(
+            f"{folder} is not empty and is left as it is; name another --adapter-path."
+        )
+    return None

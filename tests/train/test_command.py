@@ -9,7 +9,7 @@ import pytest
 
 from mlx_specstream import cli
 from mlx_specstream.checkpoint import load_streams
-from mlx_specstream.train import loop
+from mlx_specstream.train.state import load_state
 
 QUICK = ["--iters", "4", "--batch-size", "3", "--num-layers", "2", "--lora-rank", "2"]
 QUICK += ["--conditioner-rank", "2", "--conditioner-hidden", "4", "--warmup", "1"]
@@ -63,6 +63,8 @@ def test_a_run_and_what_follows_it(tiny_folder, data, tmp_path, capsys) -> None:
         (["--data", "nowhere"], "there is no data at nowhere"),
         (["--resume-adapter-file", "nowhere"], "holds no streams_config.json"),
         (["-c", "nowhere.yaml"], "cannot be read"),
+        (["--part", "pruner"], "--part pruner needs --resume-adapter-file"),
+        (["--part", "pruner", "--mode", "shared"], "leave out --mode shared"),
     ],
 )
 def test_what_it_refuses_it_says_in_a_sentence(
@@ -113,5 +115,5 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert run(*common, "--save-every", "1") == 2
     assert "the disk is full" in capsys.readouterr().err
     monkeypatch.undo()
-    assert loop.load_state(out).progress.update == 2
+    assert load_state(out).progress.update == 2
     assert run(*common, "--save-every", "1", "--resume") == 0

@@ -22,7 +22,7 @@ from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import loop
 from mlx_specstream.train.loop import DivergenceError
 from mlx_specstream.train.record import read_log
-from mlx_specstream.train.state import STATE_FILE
+from mlx_specstream.train.state import STATE_FILE, load_state
 from tests.engine import small_model
 from tests.tiny import tiny_model
 from tests.train.tiny_run import VOCAB, own_texts, run_tiny, tiny_task
@@ -169,7 +169,7 @@ def test_not_a_number_stops_the_run_and_names_the_examples(tmp_path, monkeypatch
     with pytest.raises(DivergenceError, match=r"update 6, on line \d+; .*checkpoint is kept"):
         run_tiny(folder)
     assert task.start.keys() == weights(folder).keys()
-    assert loop.load_state(folder).progress.update == 5
+    assert load_state(folder).progress.update == 5
 
 
 def test_early_stopping_keeps_the_best(tmp_path) -> None:

@@ -17,9 +17,11 @@ from mlx_specstream.backbone import Backbone
 from mlx_specstream.fingerprint import base_dims
 from mlx_specstream.train.command import make_objective
 from mlx_specstream.train.data import Example
-from mlx_specstream.train.loop import Task, Trainer, resumable
+from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.start import hidden_rms, untrained
+from mlx_specstream.train.state import resumable
+from mlx_specstream.train.task import Task
 from tests.engine import small_model
 
 VOCAB = 24

@@ -1,0 +1,56 @@
+"""What a run takes over from trained streams: everything they know, and parts they still lack.
+
+`--resume-adapter-file` gives a run trained streams to start from; their shape wins over the shape
+options. Two things may be added: a pruner, and, for lossless streams, shared mode [SS §3.1.1]:
+
+    upper layers    A, B as trained, B times `start_scale`: main rows must now bear what was made
+                    for stream rows alone
+    lower layers    new adapters, zero output
+    gates           `gate_start`: main hardly sees its streams at first
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlx_specstream.backbone import Backbone
+from mlx_specstream.checkpoint import StreamWeights
+from mlx_specstream.config import StreamConfig
+from mlx_specstream.errors import OptionError
+
+from .loss import Tensors
+from .options import TrainOptions
+from .start import untrained
+
+PRUNER_RANK = 8
+"""The paper's [SS §4.1]; taken when a pruner is wanted and no rank is named."""
+
+
+def take_over(
+    given: StreamWeights, options: TrainOptions, backbone: Backbone, rms: float
+) -> tuple[StreamConfig, Tensors]:
+    """Return the config and the weights to start from.
+
+    Raises:
+        OptionError: shared-mode streams are to be trained as lossless ones.
+    """
+    config = given.config
+    if config.mode == "shared" and options.mode != "shared":
+        raise OptionError(
+            "these streams were trained in shared mode and cannot become lossless; add --mode "
+            "shared, or start from other streams."
+        )
+    becomes_shared = config.mode != options.mode
+    if becomes_shared:
+        config = replace(config, mode="shared", pruner_rank=0)
+    rank = options.pruner_rank or (PRUNER_RANK if options.part == "pruner" else 0)
+    if rank and not config.pruner_rank:
+        config = replace(config, pruner_rank=rank)
+    if config == given.config:
+        return config, dict(given.tensors)
+    start = untrained(backbone, config, rms, options.seed, options.gate_start)
+    for name in start.keys() & given.tensors.keys():
+        tensor = given.tensors[name]
+        scaled = becomes_shared and name.startswith("layers.") and name.endswith(".lora_b")
+        start[name] = tensor * options.start_scale if scaled else tensor
+    return config, start
