@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import PruneSpec as PruneSpec
     from .config import StreamConfig as StreamConfig
     from .config import TreeSpec as TreeSpec
+    from .config import TypicalSpec as TypicalSpec
     from .errors import SpecStreamError as SpecStreamError
     from .generation import GenerationResponse as GenerationResponse
     from .generation import generate as generate
@@ -38,6 +39,7 @@ _HOMES = {
     "StreamConfig": "config",
     "StreamModel": "loading",
     "TreeSpec": "config",
+    "TypicalSpec": "config",
     "generate": "generation",
     "load": "loading",
     "stream_generate": "generation",
@@ -53,6 +55,7 @@ __all__ = [
     "StreamConfig",
     "StreamModel",
     "TreeSpec",
+    "TypicalSpec",
     "generate",
     "load",
     "stream_generate",

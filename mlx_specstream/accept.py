@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .errors import OptionError
+from .config import TypicalSpec
 from .tree import DraftTree
 
 
@@ -64,48 +64,24 @@ def accept(tree: DraftTree, ancestor_mask: mx.array, drawn: mx.array) -> Accepte
     return AcceptedPath(node, mx.take(tree.depths, node), nodes, mx.take(drawn, nodes))
 
 
-@dataclass(frozen=True)
-class TypicalAcceptance:
-    """A lossy rule: a draft is taken when its probability p is typical of its distribution.
+def typical_choice(
+    spec: TypicalSpec, logits: mx.array, tokens: mx.array, children: mx.array, drawn: mx.array
+) -> mx.array:
+    """Return the token (1,) that follows a node: its likeliest typical child's, else `drawn`.
 
-        p > min(epsilon, delta * exp(-entropy))
+    A child is typical when its probability p > min(epsilon, delta * exp(-entropy)).
 
-    after Medusa (Cai et al., 2024, §2.3.1) and Hewitt et al., 2022. Where several children of a
-    node are typical, the walk goes to the likeliest; where none is, the target's own draw
-    decides as ever. p and the entropy (in nats) are those of the processed logits at
-    temperature 1. The text is plausible, but not drawn from the model's distribution.
-
-    Raises:
-        OptionError: a value is out of range.
+    Args:
+        logits: (1, V), the node's, processed. tokens: (T,) int32, the tree's.
+        children: (T,) bool, which nodes are the node's children. drawn: (1,) int32.
     """
-
-    epsilon: float = 0.09
-    delta: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "delta"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise OptionError(
-                    f"typical acceptance: {name} must be above 0 and at most 1, got {value}."
-                )
-
-    def choose(
-        self, logits: mx.array, tokens: mx.array, children: mx.array, drawn: mx.array
-    ) -> mx.array:
-        """Return the token (1,) that follows a node: its likeliest typical child's, else `drawn`.
-
-        Args:
-            logits: (1, V), the node's. tokens: (T,) int32, the tree's.
-            children: (T,) bool, which nodes are the node's children.
-        """
-        log_probs = logits.astype(mx.float32)[0]
-        log_probs = log_probs - mx.logsumexp(log_probs)
-        probabilities = mx.exp(log_probs)
-        # A forbidden token adds nothing: 0 · log 0 is 0.
-        entropy = -mx.sum(mx.where(probabilities > 0, probabilities * log_probs, 0.0))
-        threshold = mx.minimum(self.epsilon, self.delta * mx.exp(-entropy))
-        scores = mx.where(children, mx.take(probabilities, tokens), 0.0)
-        best = mx.argmax(scores)
-        typical = mx.take(scores, best) > threshold
-        return mx.where(typical, mx.take(tokens, best), drawn).astype(mx.int32)
+    log_probs = logits.astype(mx.float32)[0]
+    log_probs = log_probs - mx.logsumexp(log_probs)
+    probabilities = mx.exp(log_probs)
+    # A forbidden token adds nothing: 0 · log 0 is 0.
+    entropy = -mx.sum(mx.where(probabilities > 0, probabilities * log_probs, 0.0))
+    threshold = mx.minimum(spec.epsilon, spec.delta * mx.exp(-entropy))
+    scores = mx.where(children, mx.take(probabilities, tokens), 0.0)
+    best = mx.argmax(scores)
+    typical = mx.take(scores, best) > threshold
+    return mx.where(typical, mx.take(tokens, best), drawn).astype(mx.int32)

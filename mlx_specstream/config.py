@@ -249,6 +249,38 @@ class PruneSpec:
 
 
 @dataclass(frozen=True)
+class TypicalSpec:
+    """Typical acceptance, which is lossy: drafts are taken that the target did not draw.
+
+    A draft is typical, and taken, when its probability p after what precedes it has
+
+        p > min(epsilon, delta * exp(-entropy))
+
+    after Medusa (Cai et al., 2024, §2.3.1): probable, or not improbable where the model is
+    unsure. Where several drafts are, the likeliest is taken; where none is, the target's own
+    draw decides. p and the entropy (in nats) are those of the processed logits at temperature 1.
+    The text is a plausible one, but not drawn from the model's distribution.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "delta"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise OptionError(
+                    f"typical acceptance: {name} must be above 0 and at most 1, got {value}."
+                )
+
+    def __str__(self) -> str:
+        return f"{self.epsilon:g}:{self.delta:g}"
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """How to decode: the tree, pruning, when streams run, whether parents condition candidates.
 
@@ -260,6 +292,8 @@ class DecodeConfig:
     > 0 gives streams only to that many nodes, the likeliest for the accepted path to end at; a
     step that ends elsewhere drafts nothing (lossless mode only).
 
+    `typical`: None decodes exactly what the model would say; a `TypicalSpec` is lossy.
+
     Raises:
         OptionError: a value is out of range, or `stream_nodes` without the schedule `inline`.
     """
@@ -269,6 +303,12 @@ class DecodeConfig:
     schedule: Schedule = "auto"
     use_conditioner: bool = True
     stream_nodes: int = 0
+    typical: TypicalSpec | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """Tell whether the text may differ from what the model says without speculation."""
+        return self.typical is not None
 
     def __post_init__(self) -> None:
         if self.stream_nodes < 0:

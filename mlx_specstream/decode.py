@@ -45,6 +45,7 @@ class StreamDecoder:
     def __post_init__(self) -> None:
         trained, tensor = self.streams.config, self.streams.tensor
         pruner, conditioner = None, None
+        self.chooser.typical = self.config.typical
         if self.config.prune is not None:
             if not trained.pruner_rank:
                 raise StreamsError(

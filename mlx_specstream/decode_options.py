@@ -6,13 +6,15 @@ Shared by every verb that generates; each option maps onto a field of `DecodeCon
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import cast, get_args
 
-from .config import DecodeConfig, PruneSpec, Schedule, TreeSpec
+from .config import DecodeConfig, PruneSpec, Schedule, TreeSpec, TypicalSpec
 from .demo import DEMO_NAME
 from .errors import OptionError
 from .shipped import AUTO
+
+LOSSY_NOTE = "typical acceptance is lossy: the text may differ from what the model says by itself."
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
@@ -34,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
 
 
 def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: bool = False) -> None:
-    """Add --tree, --prune, --schedule and --no-conditioning."""
+    """Add --tree, --prune, --schedule, --no-conditioning and --lossy-typical."""
     default = DecodeConfig()
     tree_help = (
         "draft tree: 'auto' (what pays on this machine, plain decoding included), 'chain', "
@@ -67,6 +69,17 @@ def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: boo
         action="store_true",
         help="do not re-rank candidates by their parent token (the paper's method as it stands)",
     )
+    parser.add_argument(
+        "--lossy-typical",
+        nargs="?",
+        const=str(TypicalSpec()),
+        metavar="EPSILON[:DELTA]",
+        help=(
+            "LOSSY: also take drafts that the model did not choose but finds probable, above "
+            "min(EPSILON, DELTA * exp(-entropy)); the text is no longer the model's own "
+            f"(default: off; without a value {TypicalSpec()})"
+        ),
+    )
 
 
 def streams_option(arguments: argparse.Namespace) -> str | None:
@@ -87,6 +100,7 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
         schedule=schedule,
         stream_nodes=stream_nodes,
         use_conditioner=not arguments.no_conditioning,
+        typical=None if arguments.lossy_typical is None else parse_typical(arguments.lossy_typical),
     )
 
 
@@ -123,10 +137,30 @@ def parse_schedule(text: str) -> tuple[Schedule, int]:
     )
 
 
+def parse_typical(text: str) -> TypicalSpec:
+    """Read `0.09` (epsilon) or `0.09:0.3` (epsilon and delta).
+
+    Raises:
+        OptionError: the text has neither form, or a value is out of range.
+    """
+    epsilon, colon, delta = text.partition(":")
+    try:
+        return TypicalSpec(float(epsilon), float(delta) if colon else TypicalSpec.delta)
+    except OptionError:
+        raise
+    except ValueError:
+        raise OptionError(
+            f"cannot read the typical acceptance {text!r}; use '0.09' (epsilon) or '0.09:0.3' "
+            "(epsilon and delta)."
+        ) from None
+
+
 def described(config: DecodeConfig) -> dict[str, object]:
     """Return the JSON form of a config, the tree as it is written on the command line."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     prune = config.prune
     values["tree"] = str(config.tree)
     values["prune"] = None if prune is None else {"keep": prune.keep, "threshold": prune.threshold}
+    values["typical"] = None if config.typical is None else asdict(config.typical)
+    values["lossy"] = config.lossy
     return values

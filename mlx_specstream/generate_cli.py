@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .decode_options import (
+    LOSSY_NOTE,
     add_decode_options,
     add_model_options,
     decode_config,
@@ -16,12 +18,22 @@ from .decode_options import (
     streams_option,
 )
 from .errors import DataError, OptionError
+from .sampling_options import (
+    add_grammar_options,
+    add_sampling_options,
+    check_sampling,
+    make_grammar_processors,
+    make_processors,
+    make_sampler,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from .generation import GenerationResponse
     from .loading import StreamModel
+
+log = logging.getLogger("mlx_specstream")
 
 DEFAULT_MAX_TOKENS = 256
 _NOT_YET = (
@@ -30,7 +42,6 @@ _NOT_YET = (
     "--draft-model",
     "--prompt-cache-file",
     "--image",
-    "--xtc-probability",
 )
 
 
@@ -58,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--extra-eos-token", nargs="+", default=[], help="further tokens that end the answer"
     )
     add_sampling_options(parser)
+    add_grammar_options(parser)
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="take the prompt as it is"
     )
@@ -89,21 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add mlx-lm's sampling flags, those that hold token by token."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temp", type=float, default=0.0, help="temperature; 0 takes the likeliest token"
-    )
-    group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1: off)")
-    group.add_argument("--min-p", type=float, default=0.0, help="min-p sampling (0: off)")
-    group.add_argument("--top-k", type=int, default=0, help="top-k sampling (0: off)")
-    group.add_argument(
-        "--min-tokens-to-keep", type=int, default=1, help="tokens that min-p leaves at least"
-    )
-    group.add_argument("--seed", type=int, help="seed of the random generator")
-
-
 def main(argv: list[str]) -> int:
     """Answer the prompt and print it."""
     arguments = build_parser().parse_args(argv)
@@ -132,17 +129,24 @@ def main(argv: list[str]) -> int:
         use_template=not arguments.ignore_chat_template,
         template_options=template_options,
     )
+    vocab_size = model.backbone.vocab_size
     responses = stream_generate(
         model,
         tokenizer,
         prompt,
         max_tokens=arguments.max_tokens,
-        sampler=make_sampler(arguments, model.backbone.vocab_size),
+        sampler=make_sampler(arguments, vocab_size, tokenizer),
+        logits_processors=[
+            *make_processors(arguments, vocab_size),
+            *make_grammar_processors(arguments, tokenizer, vocab_size),
+        ],
         config=config,
         speculative=not arguments.no_speculation,
         stop=arguments.stop,
         prefill_step_size=arguments.prefill_step_size,
     )
+    if config.lossy:
+        log.warning("note: %s", LOSSY_NOTE)
     shown = arguments.verbose and not arguments.json
     if shown:
         print("=" * 10)
@@ -167,52 +171,6 @@ def main(argv: list[str]) -> int:
         print("=" * 10)
         print(summary(last))
     return 0
-
-
-def make_sampler(arguments: argparse.Namespace, vocab_size: int | None = None) -> Any:
-    """Return mlx-lm's sampler for the sampling flags, None for the likeliest token.
-
-    Raises:
-        OptionError: --top-k is not below the size of the vocabulary, if that is given.
-    """
-    if arguments.temp == 0:
-        return None
-    if vocab_size is not None and arguments.top_k >= vocab_size:
-        raise OptionError(
-            f"--top-k must be below the model's {vocab_size} tokens, got {arguments.top_k}."
-        )
-    from mlx_lm import sample_utils
-
-    return sample_utils.make_sampler(
-        arguments.temp,
-        arguments.top_p,
-        arguments.min_p,
-        arguments.min_tokens_to_keep,
-        top_k=arguments.top_k,
-    )
-
-
-def check_sampling(arguments: argparse.Namespace) -> None:
-    """Refuse sampling flags out of range before a model is loaded.
-
-    Raises:
-        OptionError: a flag is out of range.
-    """
-    checks = (
-        ("--temp", arguments.temp, 0 <= arguments.temp < float("inf"), "a number of at least 0"),
-        ("--top-p", arguments.top_p, 0 <= arguments.top_p <= 1, "a probability"),
-        ("--min-p", arguments.min_p, 0 <= arguments.min_p <= 1, "a probability"),
-        ("--top-k", arguments.top_k, arguments.top_k >= 0, "at least 0 (0: off)"),
-        (
-            "--min-tokens-to-keep",
-            arguments.min_tokens_to_keep,
-            arguments.min_tokens_to_keep >= 1,
-            "at least 1",
-        ),
-    )
-    for name, value, right, wanted in checks:
-        if not right:
-            raise OptionError(f"{name} must be {wanted}, got {value}.")
 
 
 def add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:

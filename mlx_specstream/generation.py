@@ -126,7 +126,8 @@ def summary(response: GenerationResponse) -> str:
         f"Peak memory: {response.peak_memory:.3f} GB",
     ]
     if response.stats.drafted:
-        lines.append(f"Speculation: {response.stats}")
+        lossy = " (lossy)" if response.stats.lossy else ""
+        lines.append(f"Speculation{lossy}: {response.stats}")
     return "\n".join(lines)
 
 
@@ -194,6 +195,7 @@ def stream_generate(
         cache=cache,
         lent=None if isinstance(prompt_cache, KVCache) else prompt_cache,
         processors=chooser.processors,
+        stats=SpeculationStats(lossy=chooser.typical is not None),
     )
     return run.responses(model.model, prefill_step_size, prompt_progress_callback)
 

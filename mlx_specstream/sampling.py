@@ -30,7 +30,8 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
-from .accept import TypicalAcceptance
+from .accept import typical_choice
+from .config import TypicalSpec
 from .randomness import seeded, take_seed
 from .tree import DraftTree
 
@@ -70,13 +71,13 @@ class TokenChooser:
 
     history: the text up to and including the root, kept up by the caller.
     seed: of this answer's random numbers; None takes one from MLX's global generator.
-    typical: accept likely drafts that were not drawn, which is lossy (`accept.py`).
+    typical: take likely drafts that were not drawn, which is lossy (`accept.py`).
     """
 
     sampler: Sampler | None = None
     processors: Sequence[LogitsProcessor] = ()
     history: list[int] = field(default_factory=list)
-    typical: TypicalAcceptance | None = None
+    typical: TypicalSpec | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ class TokenChooser:
             if tree.alive is not None:
                 children = children & tree.alive
             if self.typical is not None:
-                token = self.typical.choose(values, tree.tokens, children, token)
+                token = typical_choice(self.typical, values, tree.tokens, children, token)
             drawn = mx.where(accepted & (nodes == node), token, drawn)
             if depth < tree.depth:
                 child = children & (tree.tokens == token)

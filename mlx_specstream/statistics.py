@@ -11,7 +11,8 @@ class SpeculationStats:
 
     passes: forward passes after the prompt. tokens: tokens given out. drafted: draft tokens
     verified. accepted: tokens given out that a stream had proposed. histogram: entry n counts
-    the passes in which n drafts were accepted.
+    the passes in which n drafts were accepted. lossy: by typical acceptance, so the text is not
+    the model's own.
     """
 
     passes: int = 0
@@ -19,6 +20,7 @@ class SpeculationStats:
     drafted: int = 0
     accepted: int = 0
     histogram: tuple[int, ...] = ()
+    lossy: bool = False
 
     @property
     def tokens_per_step(self) -> float:
@@ -44,6 +46,7 @@ class SpeculationStats:
             self.drafted + other.drafted,
             self.accepted + other.accepted,
             tuple(a + b for a, b in zip(mine, theirs, strict=True)),
+            self.lossy or other.lossy,
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -56,6 +59,7 @@ class SpeculationStats:
             "accepted": self.accepted,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": list(self.histogram),
+            "lossy": self.lossy,
         }
 
     def __str__(self) -> str:
@@ -63,4 +67,5 @@ class SpeculationStats:
         return (
             f"{self.tokens} tokens in {self.passes} passes, {self.tokens_per_step:.2f} per pass; "
             f"{self.accepted} of {self.drafted} drafts accepted; passes by drafts accepted {steps}"
+            + ("; lossy (typical acceptance)" if self.lossy else "")
         )

@@ -69,6 +69,11 @@ def main(argv: list[str]) -> int:
         raise OptionError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
     if arguments.max_tokens < 1:
         raise OptionError(f"--max-tokens must be at least 1, got {arguments.max_tokens}.")
+    if arguments.lossy_typical is not None:
+        raise OptionError(
+            "verify compares with plain decoding, from which typical acceptance (lossy) differs by "
+            "design; leave --lossy-typical out."
+        )
     trees = arguments.tree or [str(DecodeConfig().tree)]
     configs = [decode_config(arguments, tree) for tree in trees]
 

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from mlx_specstream.accept import accept
+from mlx_specstream.accept import accept, typical_choice
+from mlx_specstream.config import TypicalSpec
+from mlx_specstream.errors import OptionError
+from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.tree import DraftTree, ancestors, root_only
 from tests.engine import examples
 from tests.reference import tree as reference
@@ -95,3 +99,57 @@ def test_root_alone() -> None:
     path = accept(root_only(mx.array(9)), mx.ones((1, 1), dtype=mx.bool_), mx.array([3]))
     assert path.tokens.tolist() == [3]
     assert path.length.item() == 0
+
+
+@examples(200)
+@given(
+    st.lists(st.integers(-6, 6), min_size=4, max_size=4),
+    st.sets(st.integers(0, 3)),
+    st.floats(0.01, 1),
+    st.floats(0.01, 1),
+)
+def test_typical_choice_against_its_definition(
+    logits: list[int], children: set[int], epsilon: float, delta: float
+) -> None:
+    row = np.array(logits, dtype=np.float64) / 2
+    p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+    threshold = min(epsilon, delta * np.exp((p * np.log(p)).sum()))
+    tokens = [3, 0, 2, 1]
+    typical = [tokens[child] for child in children if p[tokens[child]] > threshold]
+    drawn = 1
+    found = typical_choice(
+        TypicalSpec(epsilon, delta),
+        mx.array(row[None]),
+        mx.array(tokens),
+        mx.array([child in children for child in range(4)]),
+        mx.array([drawn]),
+    ).item()
+    event(f"{len(typical)} typical")
+    if typical:
+        assert found in typical
+        assert p[found] >= max(p[token] for token in typical) - 1e-6
+    else:
+        assert found == drawn
+
+
+def test_typical_acceptance_takes_what_was_not_drawn() -> None:
+    """Root 1's second child is likely but not likeliest; below it the draft is improbable."""
+    logits = mx.log(mx.array([[0.6, 0.0, 0.3, 0.1], [0.25] * 4, [0.9, 0.05, 0.04, 0.01]]))
+    tree = DraftTree(
+        *(mx.array(values, dtype=mx.int32) for values in ([1, 2, 3], [0, 0, 1], [0, 1, 2])), depth=2
+    )
+    logits = mx.take(logits, mx.array([0, 2, 1]), axis=0)
+    assert TokenChooser()(logits, tree)[0].tolist()[0] == 0
+    drawn, finite = TokenChooser(history=[1], typical=TypicalSpec())(logits, tree)
+    assert drawn.tolist() == [2, 0, -1]
+    assert finite.item()
+    path = accept(tree, ancestors(tree.parents, 2), drawn)
+    assert path.tokens.tolist()[:2] == [2, 0]
+    strict = TokenChooser(history=[1], typical=TypicalSpec(epsilon=0.9, delta=1.0))
+    assert strict(logits, tree)[0].tolist() == [0, -1, -1]
+
+
+@pytest.mark.parametrize("fields", [{"epsilon": 0.0}, {"epsilon": 1.5}, {"delta": -1.0}])
+def test_typical_values_are_checked(fields: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="must be above 0 and at most 1"):
+        TypicalSpec(**fields)

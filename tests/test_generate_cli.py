@@ -87,6 +87,48 @@ def test_sampling_and_seed(folder: str, capsys: pytest.CaptureFixture[str]) -> N
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_seed_gives_the_plain_text_too(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", folder, "-p", "hi", "-m", "20", "--json", "--temp", "1", "--seed", "3"]
+    words += ["--xtc-probability", "0.5", "--xtc-threshold", "0.1", "--repetition-penalty", "1.2"]
+    words += ["--presence-penalty", "0.3", "--frequency-penalty", "0.2"]
+    words += ["--logit-bias", '{"101": 3.5, "32": -1}']
+    ways = (["--no-speculation"], ["--tree", "12"], ["--tree", "chain"])
+    runs = [json.loads(spoken(capsys, *words, *way)[0])["tokens"] for way in ways]
+    assert runs[0] == runs[1] == runs[2]
+    words[words.index("--repetition-penalty") + 1] = "1.0"
+    assert json.loads(spoken(capsys, *words, *ways[0])[0])["tokens"] != runs[0]
+
+
+def test_typical_acceptance_is_called_lossy(
+    folder: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", folder, "-p", "hi", "-m", "6", "--tree", "8"]
+    record = json.loads(spoken(capsys, *words, "--json")[0])
+    assert (record["config"]["lossy"], record["speculation"]["lossy"]) == (False, False)
+    out, _ = spoken(capsys, *words, "--json", "--lossy-typical")
+    record = json.loads(out)
+    assert (record["config"]["lossy"], record["speculation"]["lossy"]) == (True, True)
+    assert record["config"]["typical"] == {"epsilon": 0.09, "delta": 0.3}
+    assert "typical acceptance is lossy" in caplog.text
+    out, _ = spoken(capsys, *words, "--lossy-typical", "0.2:0.5")
+    assert "Speculation (lossy): " in out
+    assert "lossy" not in spoken(capsys, *words)[0]
+    assert cli.main(["verify", "--model", folder, "--lossy-typical"]) == 2
+    assert "verify compares with plain decoding" in capsys.readouterr().err
+
+
+def test_constrained_answers(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llguidance")
+    words = ["--model", folder, "-p", "hi", "--json", "--tree", "8", "-m", "30"]
+    record = json.loads(spoken(capsys, *words, "--regex", "(yes|no)!")[0])
+    assert record["text"] in ("yes!", "no!")
+    (tmp_path / "schema.json").write_text('{"enum": ["red", "green"]}')
+    words += ["--json-schema", str(tmp_path / "schema.json")]
+    assert json.loads(json.loads(spoken(capsys, *words)[0])["text"]) in ("red", "green")
+
+
 def test_prompt_from_standard_input(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +174,15 @@ def test_an_interrupt_exits_130(
         (["-p", "hi", "--min-p", "-0.1"], "--min-p must be"),
         (["-p", "hi", "--top-k", "-1"], "--top-k must be"),
         (["-p", "hi", "--temp", "1", "--top-k", "256"], "--top-k must be below"),
+        (["-p", "hi", "--xtc-threshold", "0.7"], "--xtc-threshold must be between 0 and 0.5"),
+        (["-p", "hi", "--repetition-penalty", "0"], "--repetition-penalty must be"),
+        (["-p", "hi", "--presence-penalty", "inf"], "--presence-penalty must be"),
+        (["-p", "hi", "--logit-bias", "[1]"], "--logit-bias must be a JSON object"),
+        (["-p", "hi", "--logit-bias", '{"1": null}'], "--logit-bias must be a JSON object"),
+        (["-p", "hi", "--logit-bias", '{"256": 1}'], "ids are 0 to 255"),
+        (["-p", "hi", "--lossy-typical", "x"], "cannot read the typical acceptance 'x'"),
+        (["-p", "hi", "--lossy-typical", "2"], "epsilon must be above 0"),
+        (["-p", "hi", "--json-schema", "nowhere.json"], "nowhere.json cannot be read"),
         (["-p", "hi", "--stop", ""], "stop strings"),
         (["-p", "hi", "--extra-eos-token", "nope"], "no single token 'nope'"),
         (["-p", "hi", "--chat-template-config", "[1"], "--chat-template-config must be"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlx_specstream.decode_options import add_decode_options, add_model_options, streams_option
 from mlx_specstream.errors import OutputError
-from mlx_specstream.generate_cli import add_sampling_options
+from mlx_specstream.sampling_options import add_sampling_options
 
 from ..conversation import Conversation
 from ..saving import load_conversation

@@ -102,10 +102,13 @@ class ChatSession:
 
     @property
     def mode(self) -> str:
-        """Return lossless, shared or plain."""
+        """Return lossless, shared, plain, or lossy (with typical acceptance)."""
         if self.model.streams is None or self.settings.mode == "plain":
             return "plain"
-        return self.model.streams.config.mode
+        mode = self.model.streams.config.mode
+        if self.settings.decode.lossy:
+            return "lossy" if mode == "lossless" else f"{mode}, lossy"
+        return mode
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of messages in the model's chat template."""
@@ -128,6 +131,7 @@ class ChatSession:
         """
         settings = self.settings
         forgotten = conversation.forgotten
+        vocab_size = self.model.backbone.vocab_size
         ids = conversation.prompt(self.encode, self.model.context_length, settings.max_tokens)
         rest = self.prefix.reuse(ids)
         reply = Reply(ids, len(rest), max(0, conversation.forgotten - forgotten))
@@ -146,7 +150,8 @@ class ChatSession:
                 self.tokenizer,
                 rest,
                 max_tokens=self._budget(len(ids)),
-                sampler=settings.sampler(self.model.backbone.vocab_size),
+                sampler=settings.sampler(vocab_size, self.tokenizer),
+                logits_processors=settings.processors(vocab_size),
                 prompt_cache=self.prefix.kv,
                 prefill_step_size=PREFILL_STEP,
                 prompt_progress_callback=progress,

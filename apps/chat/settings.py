@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_specstream import DecodeConfig, PruneSpec, TreeSpec
-from mlx_specstream.decode_options import decode_config, parse_prune
+from mlx_specstream import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
+from mlx_specstream.decode_options import decode_config, parse_prune, parse_typical
 from mlx_specstream.errors import OptionError
-from mlx_specstream.generate_cli import check_sampling, make_sampler
-from mlx_specstream.sampling import Sampler
+from mlx_specstream.sampling import LogitsProcessor, Sampler
+from mlx_specstream.sampling_options import (
+    PENALTY_CONTEXT,
+    check_sampling,
+    make_processors,
+    make_sampler,
+)
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -31,6 +39,13 @@ class Settings:
     top_k: int = 0
     min_p: float = 0.0
     min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_context_size: int = PENALTY_CONTEXT
+    logit_bias: str | None = None
     seed: int | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     mode: DecodeMode = "speculative"
@@ -52,25 +67,28 @@ class Settings:
         """Return the settings that the command line's options describe."""
         check_sampling(arguments)
         return cls(
-            temp=arguments.temp,
-            top_p=arguments.top_p,
-            top_k=arguments.top_k,
-            min_p=arguments.min_p,
-            min_tokens_to_keep=arguments.min_tokens_to_keep,
+            **{name: getattr(arguments, name) for name in _SAMPLING},
             seed=arguments.seed,
             max_tokens=arguments.max_tokens,
             mode="plain" if arguments.no_speculation else "speculative",
             decode=decode_config(arguments),
         )
 
-    def sampler(self, vocab_size: int) -> Sampler | None:
+    def sampler(self, vocab_size: int, tokenizer: TokenizerWrapper) -> Sampler | None:
         """Return what draws tokens; None takes the likeliest.
 
         Raises:
             OptionError: top-k does not fit the vocabulary.
         """
-        sampler: Sampler | None = make_sampler(self._as_arguments(), vocab_size)
-        return sampler
+        return make_sampler(self._as_arguments(), vocab_size, tokenizer)
+
+    def processors(self, vocab_size: int) -> list[LogitsProcessor]:
+        """Return the logits processors.
+
+        Raises:
+            OptionError: the logit bias does not fit the vocabulary.
+        """
+        return make_processors(self._as_arguments(), vocab_size)
 
     def changed(self, name: str, text: str) -> Settings:
         """Return the settings with one changed, as `/set name text` does it.
@@ -92,13 +110,24 @@ class Settings:
         return [(name, s.show(self), s.wanted) for name, s in SETTINGS.items()]
 
     def _as_arguments(self) -> argparse.Namespace:
-        return argparse.Namespace(
-            temp=self.temp,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            min_tokens_to_keep=self.min_tokens_to_keep,
-        )
+        return argparse.Namespace(**{name: getattr(self, name) for name in _SAMPLING})
+
+
+# The fields that say how tokens are drawn, named as the command line's flags.
+_SAMPLING = (
+    "temp",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens_to_keep",
+    "xtc_probability",
+    "xtc_threshold",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "penalty_context_size",
+    "logit_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +182,17 @@ SETTINGS: dict[str, Setting] = {
     "top-p": _plain("top_p", float, "a probability, 1 for off", "1", "0.9"),
     "top-k": _plain("top_k", int, "a whole number, 0 for off", "0", "40"),
     "min-p": _plain("min_p", float, "a probability, 0 for off", "0", "0.05"),
+    "xtc-probability": _plain(
+        "xtc_probability", float, "how often XTC is applied, 0 for off", "0", "0.5"
+    ),
+    "xtc-threshold": _plain(
+        "xtc_threshold", float, "XTC cuts likelier tokens, 0 to 0.5", "0.1", "0.2"
+    ),
+    "repetition-penalty": _plain(
+        "repetition_penalty", float, "a number above 0, 1 for off", "1", "1.1"
+    ),
+    "presence-penalty": _plain("presence_penalty", float, "a number, 0 for off", "0", "0.5"),
+    "frequency-penalty": _plain("frequency_penalty", float, "a number, 0 for off", "0", "0.5"),
     "seed": _plain("seed", _optional(int), "a whole number, or none", "none", "0"),
     "max-tokens": _plain("max_tokens", int, "a whole number, -1 for no limit", "256", "-1"),
     "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
@@ -162,6 +202,13 @@ SETTINGS: dict[str, Setting] = {
     "prune": _decode("prune", _optional(parse_prune), "8, 8:0.02 or none", "none", "8"),
     "schedule": _decode("schedule", str, "auto, inline or deferred", "auto", "inline", "deferred"),
     "conditioning": _decode("use_conditioner", _switch, "on or off", "on", "off"),
+    "lossy-typical": _decode(
+        "typical",
+        _optional(parse_typical),
+        "LOSSY typical acceptance, 0.09 or 0.09:0.3, or none",
+        "none",
+        str(TypicalSpec()),
+    ),
 }
 """Every setting by name, in the order they are shown."""
 

@@ -82,13 +82,15 @@ def _run(
     stopped: Callable[[], bool],
 ) -> tuple[float, int]:
     """Generate the answer's beginning; return the seconds after its first pass and the tokens."""
+    vocab_size = session.model.backbone.vocab_size
     cached = min(len(reply.prompt) - 1, session.prefix.kv.length)
     stream = stream_generate(
         session.model,
         session.tokenizer,
         reply.prompt[cached:],
         max_tokens=min(ROUND_TOKENS, len(reply.tokens)),
-        sampler=session.settings.sampler(session.model.backbone.vocab_size),
+        sampler=session.settings.sampler(vocab_size, session.tokenizer),
+        logits_processors=session.settings.processors(vocab_size),
         prompt_cache=session.prefix.fork(cached),
         config=session.settings.decode,
         speculative=speculative,

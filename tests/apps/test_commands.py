@@ -18,7 +18,7 @@ from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import SETTINGS, Settings
 from mlx_specstream.apps.chat.view import PlainView
 from mlx_specstream.apps.conversation import Conversation, Exchange
-from mlx_specstream.config import PruneSpec, TreeSpec
+from mlx_specstream.config import PruneSpec, TreeSpec, TypicalSpec
 from mlx_specstream.errors import OptionError
 from tests.apps.parrot import ANSWER
 
@@ -148,6 +148,12 @@ def test_settings_are_read_and_shown() -> None:
         ("TOP_P", "0.9"),
         ("top-k", "40"),
         ("min-p", "0.1"),
+        ("xtc-probability", "0.5"),
+        ("xtc-threshold", "0.2"),
+        ("repetition-penalty", "1.1"),
+        ("presence-penalty", "-0.5"),
+        ("frequency-penalty", "0.25"),
+        ("lossy-typical", "0.2"),
         ("seed", "7"),
         ("max-tokens", "-1"),
         ("mode", "plain"),
@@ -162,6 +168,11 @@ def test_settings_are_read_and_shown() -> None:
     assert settings.decode.tree == TreeSpec.parse("3^2")
     assert settings.decode.prune == PruneSpec(8, 0.5)
     assert not settings.decode.use_conditioner
+    assert settings.decode.typical == TypicalSpec(0.2, 0.3)
+    assert (settings.xtc_probability, settings.xtc_threshold) == (0.5, 0.2)
+    assert settings.repetition_penalty == 1.1
+    assert len(settings.processors(256)) == 3
+    assert Settings().processors(256) == []
     shown = {name: value for name, value, _ in settings.rows()}
     assert shown["tree"] == "3^2"
     assert shown["prune"] == "8:0.5"
@@ -174,6 +185,8 @@ def test_settings_are_read_and_shown() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nonsense_is_refused(name: str) -> None:
     for text in ("-5", "what", "", "nan" if name != "mode" else "x"):
+        if text == "-5" and name in ("presence-penalty", "frequency-penalty"):
+            continue  # tokens may be rewarded for having occurred
         with pytest.raises(OptionError):
             Settings().changed(name, text)
 
