@@ -70,10 +70,12 @@ def chosen_cases(
     categories: Sequence[str] = (),
     num_prompts: int | None = None,
     seed: int = 0,
+    *,
+    in_turns: bool = False,
 ) -> list[Case]:
     """Read all sources; keep `categories` and, of each, `num_prompts` drawn by `seed`.
 
-    The categories take turns, so that a run that is cut short has measured all of them.
+    Categories follow each other, or take turns, so that a run that is cut short has measured all.
 
     Raises:
         DataError: as `read_cases`. OptionError: a category that no prompt has.
@@ -94,6 +96,8 @@ def chosen_cases(
             drawn = random.Random(f"{seed} {name}").sample(range(len(group)), num_prompts)  # noqa: S311
             group = [group[index] for index in sorted(drawn)]
         groups.append(group)
+    if not in_turns:
+        return [case for group in groups for case in group]
     return [
         group[place]
         for place in range(max(map(len, groups)))

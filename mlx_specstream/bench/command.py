@@ -240,7 +240,13 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
 
 def cases_of(settings: Settings) -> list[Case]:
     """Return the prompts that the settings ask for."""
-    return chosen_cases(settings.sources, settings.categories, settings.num_prompts, settings.seed)
+    return chosen_cases(
+        settings.sources,
+        settings.categories,
+        settings.num_prompts,
+        settings.seed,
+        in_turns=settings.limit_s > 0,
+    )
 
 
 def check_same_prompts(earlier: Result, cases: Sequence[Case]) -> None:

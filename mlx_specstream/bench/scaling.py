@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_specstream.errors import DataError, OptionError, SpecStreamError, StreamsError
 from mlx_specstream.files import atomic_file
-from mlx_specstream.loading import StreamModel, load
+from mlx_specstream.loading import StreamModel, load, model_folder
 from mlx_specstream.machine import Machine
 from mlx_specstream.streams import Streams
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grows = "rows of the tree" if name == "yield-tree" else "tokens of context"
         collect(record, folder, name, grows, points, 60 * arguments.limit)
     if LONG in arguments.study:
-        _, tokenizer = loader.loaded()
+        tokenizer = loader.tokenizer()
         model = small_model(max(tokenizer.get_vocab().values()) + 1)
         samples = long_generation(model, tokenizer, arguments.tokens)
         collect(record, folder, LONG, "tokens generated", samples)
@@ -114,8 +114,9 @@ def check(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.study if name not in known]
     if unknown or not arguments.study:
         raise OptionError(
-            f"there is no study {unknown[0]!r}" if unknown else "name a study"
-        ) from None
+            (f"there is no study {unknown[0]!r}" if unknown else "no study is named")
+            + f"; name some of {', '.join(known)}."
+        )
     for name, least in (("rounds", 2), ("num_prompts", 1), ("max_tokens", 2), ("tokens", 100)):
         if getattr(arguments, name) < least:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}.")
@@ -136,6 +137,14 @@ class _Loader:
                 raise StreamsError(f"there are no streams for {name}; name some with --streams.")
             self.found = (model, tokenizer)
         return self.found
+
+    def tokenizer(self) -> TokenizerWrapper:
+        """Return the tokenizer alone, so that the model's weights are not in memory."""
+        from mlx_lm.utils import load_tokenizer
+
+        self.found = None
+        folder = model_folder(self.arguments.model)
+        return load_tokenizer(folder, {"trust_remote_code": False})
 
     def streams(self) -> Streams:
         if self.arguments.small:

@@ -55,7 +55,10 @@ def test_categories_of_files(tmp_path: Path) -> None:
 
 def test_prompts_are_drawn_by_seed_and_categories_take_turns() -> None:
     a = chosen_cases(["built-in"], ["sql", "chat"], 3, seed=1)
-    assert [case.category for case in a] == ["sql", "chat"] * 3
+    assert [case.category for case in a] == ["sql"] * 3 + ["chat"] * 3
+    b = chosen_cases(["built-in"], ["sql", "chat"], 3, seed=1, in_turns=True)
+    assert [case.category for case in b] == ["sql", "chat"] * 3
+    assert {case.sha256 for case in a} == {case.sha256 for case in b}
     assert a == chosen_cases(["built-in"], ["sql", "chat"], 3, seed=1)
     assert a != chosen_cases(["built-in"], ["sql", "chat"], 3, seed=2)
     every = chosen_cases(["built-in"])
