@@ -7,14 +7,15 @@ shallow copies that share every weight with the user's model, which itself stays
   a position per row. Without it, the siblings of a draft tree would be verified in wrong places.
 * Linear layers of MSA layers, where stream rows get their adapters (`streams.py`).
 
-What differs between families (where the parts are, scales, caps, windows) is a row of
-`families.py`.
+What differs between families (where the parts are, how layers are called, scales, caps, windows)
+is found out by watching the model run: `families/`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,9 +24,10 @@ import mlx.nn as nn
 from .cache import KVCache, PassCache, Span, new_cache
 from .config import CacheConfig
 from .errors import ModelError
-from .families import Family, family_of
+from .families import refusal, take_apart, uniform
 
 Mask = mx.array | str | None
+SMALL = 2.0**-10  # a logit that no soft-cap changes
 PROBE_TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.5}
 
 
@@ -40,7 +42,7 @@ class RowRope:
         self.rope = rope
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        if not isinstance(offset, mx.array):
+        if not isinstance(offset, mx.array) or offset.ndim == 0:
             return self.rope(x, offset=offset)
         B, H, R, D = x.shape
         if offset.size != B * R:
@@ -59,44 +61,50 @@ class Backbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.family: Family = family_of(model)
-        parts = self.family.parts(model)
-        self.embedding: nn.Module = parts.embedding
-        self.final_norm: nn.Module = parts.norm
-        self.output: Callable[[mx.array], mx.array] = parts.head
-        self.windows: list[int | None] = parts.windows
-        self.layers = [view_layer(layer) for layer in parts.layers]
+        parts = take_apart(model)
+        self.family, self.around = parts.name, parts.around
+        self.calls = parts.calls
+        self.windows: list[int | None] = [call.window for call in parts.calls]
+        self.layers = [
+            uniform(view_layer(layer), call, parts.around.extras)
+            for layer, call in zip(parts.layers, parts.calls, strict=True)
+        ]
         self.num_layers = len(self.layers)
-        probe = self.embed(mx.zeros((1,), dtype=mx.int32))
-        self.hidden_size = int(probe.shape[-1])
-        self.dtype = probe.dtype
-        self.vocab_size = int(self.head(self.norm(probe)).shape[-1])
+        self.hidden_size = parts.around.hidden_size
+        self.vocab_size = parts.around.vocab_size
+        self.dtype = self.embed(mx.zeros((1,), dtype=mx.int32)).dtype
+        # Scales behind the head belong to its rows; a soft-cap does not.
+        self.is_finished = parts.around.is_finished
+        self.head_scale = 1.0
+        if not self.is_finished:
+            small = mx.array([[[SMALL]]])
+            self.head_scale = cast(float, parts.around.finish(small).item()) / SMALL
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the input hidden states (1, R, h) of tokens (R,)."""
-        return self.family.scale_embedding(self.model, self.embedding(tokens[None]))
+        return self.around.embed(tokens)
 
     def embedding_rows(self, tokens: mx.array) -> mx.array:
         """Return the bare embedding rows (n, h) of tokens (n,), unscaled."""
-        return self.embedding(tokens)
+        return cast(mx.array, self.around.embedding(tokens))
 
     def norm(self, hidden: mx.array) -> mx.array:
-        """Return the final norm of hidden states (1, R, h)."""
-        return self.final_norm(hidden)
+        """Return what the head multiplies, (B, R, h): the final norm of hidden states (B, R, h)."""
+        return self.around.norm(hidden)
 
     def head(self, normed: mx.array) -> mx.array:
         """Return logits (1, R, V) of normed hidden states (1, R, h)."""
-        return self.output(normed)
+        return self.around.finish(self.around.product(normed))
 
     def head_rows(self, tokens: mx.array) -> mx.array:
-        """Return the LM head's weight rows (n, h) for tokens (n,): logits without the full product.
+        """Return the LM head's rows (n, h) for tokens (n,): logits without the full product.
 
-        Soft-caps and scales that a family applies after the product are not in them.
+        A scale that the family applies behind the product is in them; `from_rows` does the rest.
         """
-        head = getattr(self.model, "lm_head", None)
-        if head is None:
-            return self.embedding(tokens)
-        if isinstance(head, nn.QuantizedLinear):
+        head = self.around.head
+        if isinstance(head, nn.Embedding | nn.QuantizedEmbedding):
+            rows = cast(mx.array, head(tokens))
+        elif isinstance(head, nn.QuantizedLinear):
             biases: mx.array | None = head.get("biases")
             rows = mx.dequantize(
                 head.weight[tokens],
@@ -105,9 +113,30 @@ class Backbone:
                 group_size=head.group_size,
                 bits=head.bits,
                 mode=head.mode,
-            )
-            return rows.astype(self.dtype)
-        return head.weight[tokens]
+            ).astype(self.dtype)
+        else:
+            rows = head.weight[tokens]
+        return rows if self.head_scale == 1.0 else rows * self.head_scale
+
+    def from_rows(self, products: mx.array, tokens: mx.array) -> mx.array:
+        """Return logits (..., n) for products (..., n) of normed states with the tokens' rows.
+
+        Adds what `head_rows` leaves out: the head's bias, and the family's soft-cap.
+        """
+        bias: mx.array | None = self.around.head.get("bias")
+        if self.head_scale != 1.0:
+            products = products / self.head_scale
+        if bias is not None:
+            products = products + bias[tokens]
+        return self.around.finish(products)
+
+    def mask(self, index: int, mask: RowMask, span: Span | None) -> Mask:
+        """Return the mask of layer `index`: its window's, and an array where it must be one.
+
+        span: the columns that the layer's cache shows, as `RowMask.of` takes them.
+        """
+        found = mask.of(self.windows[index], span)
+        return mask.as_array() if found == "causal" and self.calls[index].as_array else found
 
     def new_cache(self, config: CacheConfig | None = None) -> KVCache:
         """Return an empty cache for this model: sliding layers hold their window alone.
@@ -129,7 +158,7 @@ class Backbone:
         """Run `layers` of the base model over rows (B, R, h), which go to the cache at `start`."""
         for index in layers:
             row = cache.view(index, start, offset)
-            hidden = self.layers[index](hidden, mask.of(self.windows[index], row.span), row)
+            hidden = self.layers[index](hidden, self.mask(index, mask, row.span), row)
         return hidden
 
     def forward(self, tokens: mx.array, cache: KVCache, last_only: bool = True) -> mx.array:
@@ -186,14 +215,16 @@ class RowMask:
         if window not in self._windowed:
             rows, keys = self.positions()
             near = keys[..., None, :] > rows[..., None] - window
-            if self.seen is None:
-                mask = near
-            elif isinstance(self.seen, str):
-                mask = near & (keys[..., None, :] <= rows[..., None])
-            else:
-                mask = near & self.seen
-            self._windowed[window] = mask
+            seen = self.as_array()
+            self._windowed[window] = near if seen is None else near & seen
         return self._windowed[window]
+
+    def as_array(self) -> mx.array | None:
+        """Return who sees whom as an array, (R, S) or (B, 1, R, S) bool, or None (all)."""
+        if isinstance(self.seen, str):
+            rows, keys = self.positions()
+            return keys[..., None, :] <= rows[..., None]
+        return self.seen
 
     def _in_sight(self, span: Span) -> Mask:
         """Return who sees whom where rows leave the cache in turn."""
@@ -221,7 +252,7 @@ def view_layer(layer: nn.Module) -> nn.Module:
     """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows."""
     view = copy.copy(layer)
     for name, child in list(view.items()):
-        if _is_rope(child):
+        if _is_rope(name, child):
             # Past nn.Module's own bookkeeping: RowRope holds no parameters of its own.
             dict.pop(view, name)
             object.__setattr__(view, name, RowRope(child))
@@ -230,9 +261,12 @@ def view_layer(layer: nn.Module) -> nn.Module:
     return view
 
 
-def _is_rope(module: Any) -> bool:
-    """Tell whether `module` rotates by position, whatever its class is called."""
-    return isinstance(module, nn.Module) and "rope" in type(module).__name__.lower()
+def _is_rope(name: str, module: Any) -> bool:
+    """Tell whether the child `name` rotates by position."""
+    if not isinstance(module, nn.Module):
+        return False
+    words = f"{name} {type(module).__name__}".lower()
+    return ("rope" in words or "rotary" in words) and "offset" in signature(module).parameters
 
 
 def check_backbone(backbone: Backbone) -> None:
@@ -247,18 +281,12 @@ def check_backbone(backbone: Backbone) -> None:
     vocab = min(backbone.vocab_size, 997)
     tokens = mx.array([(7 * i * i + 3 * i + 1) % vocab for i in range(7)], dtype=mx.int32)
     expected = backbone.model(tokens[None])[0, 3:].astype(mx.float32)
-    cache = KVCache(backbone.num_layers)
-    backbone.forward(tokens[:3], cache)
-    cache.advance(3)
     order = mx.array([2, 0, 3, 1], dtype=mx.int32)
-    positions = 3 + order
-    keys = mx.concatenate([mx.arange(3, dtype=mx.int32), positions])
-    mask = RowMask(keys[None] <= positions[:, None], lambda: (positions, keys))
-    hidden = backbone.run(
-        backbone.embed(tokens[positions]), range(backbone.num_layers), cache, 3, positions, mask
-    )
-    found = backbone.logits(hidden).astype(mx.float32)
-    error = cast(float, mx.abs(found - mx.take(expected, order, axis=0)).max().item())
+    try:
+        found = _probe(backbone, tokens, order)
+        error = cast(float, mx.abs(found - mx.take(expected, order, axis=0)).max().item())
+    except Exception as failed:  # a layer that cannot take rows fails in its own way
+        raise refusal(backbone.family, failed) from failed
     if mx.any(mx.isnan(expected)).item():
         raise ModelError(
             "the model's output is not a number (NaN): its weights are damaged, or overflow in this "
@@ -268,7 +296,21 @@ def check_backbone(backbone: Backbone) -> None:
     tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
     if not error <= tolerance:
         raise ModelError(
-            f"this model (type {backbone.family.name}) does not compute the same through "
+            f"this model (type {backbone.family}) does not compute the same through "
             f"mlx-specstream as in mlx-lm (logits differ by {error:.2g}, allowed {tolerance:.2g}), "
             "so it cannot be decoded exactly; please report it with the model's name."
         )
+
+
+def _probe(backbone: Backbone, tokens: mx.array, order: mx.array) -> mx.array:
+    """Return float32 logits of the tokens behind the first three, as rows in `order`."""
+    cache = KVCache(backbone.num_layers)
+    backbone.forward(tokens[:3], cache)
+    cache.advance(3)
+    positions = 3 + order
+    keys = mx.concatenate([mx.arange(3, dtype=mx.int32), positions])
+    mask = RowMask(keys[None] <= positions[:, None], lambda: (positions, keys))
+    hidden = backbone.run(
+        backbone.embed(tokens[positions]), range(backbone.num_layers), cache, 3, positions, mask
+    )
+    return backbone.logits(hidden).astype(mx.float32)

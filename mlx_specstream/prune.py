@@ -36,7 +36,8 @@ class Pruner:
         main: (1, T, h), the rows at the input of the first MSA layer.
         """
         exit_state = backbone.norm(main + (main @ self.lora_a) @ self.lora_b)[0]
-        scores = (exit_state @ backbone.head_rows(tree.tokens).T).astype(mx.float32)
+        products = exit_state @ backbone.head_rows(tree.tokens).T
+        scores = backbone.from_rows(products, tree.tokens).astype(mx.float32)
         log_probs = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
         nodes = mx.arange(tree.num_nodes, dtype=mx.int32)
         return mx.where(nodes == 0, 0.0, log_probs[tree.parents, nodes])

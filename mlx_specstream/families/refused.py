@@ -1,0 +1,30 @@
+"""Families whose refusal needs better words than the exception that they would raise."""
+
+from __future__ import annotations
+
+_POSITIONS = "it adds learned position embeddings before its layers, the same way for all rows"
+_ONE_OFFSET = "it rotates by a function of its own that takes one position for all rows"
+_CACHES = "its layers keep several caches each"
+_SHARED = "its upper layers use the keys and values of lower ones, which streams do not have"
+
+REFUSED: dict[str, str] = {
+    "afm7": _SHARED,
+    "baichuan_m1": f"{_CACHES}, one of them a convolution's",
+    "deepseek_v32": f"{_CACHES}, to attend to few keys only",
+    "deepseek_v41": "its layers have several hidden states each and share an index of keys",
+    "falcon_h1": f"{_CACHES}, one of them a state that every token overwrites",
+    "gemma3n": f"it has four hidden states side by side, and {_SHARED}",
+    "glm_moe_dsa": f"{_CACHES}, to attend to few keys only",
+    "gpt2": _POSITIONS,
+    "gpt_bigcode": _POSITIONS,
+    "lille-130m": "its layers compute their positions from a table, one for all rows",
+    "llama4": "it attends in chunks, whose cache drops rows for good",
+    "longcat_flash": _CACHES,
+    "longcat_flash_ngram": f"{_CACHES}, and its embeddings depend on the tokens before",
+    "minimax_m3_vl": f"{_CACHES}, to attend to few keys only",
+    "muse_spark": "each layer begins the next one's work",
+    "nanochat": _ONE_OFFSET,
+    "olmo": "its code needs another package, and ends the program where that is missing",
+    "phi3small": "its head blanks fixed places of the vocabulary",
+    "talkie": _ONE_OFFSET,
+}
