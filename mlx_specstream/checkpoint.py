@@ -133,12 +133,13 @@ def stream_shapes(
     msa_start = N - config.num_msa_layers
     for layer in range(0 if all_layers else msa_start, N):
         for module in config.target_modules:
-            if module not in dims.modules:
+            modules = dims.modules_of(layer)
+            if module not in modules:
                 raise StreamsError(
-                    f"the streams adapt the module {shown(module)}, which the base model's layers"
-                    f" do not have; they have {', '.join(dims.modules)}."
+                    f"the streams adapt the module {shown(module)}, which the base model's layer"
+                    f" {layer} does not have; it has {', '.join(modules)}."
                 )
-            inputs, outputs = dims.modules[module]
+            inputs, outputs = modules[module]
             name = f"layers.{layer}.{module}"
             shapes |= {
                 f"{name}.lora_a": (inputs, config.lora_rank),
@@ -306,6 +307,7 @@ def _dims_from_tensors(
         )
     layers, heads = [config.num_msa_layers - 1], 1
     modules: dict[str, tuple[int, int]] = {}
+    by_layer: dict[int, dict[str, tuple[int, int]]] = {}
     for name, shape in found.items():
         if not (match := _LAYER.fullmatch(name)) or not shape:
             continue
@@ -313,7 +315,9 @@ def _dims_from_tensors(
         module, _, part = match[2].rpartition(".")
         if part == "lora_a" and module in config.target_modules:
             outputs = found.get(f"layers.{match[1]}.{module}.lora_b", (0, 0))
-            modules.setdefault(module, (shape[0], outputs[-1] if outputs else 0))
+            widths = (shape[0], outputs[-1] if outputs else 0)
+            modules.setdefault(module, widths)
+            by_layer.setdefault(int(match[1]), {})[module] = widths
         elif match[2] == "stream_gate":
             heads = shape[0]
     if missing := [module for module in config.target_modules if module not in modules]:
@@ -321,7 +325,11 @@ def _dims_from_tensors(
             f"{where}: the adapters of {missing[0]} are missing although target_modules lists it."
         )
     return BaseDims(
-        hidden_size=embeddings[1], num_layers=max(layers) + 1, num_heads=heads, modules=modules
+        hidden_size=embeddings[1],
+        num_layers=max(layers) + 1,
+        num_heads=heads,
+        modules=modules,
+        by_layer={layer: {**modules, **own} for layer, own in by_layer.items()},
     )
 
 

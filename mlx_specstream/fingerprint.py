@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +28,19 @@ from mlx_specstream.errors import ModelError
 
 SKETCH_ROWS, SKETCH_COLUMNS = 8, 16
 MIN_COSINE = 0.7
-_EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "tok_embeddings")
+# What families of mlx-lm call their token embeddings.
+_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed",
+    "embd",
+    "embedding",
+    "embeddings",
+    "tok_embeddings",
+    "token_embeddings",
+    "word_embeddings",
+    "embed_in",
+)
 _FORM = re.compile(
     r"([\w.\-]{1,64}):(\d{1,6})x(\d{1,8}):v(\d{1,9}):"
     rf"([0-9a-f]{{{2 * SKETCH_ROWS * SKETCH_COLUMNS}}})"
@@ -39,14 +51,24 @@ _FORM = re.compile(
 class BaseDims:
     """The sizes of a base model that stream tensors depend on.
 
-    `modules`: linear modules of one decoder layer, name -> (inputs, outputs), as `self_attn.q_proj`
-    -> (576, 576).
+    `modules`: linear modules of the last decoder layer, name -> (inputs, outputs), as
+    `self_attn.q_proj` -> (576, 576). `by_layer`: those of the layers that differ from it.
     """
 
     hidden_size: int
     num_layers: int
     num_heads: int
     modules: Mapping[str, tuple[int, int]]
+    by_layer: Mapping[int, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+
+    def modules_of(self, layer: int) -> Mapping[str, tuple[int, int]]:
+        """Return the linear modules of one layer."""
+        return self.by_layer.get(layer, self.modules)
+
+    def common_modules(self, num_layers: int) -> tuple[str, ...]:
+        """Return the names of the linear modules that the last `num_layers` layers all have."""
+        last = range(self.num_layers - num_layers, self.num_layers)
+        return tuple(m for m in self.modules if all(m in self.modules_of(n) for n in last))
 
 
 def base_dims(model: nn.Module) -> BaseDims:
@@ -61,11 +83,8 @@ def base_dims(model: nn.Module) -> BaseDims:
             "the model has no decoder layers; streams need a decoder-only language model of mlx-lm."
         )
     layer = layers[-1]
-    modules = {
-        name: _linear_shape(module)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
+    modules = _linear_modules(layer)
+    each = {number: _linear_modules(other) for number, other in enumerate(layers)}
     attention = getattr(layer, "self_attn", None)
     heads = getattr(
         attention,
@@ -79,7 +98,8 @@ def base_dims(model: nn.Module) -> BaseDims:
         hidden_size=width,
         num_layers=len(layers),
         num_heads=int(heads),
-        modules=dict(sorted(modules.items())),
+        modules=modules,
+        by_layer={number: found for number, found in each.items() if found != modules},
     )
 
 
@@ -142,7 +162,10 @@ def embedding_name(model: nn.Module) -> str:
         ModelError: it has none.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and name.endswith(_EMBEDDINGS):
+        if (
+            isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+            and name.rpartition(".")[2] in _EMBEDDINGS
+        ):
             return str(name)
     raise ModelError(
         "the model has no token embedding; streams need a decoder-only language model of mlx-lm."
@@ -151,6 +174,16 @@ def embedding_name(model: nn.Module) -> str:
 
 def _embedding(model: nn.Module) -> nn.Module:
     return dict(model.named_modules())[embedding_name(model)]
+
+
+def _linear_modules(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the linear modules of a layer by name, sorted: (inputs, outputs)."""
+    found = {
+        str(name): _linear_shape(module)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+    return dict(sorted(found.items()))
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

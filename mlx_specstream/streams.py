@@ -192,13 +192,8 @@ class Streams:
         self.split.num_main = num_main
         for index in layers:
             on_values = None if angles is None else lambda v: rotate_values(v, angles)
-<<<<<<< HEAD
             row = cache.view(index, start, offset, on_values)
             allowed = self.backbone.mask(index, mask, row.span)
-=======
-            row = LayerPass(cache.layers[index], start, offset, on_values)
-            allowed = self.backbone.mask(index, mask, row.span)
->>>>>>> b2af4cd (Take any decoder of mlx-lm apart by watching it run)
             gate = self.gates.get(index)
             if gate is not None and num_main < hidden.shape[1]:
                 tail = 0 if row.span is None else row.span.tail

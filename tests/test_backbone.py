@@ -199,25 +199,6 @@ def test_damaged_weights_are_called_so() -> None:
         check_backbone(Backbone(model))
 
 
-def test_unknown_families_are_refused() -> None:
-    from mlx_lm.models import gpt2
-
-    model = gpt2.Model(
-        gpt2.ModelArgs(
-            model_type="gpt2",
-            n_ctx=32,
-            n_embd=16,
-            n_head=2,
-            n_layer=2,
-            n_positions=32,
-            layer_norm_epsilon=1e-5,
-            vocab_size=20,
-        )
-    )
-    with pytest.raises(ModelError, match="'gpt2' are not supported yet; supported are llama"):
-        Backbone(model)
-
-
 def test_views_share_weights_with_the_model() -> None:
     model = tiny.tiny_model(num_hidden_layers=2)
     backbone = Backbone(model)

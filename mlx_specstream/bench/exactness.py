@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from ..backbone import Backbone, check_backbone
-from ..cache import KVCache
 from ..checkpoint import stream_shapes
 from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from ..decode import StreamDecoder
@@ -36,20 +36,13 @@ class Tried:
     differs: str | None
 
 
-def common_modules(model: nn.Module, num_layers: int) -> tuple[str, ...]:
-    """Return the linear modules that the last `num_layers` layers all have."""
-    layers = model.layers[-num_layers:]
-    named = [{name for name, _ in layer.named_modules()} for layer in layers]
-    return tuple(m for m in base_dims(model).modules if all(m in names for names in named))
-
-
 def random_streams(backbone: Backbone, seed: int = 0, scale: float = 0.5) -> Streams:
     """Return random streams with every part, on all linear modules of the MSA layers."""
     config = StreamConfig(
         num_streams=NUM_STREAMS,
         num_msa_layers=NUM_MSA_LAYERS,
         lora_rank=4,
-        target_modules=common_modules(backbone.model, NUM_MSA_LAYERS),
+        target_modules=base_dims(backbone.model).common_modules(NUM_MSA_LAYERS),
         pruner_rank=2,
         conditioner_rank=3,
         conditioner_hidden=5,
@@ -78,9 +71,7 @@ def decoded(
     streams: Streams, config: DecodeConfig, prompt: Sequence[int], max_tokens: int
 ) -> tuple[list[int], int]:
     """Return the greedy tokens of a prompt, at least `max_tokens`, and how many were drafts."""
-    decoder, cache = StreamDecoder(streams, config, TokenChooser()), KVCache(
-        streams.backbone.num_layers
-    )
+    decoder, cache = StreamDecoder(streams, config, TokenChooser()), streams.backbone.new_cache()
     decoder.prefill(prompt[:-1], cache)
     tokens: list[int] = []
 
@@ -108,7 +99,7 @@ def compare_with_mlx_lm(
     for token, log_probs in steps:
         best = mx.sort(log_probs)[-2:]
         expected.append(int(token))
-        gaps.append(float((best[1] - best[0]).item()))
+        gaps.append(cast(float, (best[1] - best[0]).item()))
     accepted = 0
     for config in decode_configs(is_chain=False):
         found, hits = decoded(streams, config, prompt, max_tokens)

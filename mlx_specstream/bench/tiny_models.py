@@ -363,9 +363,10 @@ def tiny_random_model(name: str, *, seed: int = 0, **overrides: Any) -> nn.Modul
         names = {field.name for field in dataclasses.fields(module.ModelArgs)}
         config = {key: value for key, value in config.items() if key in names}
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
-    sizes = [array.size for _, array in tree_flatten(model.parameters())]
-    if sum(sizes) > MOST_PARAMETERS:
-        raise ModelError(f"the table of sizes makes no tiny {name}: {sum(sizes):,} parameters.")
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    size = sum(array.size for _, array in flat)
+    if size > MOST_PARAMETERS:
+        raise ModelError(f"the table of sizes makes no tiny {name}: {size:,} parameters.")
     randomize(model, seed)
     return model
 

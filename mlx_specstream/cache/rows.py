@@ -111,8 +111,8 @@ class LayerKV:
 
     def move(self, to: int, rows: mx.array) -> None:
         """Copy the rows with indices `rows` (n,) to [to, to + n)."""
-        assert self.keys is not None
-        assert self.values is not None
+        if self.keys is None or self.values is None:
+            return  # a layer without attention
         end = to + rows.shape[0]
         self.keys[..., to:end, :] = mx.take(self.keys, rows, axis=2)
         self.values[..., to:end, :] = mx.take(self.values, rows, axis=2)
@@ -137,7 +137,7 @@ class LayerKV:
     def copy(self, length: int) -> LayerKV:
         """Return a layer of its own with the first `length` rows."""
         result = self.fresh()
-        if length:
+        if length and self.keys is not None:
             result.write(0, *self.read(length))
         return result
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_specstream.errors import ModelError
-from mlx_specstream.families import FAMILIES
+from mlx_specstream.families import may_be_decoded
 from mlx_specstream.hub import fetch
 from mlx_specstream.machine import Machine
 
@@ -148,5 +148,5 @@ def shape_of(name: str, config: Mapping[str, object]) -> Shape:
 
 
 def supported(shape: Shape) -> bool:
-    """Tell whether models of this family can be decoded with streams."""
-    return shape.family in FAMILIES
+    """Tell whether models of this family can be decoded with streams, as far as its name tells."""
+    return may_be_decoded(shape.family)

@@ -14,6 +14,7 @@ by `cache.offset`, attends what `cache.update_and_fetch` returns, and sees what 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import mlx.nn as nn
 
@@ -21,9 +22,9 @@ from ..errors import ModelError
 from .around import Around
 from .calls import LayerCall, layer_calls, uniform
 from .record import record
-from .refused import REFUSED
+from .refused import REFUSED, STATES_ALONE
 
-__all__ = ["Parts", "family_name", "refusal", "take_apart", "uniform"]
+__all__ = ["Parts", "family_name", "may_be_decoded", "refusal", "take_apart", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ def family_name(model: nn.Module) -> str:
     return type(model).__module__.rpartition(".")[2]
 
 
+def may_be_decoded(model_type: str) -> bool:
+    """Tell whether mlx-lm has a family of this name that is not known to be refused.
+
+    A model itself is asked by `take_apart`.
+    """
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    name = str(MODEL_REMAPPING.get(model_type, model_type))
+    return (
+        name.replace("-", "_").isidentifier()
+        and name not in REFUSED
+        and find_spec(f"mlx_lm.models.{name}") is not None
+    )
+
+
 def take_apart(model: nn.Module) -> Parts:
     """Return the parts of `model`.
 
@@ -54,9 +70,7 @@ def take_apart(model: nn.Module) -> Parts:
         recording = record(model)
         calls = layer_calls(recording)
         if all(call.recurrent or call.cache is None for call in calls):
-            raise ModelError(
-                "it has no attention layers, only states that every token overwrites"
-            )
+            raise ModelError(STATES_ALONE)
         if any(call.recurrent for call in calls):
             raise ModelError("its recurrent layers cannot drop a rejected draft")
         return Parts(name, recording.layers, calls, Around(recording, calls))

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError
-from .calls import Key, Kind, LayerCall
+from .calls import Key, Kind, LayerCall, by_key
 from .graft import behave, graft
 from .record import SECOND, Called, Pass, Recording
 
@@ -25,7 +25,7 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Carries what a stand-in was called with out of the model's forward."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class _Positions:
     def __init__(self, offset: int | mx.array) -> None:
         self.offset = offset
 
-    def make_mask(self, *args: Any, **kwargs: Any) -> None:
+    def make_mask(self, *_: Any, **__: Any) -> None:
         return None
 
 
@@ -110,7 +110,7 @@ class Around:
     def _pass_on(self, returns_tuple: bool) -> Callable[..., Any]:
         """Return a layer's stand-in, which returns the given hidden state."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*_: Any, **__: Any) -> Any:
             return (self._given[0], None, None) if returns_tuple else self._given[0]
 
         return run
@@ -125,8 +125,8 @@ class Around:
         """Return what the first layer is called with for tokens (B, L)."""
         try:
             self._until_layers(tokens, cache=cache)
-        except _Reached as reached:
-            return {**dict(enumerate(reached.args_given)), **reached.kwargs_given}
+        except _ReachedError as reached:
+            return by_key(reached.args_given, reached.kwargs_given)
         raise AssertionError("the first layer was not reached")
 
     def norm(self, hidden: mx.array) -> mx.array:
@@ -136,7 +136,7 @@ class Around:
         self._given[0] = hidden
         try:
             self._until_head(mx.zeros((1, 1), dtype=mx.int32), cache=None)
-        except _Reached as reached:
+        except _ReachedError as reached:
             return cast(mx.array, reached.args_given[0])
         finally:
             self._given[0] = None
@@ -166,14 +166,22 @@ class Around:
         last = self._last_extras
         if last is not None and last[0] == rows and last[1] is offset:
             return last[2]
-        by_row = isinstance(offset, mx.array)
-        tokens = mx.zeros((rows, 1) if by_row else (1, rows), dtype=mx.int32)
-        found = self._before_layers(tokens, [_Positions(offset)] * self._num_caches)
-        values = {key: found[key] for key in self._row_axes}
-        if by_row:
-            values = {key: value.swapaxes(0, self._row_axes[key]) for key, value in values.items()}
+        if isinstance(offset, mx.array):
+            alone = [_Positions(offset.reshape(-1))] * self._num_caches
+            found = self._before_layers(mx.zeros((offset.size, 1), dtype=mx.int32), alone)
+            values = {key: _rows(found[key], rows, axis) for key, axis in self._row_axes.items()}
+        else:
+            together = [_Positions(offset)] * self._num_caches
+            found = self._before_layers(mx.zeros((1, rows), dtype=mx.int32), together)
+            values = {key: found[key] for key in self._row_axes}
         self._last_extras = (rows, offset, values)
         return values
+
+
+def _rows(value: mx.array, rows: int, axis: int) -> mx.array:
+    """Return (B, ..., R, ...) for values (B·R, ..., 1, ...) of rows alone, R at `axis`."""
+    apart = value.reshape(-1, rows, *value.shape[1:]).squeeze(axis)
+    return mx.moveaxis(apart, 1, axis)
 
 
 def _embedding_call(seen: Pass) -> Called:
@@ -197,8 +205,8 @@ def _same(found: mx.array, expected: mx.array) -> bool:
     return bool(mx.array_equal(found, expected, equal_nan=True).item())
 
 
-def _stop(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-    raise _Reached(args, kwargs)
+def _stop(_: nn.Module, *args: Any, **kwargs: Any) -> None:
+    raise _ReachedError(args, kwargs)
 
 
 def _key(call: LayerCall, kind: Kind) -> Key:
@@ -206,4 +214,4 @@ def _key(call: LayerCall, kind: Kind) -> Key:
 
 
 def _argument(called: Called, key: Key) -> Any:
-    return {**dict(enumerate(called.args)), **called.kwargs}[key]
+    return by_key(called.args, called.kwargs)[key]

@@ -71,7 +71,7 @@ class LayerCall:
     @property
     def is_usual(self) -> bool:
         """Tell whether the layer is called as `layer(hidden, mask, cache)` and returns hidden."""
-        usual = {0: Kind.HIDDEN, 1: Kind.MASK, 2: Kind.CACHE}
+        usual: dict[Key, Kind] = {0: Kind.HIDDEN, 1: Kind.MASK, 2: Kind.CACHE}
         usual |= {"mask": Kind.MASK, "cache": Kind.CACHE}
         return not self.returns_tuple and all(
             usual.get(key) is slot.kind for key, slot in self.arguments
@@ -93,18 +93,16 @@ def layer_calls(recording: Recording) -> list[LayerCall]:
     for pair in zip(first.layers, second.layers, strict=True):
         calls.append(_layer_call(recording, pair, before))
         for key in calls[-1].extras:
-            same = [dict(enumerate(c.args)) | c.kwargs for c in (second.layers[0], pair[1])]
+            same = [by_key(call.args, call.kwargs) for call in (second.layers[0], pair[1])]
             if same[0].get(key) is not same[1][key]:
                 raise ModelError("it hands its layers inputs of their own beside the hidden state")
         before = [call.output for call in pair]
     return calls
 
 
-def _layer_call(
-    recording: Recording, pair: tuple[Called, Called], before: list[Any]
-) -> LayerCall:
+def _layer_call(recording: Recording, pair: tuple[Called, Called], before: list[Any]) -> LayerCall:
     """Conclude how one layer is called from its calls in both pieces."""
-    one, two = ({**dict(enumerate(call.args)), **call.kwargs} for call in pair)
+    one, two = (by_key(call.args, call.kwargs) for call in pair)
     hidden = _first_result(before[1]) if before[1] is not None else _first_hidden(two)
     if not any(value is hidden for value in two.values()):
         raise ModelError("it computes something between its layers")
@@ -120,7 +118,7 @@ def _layer_call(
     if kind not in (None, "KVCache", "RotatingKVCache", "ArraysCache"):
         raise ModelError(f"its layers keep a {kind}, which cannot drop a rejected draft")
     windows = [mask.window] if mask is not None and mask.window else []
-    if kind == "RotatingKVCache":
+    if cache is not None and kind == "RotatingKVCache":
         windows.append(recording.caches[cache].max_size)
     return LayerCall(
         arguments=tuple(slots),
@@ -132,9 +130,7 @@ def _layer_call(
     )
 
 
-def _slot(
-    one: Any, two: Any, hidden: mx.array, masks: list[MaskMade], caches: list[Any]
-) -> Slot:
+def _slot(one: Any, two: Any, hidden: mx.array, masks: list[MaskMade], caches: list[Any]) -> Slot:
     """Return what an argument is, from its values in both pieces."""
     if two is hidden:
         return Slot(Kind.HIDDEN)
@@ -154,6 +150,13 @@ def _slot(
     if isinstance(two, tuple | list):
         raise ModelError("its upper layers use the keys and values of lower ones")
     raise ModelError(f"its layers are handed a {type(two).__name__} that changes from call to call")
+
+
+def by_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Key, Any]:
+    """Return a call's arguments by their places and names."""
+    values: dict[Key, Any] = dict(enumerate(args))
+    values.update(kwargs)
+    return values
 
 
 def _first_hidden(values: dict[Key, Any]) -> mx.array:

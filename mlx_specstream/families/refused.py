@@ -5,6 +5,7 @@ from __future__ import annotations
 _POSITIONS = "it adds learned position embeddings before its layers, the same way for all rows"
 _ONE_OFFSET = "it rotates by a function of its own that takes one position for all rows"
 _CACHES = "its layers keep several caches each"
+STATES_ALONE = "it has no attention layers, only states that every token overwrites"
 _SHARED = "its upper layers use the keys and values of lower ones, which streams do not have"
 
 REFUSED: dict[str, str] = {
@@ -21,10 +22,13 @@ REFUSED: dict[str, str] = {
     "llama4": "it attends in chunks, whose cache drops rows for good",
     "longcat_flash": _CACHES,
     "longcat_flash_ngram": f"{_CACHES}, and its embeddings depend on the tokens before",
+    "mamba": STATES_ALONE,
+    "mamba2": STATES_ALONE,
     "minimax_m3_vl": f"{_CACHES}, to attend to few keys only",
     "muse_spark": "each layer begins the next one's work",
     "nanochat": _ONE_OFFSET,
     "olmo": "its code needs another package, and ends the program where that is missing",
     "phi3small": "its head blanks fixed places of the vocabulary",
+    "rwkv7": STATES_ALONE,
     "talkie": _ONE_OFFSET,
 }

@@ -27,20 +27,21 @@ CHUNK = 512
 class Head:
     """The LM head, whole or for some tokens only.
 
-    rows: (V', h), the head's rows for the sampled tokens, None for the whole vocabulary.
+    rows: (V', h), the head's rows for the sampled `tokens` (V',), None for the whole vocabulary.
     bias: (V',) float32, added to the sampled logits. place: (V,), where a token is among them.
     """
 
     backbone: Backbone
     rows: mx.array | None = None
+    tokens: mx.array | None = None
     bias: mx.array | None = None
     place: np.ndarray | None = None
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (R, V') of normed hidden states (R, h), in the model's dtype."""
-        if self.rows is None:
+        if self.rows is None or self.tokens is None:
             return self.backbone.head(hidden[None])[0]
-        return hidden @ self.rows.T
+        return self.backbone.from_rows(hidden @ self.rows.T, self.tokens)
 
     def scores(self, logits: mx.array) -> mx.array:
         """Return logits in float32, with the correction for what was sampled."""
@@ -79,8 +80,8 @@ class VocabularySampler:
         bias[len(fixed) :] = np.log(len(others) / extra)
         place = np.zeros(V, dtype=np.int32)
         place[ids] = np.arange(len(ids))
-        rows = self.backbone.head_rows(mx.array(ids.astype(np.int32)))
-        return Head(self.backbone, rows, mx.array(bias), place)
+        tokens = mx.array(ids.astype(np.int32))
+        return Head(self.backbone, self.backbone.head_rows(tokens), tokens, mx.array(bias), place)
 
 
 def cross_entropy(
