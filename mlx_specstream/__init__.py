@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .batch.decode import BatchDecoder as BatchDecoder
+    from .batch.generation import batch_generate as batch_generate
     from .cache import KVCache as KVCache
     from .config import DecodeConfig as DecodeConfig
     from .config import PruneSpec as PruneSpec
@@ -40,6 +41,7 @@ _HOMES = {
     "StreamModel": "loading",
     "TreeSpec": "config",
     "TypicalSpec": "config",
+    "batch_generate": "batch.generation",
     "generate": "generation",
     "load": "loading",
     "stream_generate": "generation",
@@ -56,6 +58,7 @@ __all__ = [
     "StreamModel",
     "TreeSpec",
     "TypicalSpec",
+    "batch_generate",
     "generate",
     "load",
     "stream_generate",

@@ -175,13 +175,15 @@ def stream_generate(
     _refuse(mlx_lm_options)
     if not isinstance(model, StreamModel):
         model = StreamModel.plain(model)
-    tokenizer = _wrapped(tokenizer)
+    tokenizer = wrapped_tokenizer(tokenizer)
     ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
     cache = _cache_for(model, prompt_cache)
-    max_tokens = _token_budget(max_tokens, cache.length + len(ids), model.context_length)
+    max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
-    chooser = TokenChooser(_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed)
+    chooser = TokenChooser(
+        needed_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed
+    )
     for process in chooser.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
@@ -348,13 +350,14 @@ def _refuse(options: dict[str, Any]) -> None:
             raise OptionError(f"stream_generate has no option {name!r}.")
 
 
-def _wrapped(tokenizer: Any) -> TokenizerWrapper:
+def wrapped_tokenizer(tokenizer: Any) -> TokenizerWrapper:
+    """Return a tokenizer as mlx-lm hands one to its callers."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
-def _sampler(sampler: Sampler | None) -> Sampler | None:
+def needed_sampler(sampler: Sampler | None) -> Sampler | None:
     """Return None for mlx-lm's greedy sampler, which needs no log-probabilities."""
     from mlx_lm import sample_utils
 
@@ -376,7 +379,7 @@ def _cache_for(model: StreamModel, given: KVCache | list[Any] | None) -> KVCache
     return from_mlx_lm(given, model.backbone.windows)
 
 
-def _token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:
+def token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:
     """Return how many tokens may be generated within the model's context; -1 for any number.
 
     Raises:

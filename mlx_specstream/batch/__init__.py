@@ -7,6 +7,7 @@
 | `choose.py` | every sequence's own sampler and processors |
 | `step.py` | one pass: verify every chain, draft the next ones |
 | `decode.py` | the loop that requests join and leave |
+| `generation.py` | texts in, texts out: `batch_generate` |
 """
 
 from .decode import BatchDecoder, BatchEvent, Slot

@@ -1,0 +1,241 @@
+"""Texts in, texts out: `batch_generate`, after mlx-lm's, with speculation.
+
+Prompts join the batch as room allows and leave it when their answers end, each with its own stop
+rules; an answer is the one `stream_generate` gives for its prompt alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..answer import Answer, FinishReason
+from ..cache import KVCache
+from ..config import DecodeConfig
+from ..errors import OptionError
+from ..generation import Prompt, needed_sampler, prompt_ids, token_budget, wrapped_tokenizer
+from ..loading import StreamModel
+from ..result import StepResult
+from ..sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
+from ..statistics import SpeculationStats
+from .decode import PREFILL_BUDGET, BatchDecoder, Slot
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class BatchAnswer:
+    """An answer of a batch. token_ids: with the end-of-turn token, if that ended it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: SpeculationStats
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """Figures of a batch: tokens, batched steps, seconds from the first prompt to the last token.
+
+    peak_memory: GB. speculation: the answers' figures added up, each pass counted once per
+    sequence in it.
+    """
+
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    wall_time: float
+    peak_memory: float
+    speculation: SpeculationStats
+
+    @property
+    def generation_tps(self) -> float:
+        """Return generated tokens per second of all answers together, prompts included."""
+        return self.generation_tokens / self.wall_time if self.wall_time else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"Prompts: {self.prompt_tokens} tokens\n"
+            f"Generation: {self.generation_tokens} tokens in {self.steps} steps, "
+            f"{self.generation_tps:.3f} tokens-per-sec with prompts\n"
+            f"Peak memory: {self.peak_memory:.3f} GB\n"
+            f"Speculation: {self.speculation}"
+        )
+
+
+@dataclass(frozen=True)
+class BatchResponse:
+    """The answers in the order of their prompts. caches: if asked for, each answer's KV cache."""
+
+    answers: list[BatchAnswer]
+    stats: BatchStats
+    caches: list[KVCache] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the answers' texts, as mlx-lm's response has them."""
+        return [answer.text for answer in self.answers]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Return the answers' tokens."""
+        return [answer.token_ids for answer in self.answers]
+
+
+def batch_generate(
+    model: StreamModel | nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Prompt],
+    max_tokens: int | Sequence[int] = 128,
+    verbose: bool = False,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    config: DecodeConfig | None = None,
+    speculative: bool = True,
+    completion_batch_size: int = 32,
+    prefill_step_size: int = PREFILL_BUDGET,
+    return_prompt_caches: bool = False,
+    on_answer: Callable[[int, BatchAnswer], None] | None = None,
+) -> BatchResponse:
+    """Answer several prompts, up to `completion_batch_size` of them at a time in one pass.
+
+    Args:
+        model: what `load` returns, or a bare mlx-lm model, which is decoded plainly.
+        prompts: texts or token ids.
+        max_tokens: the most tokens per answer, one number or one per prompt; -1 for as many as
+            the model's context holds.
+        verbose: print the figures at the end.
+        sampler: as in `stream_generate`; every answer has random numbers of its own.
+        logits_processors: as in mlx-lm, without state of their own: all answers share them.
+        seed: prompt number i is answered with the seed `seed + i`; None takes seeds from MLX's
+            global generator.
+        stop: strings that end an answer and are not part of it.
+        config: how to decode; drafts are chains as deep as its tree.
+        speculative: False decodes one token per pass, with the same result.
+        prefill_step_size: prompt tokens computed between two steps.
+        return_prompt_caches: keep every answer's KV cache: prompt and answer but its last token.
+        on_answer: told (index of the prompt, answer) as answers end.
+
+    Raises:
+        OptionError: an argument that cannot be used.
+        ModelError: the model cannot be batched, or computes NaN.
+    """
+    from mlx_lm.generate import wired_limit
+
+    if not isinstance(model, StreamModel):
+        model = StreamModel.plain(model)
+    if completion_batch_size < 1:
+        raise OptionError(f"completion_batch_size must be at least 1, got {completion_batch_size}.")
+    budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    if len(budgets) != len(prompts):
+        raise OptionError(f"max_tokens has {len(budgets)} entries for {len(prompts)} prompts.")
+    if any(isinstance(process, TreeProcessor) for process in logits_processors):
+        raise OptionError(
+            "a grammar follows one answer's text, so answers of a batch cannot share it; add the "
+            "prompts to a BatchDecoder, each with a grammar of its own."
+        )
+    decoder = BatchDecoder(model, config, speculative, prefill_step_size)
+    wrapped = wrapped_tokenizer(tokenizer)
+    ids = [prompt_ids(wrapped, prompt, model.backbone.vocab_size) for prompt in prompts]
+    requests = [
+        _Request(
+            index,
+            prompt,
+            # Each with a detokenizer of its own: the property makes a new one.
+            Answer(
+                wrapped.detokenizer,
+                wrapped.eos_token_ids,
+                stop,
+                token_budget(budget, len(prompt), model.context_length),
+            ),
+            TokenChooser(
+                needed_sampler(sampler),
+                tuple(logits_processors),
+                list(prompt),
+                seed=None if seed is None else seed + index,
+            ),
+        )
+        for index, (prompt, budget) in enumerate(zip(ids, budgets, strict=True))
+    ]
+    begun = time.perf_counter()
+    with wired_limit(model.model):
+        steps = _run(decoder, requests, completion_batch_size, on_answer or (lambda _, __: None))
+    answers = [request.ended() for request in requests]
+    stats = BatchStats(
+        prompt_tokens=sum(map(len, ids)),
+        generation_tokens=sum(answer.stats.tokens for answer in answers),
+        steps=steps,
+        wall_time=time.perf_counter() - begun,
+        peak_memory=mx.get_peak_memory() / 1e9,
+        speculation=sum((answer.stats for answer in answers), SpeculationStats()),
+    )
+    if verbose:
+        print(stats)
+    caches = [request.cache for request in requests] if return_prompt_caches else None
+    return BatchResponse(answers, stats, caches)
+
+
+@dataclass
+class _Request:
+    """A prompt and its answer as it grows."""
+
+    index: int
+    prompt: list[int]
+    answer: Answer
+    chooser: TokenChooser
+    pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    cache: KVCache = field(default_factory=lambda: KVCache(0))
+
+    def more(self, result: StepResult) -> bool:
+        """Take a step's tokens and tell whether the answer needs another step."""
+        pieces = self.answer.take(result.tokens, result.origins)
+        self.pieces += [piece.text for piece in pieces]
+        self.tokens += [piece.token for piece in pieces]
+        accepted = sum(piece.origin > 0 for piece in pieces)
+        self.stats = self.stats.after(tokens=len(pieces), accepted=accepted, drafted=result.drafted)
+        return self.answer.finish_reason is None
+
+    def ended(self) -> BatchAnswer:
+        """Return the answer once it is over."""
+        assert self.answer.finish_reason is not None
+        text = "".join(self.pieces)
+        return BatchAnswer(text, self.tokens, self.answer.finish_reason, self.stats)
+
+
+def _run(
+    decoder: BatchDecoder,
+    requests: Sequence[_Request],
+    batch_size: int,
+    on_answer: Callable[[int, BatchAnswer], None],
+) -> int:
+    """Decode all requests, `batch_size` at a time, and return the number of steps."""
+    queue, under_way = list(reversed(requests)), dict[Slot, _Request]()
+    steps = 0
+    while queue or decoder.busy:
+        while queue and len(under_way) < batch_size:
+            request = queue.pop()
+            slot = decoder.add(request.prompt, chooser=request.chooser, more=request.more)
+            under_way[slot] = request
+        events = decoder.step()
+        steps += bool(events)
+        for slot, _, error in events:
+            if error is not None:
+                raise error
+            if slot.state == "finished":
+                request = under_way.pop(slot)
+                request.cache = decoder.remove(slot)
+                # A step may emit tokens behind the answer's end.
+                request.cache.rewind(len(request.prompt) + len(request.tokens) - 1)
+                on_answer(request.index, request.ended())
+    return steps
