@@ -190,11 +190,14 @@ def _record(
     model: StreamModel, configs: list[DecodeConfig], found: list[list[Comparison]], asked: int
 ) -> dict[str, object]:
     """Return what --json prints; fewer prompts than `asked` if it was interrupted."""
+    from .verify import precision_of
+
     return {
         "prompts_asked": asked,
         "model": model.name,
         "streams": model.streams_name,
         "dtype": str(model.backbone.dtype).rpartition(".")[2],
+        "precision": precision_of(model),
         "runs": [
             {
                 "config": described(config),
@@ -223,7 +226,8 @@ def _prompt_record(comparison: Comparison) -> dict[str, object]:
 
 def _finite(values: dict[str, object]) -> dict[str, object]:
     """Return values as JSON can hold them: infinity becomes null."""
-    return {key: None if value == float("inf") else value for key, value in values.items()}
+    infinite = (float("inf"), -float("inf"))
+    return {key: None if value in infinite else value for key, value in values.items()}
 
 
 def _cut(title: str, width: int = 48) -> str:

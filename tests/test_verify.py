@@ -12,14 +12,17 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_specstream import cli, step
-from mlx_specstream.config import DecodeConfig
+from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import DataError
+from mlx_specstream.loading import StreamModel
 from mlx_specstream.prompts import built_in_prompts, encode_prompt, read_prompts
 from mlx_specstream.verify import (
     Replayed,
     compare,
     first_difference,
     judge,
+    plain_logits,
+    precision_of,
     replay,
     rounding_bound,
 )
@@ -151,20 +154,79 @@ def test_near_ties_depend_on_the_dtype(dtype: mx.Dtype, gap: float, near: bool) 
     assert not judge(logits, dtype, 0, 0, -1).near_tie
 
 
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "4-bit", "8-bit"])
+QUANTISED = {
+    "affine 2": (2, 32, "affine"),
+    "affine 3": (3, 64, "affine"),
+    "affine 4": (4, 32, "affine"),
+    "affine 6": (6, 64, "affine"),
+    "affine 8": (8, 32, "affine"),
+    "mxfp4": (4, 32, "mxfp4"),
+    "mxfp8": (8, 32, "mxfp8"),
+    "nvfp4": (4, 16, "nvfp4"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "tied"),
+    [
+        *(("bfloat16", weights, False) for weights in ("full", *QUANTISED)),
+        *(("float16", weights, True) for weights in ("full", "affine 4", "mxfp4", "nvfp4")),
+    ],
+)
 def test_other_precisions_differ_at_near_ties_only(
-    kind: str, byte_tokenizer: TokenizerWrapper
+    dtype: str, weights: str, tied: bool, byte_tokenizer: TokenizerWrapper
 ) -> None:
-    model = tiny.tiny_model()
-    if kind.endswith("bit"):
-        nn.quantize(model, group_size=32, bits=int(kind[0]))
-    else:
-        model.set_dtype(getattr(mx, kind))
+    """Every way MLX quantises, under streams of 16 bits, pruned too (which reads head rows)."""
+    model = tiny.tiny_model(num_hidden_layers=3, tie_word_embeddings=tied)
+    model.set_dtype(getattr(mx, dtype))
+    if weights != "full":
+        bits, group_size, mode = QUANTISED[weights]
+        # Widths of 96 (the tiny model's) are no multiple of every group size.
+        fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % group_size == 0  # noqa: E731
+        nn.quantize(model, group_size=group_size, bits=bits, mode=mode, class_predicate=fits)
+        assert f"{bits}-bit {mode}" in precision_of(StreamModel.plain(model))
     joined = with_streams(model)
-    for prompt in (b"one", b"another prompt", b"a third of them"):
-        plain = replay(joined, byte_tokenizer, list(prompt), 24, None)
-        ours = replay(joined, byte_tokenizer, list(prompt), 24, DecodeConfig())
-        assert compare(joined, byte_tokenizer, list(prompt), plain, ours).verdict != "mismatch"
+    prompt = list(b"a prompt")
+    plain = replay(joined, byte_tokenizer, prompt, 16, None)
+    for config in (DecodeConfig(TreeSpec(rows=6)), DecodeConfig(TreeSpec(rows=8), PruneSpec(5))):
+        ours = replay(joined, byte_tokenizer, prompt, 16, config)
+        found = compare(joined, byte_tokenizer, prompt, plain, ours)
+        assert found.verdict != "mismatch", found.divergence
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_defect_is_told_from_rounding(dtype: str, byte_tokenizer: TokenizerWrapper) -> None:
+    """A token a little worse than rounding allows; the measured rounding is far smaller."""
+    model = tiny.tiny_model(num_hidden_layers=3)
+    model.set_dtype(getattr(mx, dtype))
+    joined = with_streams(model)
+    prompt = list(b"some prompt")
+    plain = replay(joined, byte_tokenizer, prompt, 4, None)
+    logits = plain_logits(joined, byte_tokenizer, prompt, 3)
+    bound = rounding_bound(getattr(mx, dtype), mx.abs(logits).max().item())
+    below = (logits.max() - logits).tolist()
+    order = sorted(range(256), key=lambda token: below[token])
+    for token in (order[1], order[-1]):
+        wrong = Replayed([*plain.tokens[:3], token], "", plain.stats, 0.0, 0.0)
+        found = compare(joined, byte_tokenizer, prompt, plain, wrong).divergence
+        assert found is not None
+        assert found.margin == pytest.approx(below[token], abs=1e-5)
+        assert found.near_tie is (below[token] <= bound)
+        assert found.precision == dtype
+        assert found.moved is not None
+        assert 0 <= found.moved < bound
+        assert f"{dtype} rounds by up to" in str(found)
+        assert ("not rounding" in str(found)) is not found.near_tie
+
+
+def test_shared_streams_measure_no_rounding(byte_tokenizer: TokenizerWrapper) -> None:
+    joined = with_streams(tiny.tiny_model(num_hidden_layers=3), mode="shared")
+    plain = replay(joined, byte_tokenizer, [1, 2], 3, None)
+    wrong = Replayed([*plain.tokens[:2], plain.tokens[2] ^ 1], "", plain.stats, 0.0, 0.0)
+    found = compare(joined, byte_tokenizer, [1, 2], plain, wrong).divergence
+    assert found is not None
+    assert found.moved is None
+    assert found.margin >= 0
 
 
 def test_bound_of_float32_is_fixed() -> None:
