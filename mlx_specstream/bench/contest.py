@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_specstream.checkpoint import load_streams
-from mlx_specstream.decode_options import decode_config
+from mlx_specstream.decode_options import add_decode_options, decode_config
 from mlx_specstream.errors import ModelError, StreamsError
 from mlx_specstream.fingerprint import fingerprint
 from mlx_specstream.loading import StreamModel, load, model_folder
@@ -109,14 +109,12 @@ def setting_config(method: Method) -> DecodeConfig:
     Raises:
         OptionError: a value cannot be read.
     """
-    return decode_config(
-        Namespace(
-            tree=method.tree,
-            prune=method.prune,
-            schedule=method.schedule,
-            no_conditioning=not method.conditioning,
-        )
-    )
+    parser = ArgumentParser()
+    add_decode_options(parser)
+    words = ["--tree", method.tree, "--schedule", method.schedule]
+    words += ["--prune", method.prune] if method.prune else []
+    words += [] if method.conditioning else ["--no-conditioning"]
+    return decode_config(parser.parse_args(words))
 
 
 def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) -> str:

@@ -142,8 +142,6 @@ def parse_setting(text: str, streams: str) -> Method:
         values[key] = value
     if values.get("conditioning", "yes") not in ("yes", "no"):
         raise OptionError(f"conditioning is yes or no, got {values['conditioning']!r}.")
-    if values.get("schedule", "auto") not in ("auto", "inline", "deferred"):
-        raise OptionError(f"the schedule is auto, inline or deferred, got {values['schedule']!r}.")
     return Method(
         "streams",
         tree=_tree(values),

@@ -101,8 +101,10 @@ def _point(result: Result, line: Line) -> Point | None:
     streams = model["streams"].get(Path(parse_streams(used)[0]).name) if used else None
     if streams is not None and line.acceptance:
         share = streams["num_msa_layers"] / model["layers"]
-        inline = method.schedule == "inline" or streams["mode"] == "shared"
-        more = rows * streams["num_streams"] if inline else streams["num_streams"]
+        word, _, count = method.schedule.partition(":")
+        inline = word == "inline" or streams["mode"] == "shared"
+        nodes = min(rows, int(count or rows)) if inline else 1
+        more = nodes * streams["num_streams"]
         flop += more * layers * share + streams["num_streams"] * head
         read += (0 if inline else layers * share) + head
     size = model["weight_bytes"] / model["params"]
