@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_specstream.errors import DataError
 from mlx_specstream.hub import first_line
 
+from .hub_data import hub_rows
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -92,7 +94,8 @@ def read_records(source: str | Path, split: str, *, need_answer: bool = True) ->
         return list(_lines(file, need_answer)) if file.exists() else []
     if path.exists():
         return list(_lines(path, need_answer)) if split == "train" else []
-    return _from_hub(str(source), split, need_answer)
+    rows = hub_rows(str(source), split)
+    return [Record(check_record(fields, where, need_answer), where) for fields, where in rows]
 
 
 def _lines(path: Path, need_answer: bool) -> Iterator[Record]:
@@ -112,36 +115,6 @@ def _lines(path: Path, need_answer: bool) -> Iterator[Record]:
             said = getattr(error, "msg", "it is nested too deeply")
             raise DataError(f"{where} is not JSON ({said}); repair or remove the line.") from None
         yield Record(check_record(fields, where, need_answer), where)
-
-
-def _from_hub(name: str, split: str, need_answer: bool) -> list[Record]:
-    """Load a split of a hub data set with the `datasets` package, as mlx-lm does."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DataError(
-            f"there is no data at {name}; name a .jsonl file, a folder with train.jsonl, or a data "
-            "set on the Hugging Face hub as owner/name."
-        )
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"there is no data at {name} here, and data sets from the Hugging Face hub need the "
-            "package datasets: pip install datasets."
-        ) from None
-    try:
-        loaded = load_dataset(name)
-    except Exception as error:  # whatever datasets, the hub or the network raise
-        raise DataError(
-            f"the data set {name} could not be fetched ({first_line(error)}); check the name and "
-            "the network; what was fetched is kept and continued next time."
-        ) from error
-    if split not in loaded:
-        return []
-    rows = (
-        (dict(fields), f"{name} {split}, record {number}")
-        for number, fields in enumerate(loaded[split], start=1)
-    )
-    return [Record(check_record(fields, where, need_answer), where) for fields, where in rows]
 
 
 def check_record(fields: object, where: str, need_answer: bool = True) -> dict[str, Any]:
