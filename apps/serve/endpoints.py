@@ -9,6 +9,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mlx_specstream.grammar import Grammar
+
 from .answering import Answering, StreamedAnswer, WholeAnswer
 from .body import read_json
 from .errors import ApiError, invalid
@@ -85,7 +87,8 @@ class Endpoints:
         if wanted.top_logprobs is not None and not wanted.logprobs:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
         ids = await service.encode(partial(service.encoder.chat, wanted))
-        return self._answer(wanted, [ids], arrived)
+        grammar = await service.encode(partial(service.encoder.grammar, wanted))
+        return self._answer(wanted, [ids], arrived, grammar)
 
     async def _completion(self, request: Request, arrived: float) -> Any:
         service = self.service
@@ -95,7 +98,11 @@ class Endpoints:
         return self._answer(wanted, prompts, arrived)
 
     def _answer(
-        self, wanted: ChatRequest | CompletionRequest, prompts: list[list[int]], arrived: float
+        self,
+        wanted: ChatRequest | CompletionRequest,
+        prompts: list[list[int]],
+        arrived: float,
+        grammar: Grammar | None = None,
     ) -> Any:
         """Submit a request's answers and return the response that will hold them."""
         service, n = self.service, wanted.n or 1
@@ -107,7 +114,8 @@ class Endpoints:
                 "n",
             )
         settings = [
-            service.settings(wanted, len(prompts[place // n]), place) for place in range(count)
+            service.settings(wanted, len(prompts[place // n]), place, grammar)
+            for place in range(count)
         ]
         reply = Reply(
             kind="chat" if isinstance(wanted, ChatRequest) else "completion",

@@ -7,7 +7,9 @@ written to while it is decoded in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from mlx_specstream import KVCache
 
 from ..prefix import PrefixCache, common_prefix
 
@@ -15,8 +17,8 @@ from ..prefix import PrefixCache, common_prefix
 class PrefixStore:
     """Caches of text nobody decodes in at the moment, the longest unused one first."""
 
-    def __init__(self, num_layers: int, max_bytes: int) -> None:
-        self.num_layers = num_layers
+    def __init__(self, new_cache: Callable[[], KVCache], max_bytes: int) -> None:
+        self.new_cache = new_cache
         self.max_bytes = max_bytes
         self.entries: list[PrefixCache] = []
 
@@ -30,10 +32,11 @@ class PrefixStore:
         shared, best = 0, None
         for entry in self.entries:
             common = min(common_prefix(entry.tokens, ids), len(ids) - 1)
-            if common > shared:
+            # A sliding window forgets; what cannot go back to the common text is of no use.
+            if common > shared and entry.kv.can_rewind(common):
                 shared, best = common, entry
         if best is None:
-            return PrefixCache.empty(self.num_layers), 0
+            return PrefixCache(self.new_cache()), 0
         self.entries.remove(best)
         if shared == len(best.tokens):
             return best, shared

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.grammar import Grammar
 from mlx_specstream.hub import first_line
 
 from .errors import ApiError, invalid
-from .schema import ChatRequest, CompletionRequest, Message
+from .schema import ChatRequest, CompletionRequest, Message, PlainFormat, SchemaFormat
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -83,6 +85,23 @@ class PromptEncoder:
                 )
             found.append(self._checked(ids, "prompt"))
         return found
+
+    def grammar(self, request: ChatRequest) -> Grammar | None:
+        """Return what the answer must fit, None if it may be any text.
+
+        Raises:
+            ApiError: the schema cannot be used, or the server cannot use any.
+        """
+        wanted = request.response_format
+        if wanted is None or isinstance(wanted, PlainFormat):
+            return None
+        schema: dict[str, Any] = {"type": "object"}
+        if isinstance(wanted, SchemaFormat):
+            schema = wanted.json_schema.schema_
+        try:
+            return Grammar.json_schema(self.tokenizer, schema, self.vocab_size)
+        except SpecStreamError as error:
+            raise invalid(str(error), "response_format") from error
 
     def _ids(self, text: str, param: str, **options: Any) -> list[int]:
         try:

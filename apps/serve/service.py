@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlx_specstream import DecodeConfig, StreamModel
+from mlx_specstream.grammar import Grammar
 
 from .engine import Engine
 from .errors import ApiError
@@ -80,7 +81,13 @@ class Service:
                 code="model_not_found",
             )
 
-    def settings(self, request: Sampling, prompt_tokens: int, choice: int) -> Settings:
+    def settings(
+        self,
+        request: Sampling,
+        prompt_tokens: int,
+        choice: int,
+        grammar: Grammar | None = None,
+    ) -> Settings:
         """Return how one of a request's answers is drawn, within the limits."""
         limits, defaults = self.limits, self.defaults
         wanted = request.max_tokens
@@ -110,6 +117,7 @@ class Service:
             frequency_context_size=_given(request.frequency_context_size, 20),
             logit_bias=self._logit_bias(request),
             logprobs=logprobs,
+            grammar=grammar,
         )
 
     def _logit_bias(self, request: Sampling) -> dict[int, float]:
@@ -149,7 +157,7 @@ def start_service(
 
     def make() -> Decoding:
         model, tokenizer = load()
-        prefixes = PrefixStore(model.backbone.num_layers, limits.prompt_cache_bytes)
+        prefixes = PrefixStore(model.backbone.new_cache, limits.prompt_cache_bytes)
         found.append((model, tokenizer, prefixes))
         return Interleaved(
             model,

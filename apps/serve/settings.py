@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_specstream.grammar import Grammar
 from mlx_specstream.sampling import LogitsProcessor, Sampler
 
 GREEDY_BELOW = 1e-3  # temperatures below this overflow when logits are divided by them
@@ -22,6 +23,7 @@ class Settings:
     """What a request asks of its answer; the words are OpenAI's, those it lacks mlx-lm's.
 
     logprobs: how many alternatives to report with every token, None for no log-probabilities.
+    grammar: what the answer must fit.
     """
 
     max_tokens: int
@@ -39,6 +41,7 @@ class Settings:
     frequency_context_size: int = 20
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def sampler(self, vocab_size: int) -> Sampler | None:
         """Return what draws tokens; None takes the likeliest."""
@@ -63,14 +66,16 @@ class Settings:
             self.frequency_penalty,
             self.frequency_context_size,
         )
+        # The grammar comes last: what it forbids, no bias may allow. It sees the answer alone.
+        last: list[LogitsProcessor] = [] if self.grammar is None else [self.grammar.processor()]
         if not before:
-            return made
+            return [*made, *last]
         past = mx.array(list(before), dtype=mx.int32)
 
         def with_past(process: LogitsProcessor) -> LogitsProcessor:
             return lambda tokens, logits: process(mx.concatenate([past, tokens]), logits)
 
-        return [with_past(process) for process in made]
+        return [*(with_past(process) for process in made), *last]
 
 
 class SeededSampler:

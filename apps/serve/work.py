@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from mlx_specstream.errors import OptionError, SpecStreamError
+from mlx_specstream.errors import DataError, OptionError, SpecStreamError
 from mlx_specstream.statistics import SpeculationStats
 
 from .errors import ApiError, invalid
@@ -64,7 +64,7 @@ class Failure:
         """Return what a client is told of an error; the log gets what it cannot know."""
         if isinstance(error, ApiError):
             return cls(error)
-        if isinstance(error, OptionError):
+        if isinstance(error, OptionError | DataError):
             return cls(invalid(str(error)))
         if isinstance(error, SpecStreamError):
             return cls(ApiError(500, str(error)))

@@ -10,10 +10,6 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
-
-pytest.importorskip("starlette")
-pytest.importorskip("prometheus_client")
-
 from starlette.testclient import TestClient
 
 from mlx_specstream import StreamModel, TreeSpec, load

@@ -16,7 +16,7 @@ IDS = st.lists(st.integers(1, 3), min_size=1, max_size=12)
 
 
 def filled(model: StreamModel, ids: list[int]) -> PrefixCache:
-    cache = PrefixCache.empty(model.backbone.num_layers)
+    cache = PrefixCache(model.backbone.new_cache())
     for _ in model.prefill(ids, cache.kv, 4):
         pass
     cache.settle(ids)
@@ -36,7 +36,7 @@ def test_what_is_taken_is_a_fresh_prefill(
     tiny_stream_model: StreamModel, texts: list[list[int]]
 ) -> None:
     model = tiny_stream_model
-    store = PrefixStore(model.backbone.num_layers, 2**30)
+    store = PrefixStore(model.backbone.new_cache, 2**30)
     taken = []
     for ids in texts:
         cache, shared = store.take(ids)
@@ -55,7 +55,7 @@ def test_what_is_taken_is_a_fresh_prefill(
 
 
 def test_a_copy_leaves_the_stored_text_alone(tiny_stream_model: StreamModel) -> None:
-    store = PrefixStore(tiny_stream_model.backbone.num_layers, 2**30)
+    store = PrefixStore(tiny_stream_model.backbone.new_cache, 2**30)
     store.put(filled(tiny_stream_model, [1, 2, 3, 4]))
     copy, shared = store.take([1, 2, 9, 9])
     assert shared == 2
@@ -66,7 +66,7 @@ def test_a_copy_leaves_the_stored_text_alone(tiny_stream_model: StreamModel) -> 
 
 
 def test_what_continues_a_text_takes_its_cache(tiny_stream_model: StreamModel) -> None:
-    store = PrefixStore(tiny_stream_model.backbone.num_layers, 2**30)
+    store = PrefixStore(tiny_stream_model.backbone.new_cache, 2**30)
     stored = filled(tiny_stream_model, [1, 2, 3])
     store.put(stored)
     taken, shared = store.take([1, 2, 3, 4])
@@ -76,7 +76,7 @@ def test_what_continues_a_text_takes_its_cache(tiny_stream_model: StreamModel) -
 
 def test_the_bound_holds_and_the_oldest_goes(tiny_stream_model: StreamModel) -> None:
     one = filled(tiny_stream_model, [1, 1])
-    store = PrefixStore(tiny_stream_model.backbone.num_layers, 2 * one.kv.nbytes)
+    store = PrefixStore(tiny_stream_model.backbone.new_cache, 2 * one.kv.nbytes)
     for first in (1, 2):
         store.put(filled(tiny_stream_model, [first] * 2))
     store.take([1, 1, 5])[0]
@@ -84,13 +84,13 @@ def test_the_bound_holds_and_the_oldest_goes(tiny_stream_model: StreamModel) -> 
     store.put(filled(tiny_stream_model, [3, 3]))
     assert [entry.tokens[0] for entry in store.entries] == [1, 3]
     assert store.nbytes <= store.max_bytes
-    nothing = PrefixStore(tiny_stream_model.backbone.num_layers, 0)
+    nothing = PrefixStore(tiny_stream_model.backbone.new_cache, 0)
     nothing.put(one)
     assert not nothing.entries
 
 
 def test_a_text_is_stored_once(tiny_stream_model: StreamModel) -> None:
-    store = PrefixStore(tiny_stream_model.backbone.num_layers, 2**30)
+    store = PrefixStore(tiny_stream_model.backbone.new_cache, 2**30)
     for ids in ([1, 2], [1, 2, 3], [1, 2], [1]):
         store.put(filled(tiny_stream_model, ids))
     assert [entry.tokens for entry in store.entries] == [[1, 2, 3]]

@@ -1,0 +1,135 @@
+"""OpenAI's own Python package against a server on a socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai")
+
+import openai
+
+from mlx_specstream.apps.serve.limits import Access
+from tests.apps.parrot import ANSWER
+from tests.apps.serve.conftest import TOOL, Gate, Live, MakeService
+
+KEY = "a-test-key"
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+Connect = Callable[..., Any]
+
+
+@pytest.fixture
+def connect(make_service: MakeService, go_live: Callable[..., Live]) -> Iterator[Connect]:
+    clients = []
+
+    def start(*loading: Any, key: str = KEY, **limits: Any) -> Any:
+        live = go_live(make_service(*loading, **limits), Access(KEY))
+        clients.append(openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+def test_chat(connect: Connect, talker: Any) -> None:
+    client = connect(talker, max_tokens=500)
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id
+    reply = client.chat.completions.create(model=model.id, messages=HELLO)
+    assert reply.choices[0].message.content == ANSWER
+    assert reply.choices[0].finish_reason == "stop"
+    details = reply.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > reply.usage.completion_tokens // 3
+    assert details.rejected_prediction_tokens > 0
+
+
+def test_streaming(connect: Connect, talker: Any) -> None:
+    client = connect(talker, max_tokens=500)
+    stream = client.chat.completions.create(
+        model="parrot", messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == ANSWER
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + len(
+        client.chat.completions.create(model="parrot", messages=HELLO, logprobs=True)
+        .choices[0]
+        .logprobs.content
+    )
+
+
+def test_the_stream_helper_follows_along(connect: Connect, caller: Any) -> None:
+    client = connect(caller, max_tokens=200)
+    with client.chat.completions.stream(model="caller", messages=HELLO, tools=[TOOL]) as stream:
+        for _ in stream:
+            pass
+        message = stream.get_final_completion().choices[0].message
+    assert message.content == "Let me see.\n"
+    assert message.tool_calls[0].function.name == "add"
+
+
+def test_tools(connect: Connect, caller: Any) -> None:
+    client = connect(caller, max_tokens=200)
+    reply = client.chat.completions.create(
+        model="caller", messages=HELLO, tools=[TOOL], tool_choice="auto"
+    )
+    (choice,) = reply.choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.arguments == '{"a": 1, "b": "ü"}'
+    messages = [
+        *HELLO,
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "3"},
+    ]
+    again = client.chat.completions.create(model="caller", messages=messages, tools=[TOOL])
+    assert again.choices[0].message.tool_calls
+
+
+def test_logprobs(connect: Connect) -> None:
+    client = connect()
+    reply = client.chat.completions.create(
+        model="tiny", messages=HELLO, logprobs=True, top_logprobs=4, max_tokens=5
+    )
+    content = reply.choices[0].logprobs.content
+    assert len(content) == 5
+    assert all(len(token.top_logprobs) == 4 for token in content)
+    old = client.completions.create(model="tiny", prompt="abc", logprobs=2, max_tokens=3)
+    assert len(old.choices[0].logprobs.token_logprobs) == 3
+    both = client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=3, n=2)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+
+
+def test_errors_are_of_the_right_class(connect: Connect) -> None:
+    client = connect()
+    create = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        create(model="gpt-4", messages=HELLO)
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(model="tiny", messages=HELLO, temperature=9)
+    assert refused.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as long:
+        create(model="tiny", messages=[{"role": "user", "content": "x" * 600}])
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong-key-here").models.list()
+
+
+def test_a_full_queue_and_an_error_within_a_stream(connect: Connect, gate: Gate) -> None:
+    client = connect(decode_concurrency=1, max_queue=0, time_limit_s=0.5)
+    create = client.chat.completions.create
+    stream = create(model="tiny", messages=HELLO, stream=True)
+    assert next(iter(stream)).choices[0].delta.role == "assistant"
+    with pytest.raises(openai.RateLimitError) as full:
+        create(model="tiny", messages=HELLO)
+    assert full.value.response.headers["retry-after"]
+    gate.allow(4)
+    time.sleep(0.6)
+    gate.open()
+    finish = [chunk.choices[0].finish_reason for chunk in stream]
+    assert finish[-1] == "length"
