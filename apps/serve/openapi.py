@@ -167,7 +167,9 @@ def _post(summary: str, kind: str) -> Json:
                 "description": "The answer; with `stream` as server-sent events.",
                 "content": {
                     "application/json": {"schema": _ref(reply)},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {
+                        "schema": {"description": "Chunks of the answer, then [DONE]."}
+                    },
                 },
             },
             **_errors(*_ALWAYS, 408, 413, 415, 429, 500, 503),

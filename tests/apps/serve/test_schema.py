@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -20,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from mlx_specstream.apps.serve.openapi import description
-from tests.apps.serve.conftest import MakeService, client_of
+from tests.apps.serve.conftest import Live, MakeService
 
 SCHEMA = schemathesis.openapi.from_dict(description())
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "40"))
@@ -33,8 +34,8 @@ CHECKS = [
 
 
 @pytest.fixture
-def served(make_service: MakeService) -> TestClient:
-    return client_of(make_service(max_tokens=2, max_tokens_limit=2))
+def live(make_service: MakeService, go_live: Callable[..., Live]) -> Live:
+    return go_live(make_service(max_tokens=2, max_tokens_limit=2))
 
 
 @pytest.mark.slow
@@ -44,12 +45,12 @@ def served(make_service: MakeService) -> TestClient:
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-def test_no_request_fails_the_server(case: Any, served: TestClient) -> None:
-    case.call_and_validate(session=served, base_url="http://127.0.0.1:8080", checks=CHECKS)
+def test_no_request_fails_the_server(case: Any, live: Live) -> None:
+    case.call_and_validate(base_url=live.url, checks=CHECKS)
 
 
-def test_the_description_is_served(served: TestClient) -> None:
-    found = served.get("/openapi.json").json()
+def test_the_description_is_served(client: TestClient) -> None:
+    found = client.get("/openapi.json").json()
     assert found == description()
     body = found["components"]["schemas"]["ChatRequest"]
     assert body["required"] == ["messages"]
