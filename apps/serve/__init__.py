@@ -4,9 +4,9 @@ A request's way through the files:
 
 guard ──► endpoints ──► body, schema      who may ask; JSON that is what the description says
               │ ├─────► prompt, settings  messages to token ids; how tokens are to be drawn
-              │ └─────► engine ──► decoding (interleaved)   one thread owns the model
-              ▼              ▲          └──► prefixes       KV caches shared between requests
-           replies ◄─ work ──┘                              tokens and text to OpenAI's JSON
+              │ └─────► engine ──► turns ──► generating   one thread owns the model; one answer
+              ▼              ▲          └──► prefixes     KV caches shared between requests
+   answering, replies ◄ work ┘                            passes to OpenAI's JSON and events
               └──► tool_calls
 
 `app` puts it together, `run` starts and stops it, `openapi` describes it, `metrics` counts, and

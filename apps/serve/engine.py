@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
@@ -21,15 +22,21 @@ from .work import Decoding, Event, Failure, Progress, Work
 
 log = logging.getLogger("mlx_specstream")
 
+CLEAR_EVERY = 256  # steps, after which unused buffers are given back, as mlx-lm does
+
 
 class Engine:
     """Generates the submitted answers, first come, first served.
 
-    make: called once, in the engine's thread; returns what decodes.
+    make: entered once, in the engine's thread, and left when it ends; gives what decodes.
     """
 
     def __init__(
-        self, make: Callable[[], Decoding], *, decode_concurrency: int, max_queue: int
+        self,
+        make: Callable[[], AbstractContextManager[Decoding]],
+        *,
+        decode_concurrency: int,
+        max_queue: int,
     ) -> None:
         self.make = make
         self.decode_concurrency = decode_concurrency
@@ -40,6 +47,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing: ApiError | None = None
         self._stop = False
+        self._steps = 0
         self._started = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specstream-engine", daemon=True)
@@ -128,12 +136,17 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            decoding = self.make()
+            with self.make() as decoding:
+                self._started.set()
+                self._loop(decoding)
         except BaseException as error:
+            if self._started.is_set():
+                log.exception("the model stopped")
             self._error = error
-            return
         finally:
             self._started.set()
+
+    def _loop(self, decoding: Decoding) -> None:
         try:
             while self._turn(decoding):
                 pass
@@ -164,6 +177,9 @@ class Engine:
             events = []
         for work, event in events:
             self._deliver(work, event)
+        self._steps += 1
+        if self._steps % CLEAR_EVERY == 0:
+            mx.clear_cache()
         now = time.monotonic()
         for work in list(decoding.works):
             if not work.over and not work.cancelled and now > work.deadline:

@@ -27,8 +27,8 @@ class PrefixStore:
         """Return the bytes of all stored caches."""
         return sum(entry.kv.nbytes for entry in self.entries)
 
-    def take(self, ids: Sequence[int]) -> tuple[PrefixCache, int]:
-        """Return a cache to decode `ids` in, and how many of them it holds: never all."""
+    def take(self, ids: Sequence[int]) -> PrefixCache:
+        """Return a cache to decode `ids` in, which holds their beginning but never all."""
         shared, best = 0, None
         for entry in self.entries:
             common = min(common_prefix(entry.tokens, ids), len(ids) - 1)
@@ -36,12 +36,12 @@ class PrefixStore:
             if common > shared and entry.kv.can_rewind(common):
                 shared, best = common, entry
         if best is None:
-            return PrefixCache(self.new_cache()), 0
+            return PrefixCache(self.new_cache())
         self.entries.remove(best)
         if shared == len(best.tokens):
-            return best, shared
+            return best
         self.entries.append(best)
-        return PrefixCache(best.fork(shared), list(ids[:shared])), shared
+        return PrefixCache(best.kv.copy(shared), list(ids[:shared]))
 
     def put(self, cache: PrefixCache) -> None:
         """Store a cache, in place of those whose text it begins with, and forget the oldest."""

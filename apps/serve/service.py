@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +17,6 @@ from mlx_specstream.grammar import Grammar
 
 from .engine import Engine
 from .errors import ApiError
-from .interleaved import Interleaved
 from .limits import Limits
 from .metrics import Metrics
 from .prefixes import PrefixStore
@@ -23,6 +24,7 @@ from .prompt import PromptEncoder
 from .schema import ChatRequest, Sampling
 from .settings import Settings
 from .tool_calls import ToolFormat
+from .turns import Turns
 from .work import Decoding
 
 if TYPE_CHECKING:
@@ -100,6 +102,8 @@ class Service:
         if self.context_length is not None:
             most = min(most, self.context_length - prompt_tokens)
         seed = defaults.seed if request.seed is None else request.seed
+        if seed is None:
+            seed = secrets.randbits(63)
         stop = request.stop or ()
         return Settings(
             max_tokens=most,
@@ -107,7 +111,7 @@ class Service:
             top_p=_given(request.top_p, defaults.top_p),
             top_k=_given(request.top_k, defaults.top_k),
             min_p=_given(request.min_p, defaults.min_p),
-            seed=None if seed is None else (seed + choice) % 2**63,
+            seed=(seed + choice) % 2**63,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             repetition_penalty=_given(request.repetition_penalty, 1.0),
             repetition_context_size=_given(request.repetition_context_size, 20),
@@ -155,20 +159,26 @@ def start_service(
     """
     found: list[tuple[StreamModel, TokenizerWrapper, PrefixStore]] = []
 
-    def make() -> Decoding:
+    @contextmanager
+    def making() -> Iterator[Decoding]:
+        from mlx_lm.generate import wired_limit
+
         model, tokenizer = load()
         prefixes = PrefixStore(model.backbone.new_cache, limits.prompt_cache_bytes)
-        found.append((model, tokenizer, prefixes))
-        return Interleaved(
-            model,
-            tokenizer,
-            prefixes,
-            config=config,
-            speculative=speculative,
-            prefill_step_size=limits.prefill_step_size,
-        )
+        with wired_limit(model.model):
+            turns = Turns(
+                model,
+                tokenizer,
+                prefixes,
+                config=config,
+                speculative=speculative,
+                prefill_step_size=limits.prefill_step_size,
+            )
+            turns.warm_up()
+            found.append((model, tokenizer, prefixes))
+            yield turns
 
-    engine = Engine(make, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue)
+    engine = Engine(making, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue)
     engine.start()
     model, tokenizer, prefixes = found.pop()
     metrics = Metrics()

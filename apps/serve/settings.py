@@ -1,12 +1,7 @@
-"""How one answer's tokens are drawn: mlx-lm's samplers and processors, with a seed of its own.
-
-mlx-lm draws from one global random state, which requests would share. Here every answer has its own
-key, so a seed gives the same answer whatever else is being generated.
-"""
+"""How one answer's tokens are drawn: mlx-lm's samplers and logits processors."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,8 +42,11 @@ class Settings:
         """Return what draws tokens; None takes the likeliest."""
         if self.temperature < GREEDY_BELOW or self.top_p <= 0 or self.top_k == 1:
             return None
-        seed = secrets.randbits(63) if self.seed is None else self.seed
-        return SeededSampler(self, vocab_size, seed)
+        from mlx_lm.sample_utils import make_sampler
+
+        top_k = self.top_k if self.top_k < vocab_size else 0
+        sampler: Sampler = make_sampler(self.temperature, self.top_p, self.min_p, top_k=top_k)
+        return sampler
 
     def processors(self, before: Sequence[int]) -> list[LogitsProcessor]:
         """Return mlx-lm's logits processors, that also see the tokens `before` those they are given.
@@ -76,26 +74,3 @@ class Settings:
             return lambda tokens, logits: process(mx.concatenate([past, tokens]), logits)
 
         return [*(with_past(process) for process in made), *last]
-
-
-class SeededSampler:
-    """mlx-lm's sampler with a random key of its own: log-probabilities (T, V) to tokens (T,)."""
-
-    def __init__(self, settings: Settings, vocab_size: int, seed: int) -> None:
-        self.settings = settings
-        self.vocab_size = vocab_size
-        self.key = mx.random.key(seed)
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """Draw a token per row, filtered in mlx-lm's order."""
-        from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
-
-        wanted = self.settings
-        if wanted.top_p < 1:
-            logprobs = apply_top_p(logprobs, wanted.top_p)
-        if wanted.min_p > 0:
-            logprobs = apply_min_p(logprobs, wanted.min_p)
-        if 0 < wanted.top_k < self.vocab_size:
-            logprobs = apply_top_k(logprobs, wanted.top_k)
-        self.key, now = mx.random.split(self.key)
-        return mx.random.categorical(logprobs * (1 / wanted.temperature), key=now)

@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 
 from mlx_specstream import StreamModel, TreeSpec, load
 from mlx_specstream.apps.serve.app import create_app
-from mlx_specstream.apps.serve.interleaved import Interleaved
 from mlx_specstream.apps.serve.limits import Access, Limits
 from mlx_specstream.apps.serve.run import DrainingServer, listen, url_of
 from mlx_specstream.apps.serve.service import Service, start_service
+from mlx_specstream.apps.serve.turns import Turns
 from mlx_specstream.config import DecodeConfig
 from tests.apps.parrot import save_parrot
 from tests.scripted import with_streams
@@ -124,14 +124,14 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Every step of the model waits for this gate."""
-    gate, step = Gate(), Interleaved.step
+    gate, step = Gate(), Turns.step
 
-    def held(self: Interleaved) -> Any:
-        if self.answers:
+    def held(self: Turns) -> Any:
+        if self.works:
             gate.wait()
         return step(self)
 
-    monkeypatch.setattr(Interleaved, "step", held)
+    monkeypatch.setattr(Turns, "step", held)
     yield gate
     gate.open()
 

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -62,7 +63,9 @@ def make_engine() -> Iterator[Make]:
 
     def make(concurrency: int = 2, max_queue: int = 2) -> tuple[Engine, Turns]:
         turns = Turns()
-        engine = Engine(lambda: turns, decode_concurrency=concurrency, max_queue=max_queue)
+        engine = Engine(
+            lambda: nullcontext(turns), decode_concurrency=concurrency, max_queue=max_queue
+        )
         engine.start()
         made.append((engine, turns))
         return engine, turns

@@ -39,9 +39,10 @@ def test_what_is_taken_is_a_fresh_prefill(
     store = PrefixStore(model.backbone.new_cache, 2**30)
     taken = []
     for ids in texts:
-        cache, shared = store.take(ids)
+        cache = store.take(ids)
+        shared = cache.kv.length
         assert cache.tokens == ids[:shared]
-        assert cache.kv.length == shared < len(ids)
+        assert shared < len(ids)
         for _ in model.prefill(ids[shared:], cache.kv, 4):
             pass
         cache.settle(ids)
@@ -51,14 +52,14 @@ def test_what_is_taken_is_a_fresh_prefill(
     for entry in store.entries:  # nobody wrote into what is stored
         assert_holds(entry.kv, model, entry.tokens)
     best = max(common_prefix(texts[-1], ids) for ids in texts)
-    assert store.take(texts[-1])[1] == min(best, len(texts[-1]) - 1)
+    assert store.take(texts[-1]).kv.length == min(best, len(texts[-1]) - 1)
 
 
 def test_a_copy_leaves_the_stored_text_alone(tiny_stream_model: StreamModel) -> None:
     store = PrefixStore(tiny_stream_model.backbone.new_cache, 2**30)
     store.put(filled(tiny_stream_model, [1, 2, 3, 4]))
-    copy, shared = store.take([1, 2, 9, 9])
-    assert shared == 2
+    copy = store.take([1, 2, 9, 9])
+    assert copy.tokens == [1, 2]
     for _ in tiny_stream_model.prefill([9, 9], copy.kv):
         pass
     (entry,) = store.entries
@@ -69,8 +70,7 @@ def test_what_continues_a_text_takes_its_cache(tiny_stream_model: StreamModel) -
     store = PrefixStore(tiny_stream_model.backbone.new_cache, 2**30)
     stored = filled(tiny_stream_model, [1, 2, 3])
     store.put(stored)
-    taken, shared = store.take([1, 2, 3, 4])
-    assert (taken, shared) == (stored, 3)
+    assert store.take([1, 2, 3, 4]) is stored
     assert not store.entries
 
 
@@ -79,7 +79,7 @@ def test_the_bound_holds_and_the_oldest_goes(tiny_stream_model: StreamModel) -> 
     store = PrefixStore(tiny_stream_model.backbone.new_cache, 2 * one.kv.nbytes)
     for first in (1, 2):
         store.put(filled(tiny_stream_model, [first] * 2))
-    store.take([1, 1, 5])[0]
+    store.take([1, 1, 5])
     store.put(filled(tiny_stream_model, [1, 1, 5]))
     store.put(filled(tiny_stream_model, [3, 3]))
     assert [entry.tokens[0] for entry in store.entries] == [1, 3]

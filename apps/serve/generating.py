@@ -1,0 +1,152 @@
+"""One answer under way: what draws its tokens, their text, and its KV cache.
+
+Ids come from a decoder (`turns.py` decides which); here they become pieces of text, until the
+answer is over. Nothing depends on which decoder it was, so an answer may change it in the middle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+
+from mlx_specstream import KVCache, StreamModel
+from mlx_specstream.answer import Answer
+from mlx_specstream.answer import Piece as AnswerPiece
+from mlx_specstream.result import StepResult, to_ints
+from mlx_specstream.sampling import TokenChooser, TreeProcessor
+from mlx_specstream.statistics import SpeculationStats
+
+from ..prefix import PrefixCache
+from ..tokens import decoded
+from .work import Alternative, Piece, Progress, Work
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+class Generating:
+    """The state of one answer.
+
+    kv: its cache while no batch holds it. reading: yields while its prompt is being read.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        model: StreamModel,
+        tokenizer: TokenizerWrapper,
+        cache: PrefixCache,
+        chunk: int,
+    ) -> None:
+        settings = work.settings
+        self.work = work
+        self.tokenizer = tokenizer
+        self.kv: KVCache = cache.kv
+        self.cached_tokens = cache.kv.length
+        self.reading: Iterator[int] = model.prefill(
+            work.prompt[self.cached_tokens : -1], cache.kv, chunk
+        )
+        # To the chooser the text begins with the prompt's last token, whatever came from a cache.
+        self.chooser = TokenChooser(
+            settings.sampler(model.backbone.vocab_size),
+            settings.processors(work.prompt[:-1]),
+            work.prompt[-1:],
+            seed=settings.seed,
+        )
+        for process in self.chooser.processors:
+            if isinstance(process, TreeProcessor):
+                process.begin(1)
+        self.text = Answer(
+            tokenizer.detokenizer, tokenizer.eos_token_ids, settings.stop, settings.max_tokens
+        )
+        self.steps: Iterator[StepResult] | None = None
+        self.pieces: list[AnswerPiece] = []
+        self.given: list[int] = []
+        self.stats = SpeculationStats()
+        self.began = 0.0
+        self.failed = False
+
+    @property
+    def root(self) -> int:
+        """Return the one token that is not in the cache: the text's last."""
+        return self.given[-1] if self.given else self.work.prompt[-1]
+
+    def wanted(self, result: StepResult) -> bool:
+        """Turn a step's tokens into text; tell whether the answer needs another step."""
+        self.pieces = self.text.take(result.tokens, result.origins)
+        accepted = sum(piece.origin > 0 for piece in self.pieces)
+        self.stats = self.stats.after(
+            tokens=len(self.pieces), accepted=accepted, drafted=result.drafted
+        )
+        return self.text.finish_reason is None
+
+    def alone(self, steps: Callable[[], Iterator[StepResult]]) -> StepResult:
+        """Return the next step of a decoder of its own, which `steps` begins."""
+        if self.steps is None:
+            self.steps = steps()
+        return next(self.steps)
+
+    def settle(self) -> None:
+        """End a decoder of its own; the cache then holds the text but its last token."""
+        if self.steps is not None:
+            self.steps.close()  # type: ignore[attr-defined]
+            self.steps = None
+        kept = len(self.work.prompt) + len(self.given) - 1
+        self.kv.rewind(min(self.kv.length, kept))
+
+    def prefix(self) -> PrefixCache:
+        """Return the cache with its tokens, for later requests."""
+        text = self.work.prompt + self.given
+        return PrefixCache(self.kv, text[: self.kv.length])
+
+    def progress(self, result: StepResult) -> Progress:
+        """Return what a step gave out."""
+        if not self.given:
+            self.began = time.perf_counter() if not self.began else self.began
+        made = []
+        for index, piece in enumerate(self.pieces):
+            drawn: Alternative | None = None
+            alternatives: tuple[Alternative, ...] = ()
+            if self.work.settings.logprobs is not None:
+                drawn, alternatives = self._ranked(result.logits[index], piece.token)
+            made.append(Piece(piece.token, piece.text, piece.origin, drawn, alternatives))
+            self.given.append(piece.token)
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        return Progress(
+            tuple(made),
+            self.text.finish_reason,
+            self.stats,
+            self.cached_tokens,
+            len(self.given) / elapsed,
+        )
+
+    def _ranked(self, logits: mx.array, token: int) -> tuple[Alternative, tuple[Alternative, ...]]:
+        """Return a token and the likeliest ones, in the distribution that it was drawn from."""
+        rows = logits[None]
+        history = mx.array([self.work.prompt[-1], *self.given])
+        for process in self.chooser.processors:
+            rows = process(history, rows)
+        count = self.work.settings.logprobs or 0
+        own, found = ranked(rows[0], token, count)
+        drawn, *alternatives = (
+            Alternative(one, decoded(self.tokenizer, [one]), value)
+            for one, value in [(token, own), *found]
+        )
+        return drawn, tuple(alternatives)
+
+
+def ranked(logits: mx.array, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return a token's log-probability, from logits (V,), and the `count` likeliest tokens' ones."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    count = min(count, logprobs.shape[0] - 1)
+    if count == 0:
+        return cast(float, logprobs[token].item()), []
+    best = mx.argpartition(-logprobs, kth=count - 1)[:count]
+    values = mx.concatenate([logprobs[token : token + 1], mx.take(logprobs, best)])
+    own, *found = cast(list[float], values.tolist())
+    pairs = zip(to_ints(best), found, strict=True)
+    return own, sorted(pairs, key=lambda pair: (-pair[1], pair[0]))

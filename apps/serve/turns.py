@@ -1,0 +1,179 @@
+"""Whose turn it is: prompts are read a chunk at a time, and answers are written together.
+
+    step            1    2    3    4    5    6    7
+    answer A        ▒    ██   ██   ██   ██   ██   ██     ▒ a chunk of its prompt
+    answer B                  ▒    ▒    ██   ██          █ a pass
+    decoder         -    tree tree tree batch     tree
+
+Between two passes at most one chunk of one prompt is read, so that a long prompt does not hold up
+answers that are being written. One answer alone is decoded with draft trees; several share one
+pass, each with a chain of drafts [SS App. F]. Either way its tokens are those it would get alone.
+Where a model cannot be batched, answers take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mlx_specstream import DecodeConfig, StreamModel
+from mlx_specstream.batch import BatchDecoder, Slot
+from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.generation import decoder_for
+from mlx_specstream.result import StepResult
+from mlx_specstream.sampling import TokenChooser
+
+from ..prefix import PrefixCache
+from .generating import Generating
+from .prefixes import PrefixStore
+from .work import Event, Failure, Work
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+log = logging.getLogger("mlx_specstream")
+
+
+class Turns:
+    """Decodes the answers under way, alone or together."""
+
+    def __init__(
+        self,
+        model: StreamModel,
+        tokenizer: TokenizerWrapper,
+        prefixes: PrefixStore,
+        *,
+        config: DecodeConfig | None = None,
+        speculative: bool = True,
+        prefill_step_size: int = 512,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prefixes = prefixes
+        self.config = config
+        self.speculative = speculative
+        self.prefill_step_size = prefill_step_size
+        self.batch = make_batch(model, config, speculative)
+        self.reading: deque[Generating] = deque()  # whose turn is next comes first
+        self.writing: deque[Generating] = deque()
+        self.slots: dict[Slot, Generating] = {}
+
+    @property
+    def works(self) -> list[Work]:
+        return [answer.work for answer in (*self.reading, *self.writing)]
+
+    def warm_up(self) -> None:
+        """Measure and compile what the first answer would otherwise wait for."""
+        chooser = TokenChooser(history=[0])
+        decoder = decoder_for(self.model, self.config, chooser, self.speculative)
+        for _ in decoder.steps(0, self.prefixes.new_cache(), lambda _: False):
+            pass
+
+    def begin(self, work: Work) -> None:
+        """Take an answer on; its prompt is read after those that came before."""
+        cache = self.prefixes.take(work.prompt)
+        self.reading.append(
+            Generating(work, self.model, self.tokenizer, cache, self.prefill_step_size)
+        )
+
+    def end(self, work: Work) -> None:
+        """Stop an answer and store what its cache holds, unless an error makes that doubtful."""
+        answer = next(one for one in (*self.reading, *self.writing) if one.work is work)
+        for line in (self.reading, self.writing):
+            if answer in line:
+                line.remove(answer)
+        self._leave_batch(answer)
+        if not answer.failed:
+            answer.settle()
+            self.prefixes.put(answer.prefix())
+
+    def step(self) -> list[tuple[Work, Event]]:
+        """Read a chunk of one prompt, and let the answers that are being written have a pass."""
+        events = self._read()
+        writing = [answer for answer in self.writing if not answer.work.over]
+        if not writing:
+            return events
+        if self.batch is None or len(writing) == 1:
+            answer = writing[0]
+            self.writing.remove(answer)
+            self.writing.append(answer)
+            return events + self._alone(answer)
+        return events + self._together(self.batch)
+
+    def _read(self) -> list[tuple[Work, Event]]:
+        if not self.reading:
+            return []
+        answer = self.reading.popleft()
+        try:
+            if next(answer.reading, None) is not None:
+                self.reading.append(answer)
+                return []
+            read = answer.work.prompt[:-1]
+            if answer.work.shared:
+                self.prefixes.put(PrefixCache(answer.kv.copy(len(read)), read))
+        except Exception as error:
+            self.reading.append(answer)
+            return [self._failed(answer, error)]
+        answer.work.prompt_read = True
+        self.writing.append(answer)
+        return []
+
+    def _alone(self, answer: Generating) -> list[tuple[Work, Event]]:
+        """Give one answer a pass of a decoder of its own."""
+        try:
+            self._leave_batch(answer)
+            result = answer.alone(partial(self._steps, answer))
+            return [(answer.work, answer.progress(result))]
+        except Exception as error:
+            return [self._failed(answer, error)]
+
+    def _steps(self, answer: Generating) -> Iterator[StepResult]:
+        decoder = decoder_for(self.model, self.config, answer.chooser, self.speculative)
+        return decoder.steps(answer.root, answer.kv, answer.wanted)
+
+    def _together(self, batch: BatchDecoder) -> list[tuple[Work, Event]]:
+        """Give all answers a pass that they share."""
+        joined = set(self.slots.values())
+        for answer in self.writing:
+            if answer not in joined and not answer.work.over:
+                answer.settle()
+                slot = batch.add(
+                    [answer.root], cache=answer.kv, chooser=answer.chooser, more=answer.wanted
+                )
+                self.slots[slot] = answer
+        events: list[tuple[Work, Event]] = []
+        for slot, result, error in batch.step():
+            answer = self.slots[slot]
+            if error is not None or result is None:
+                events.append(self._failed(answer, error or RuntimeError("no result")))
+                continue
+            try:
+                events.append((answer.work, answer.progress(result)))
+            except Exception as failure:
+                events.append(self._failed(answer, failure))
+        return events
+
+    def _leave_batch(self, answer: Generating) -> None:
+        """Take an answer's cache back from the batch, if it is there."""
+        for slot, one in list(self.slots.items()):
+            if one is answer and self.batch is not None:
+                del self.slots[slot]
+                answer.kv = self.batch.remove(slot)
+
+    def _failed(self, answer: Generating, error: Exception) -> tuple[Work, Event]:
+        answer.failed = True
+        return answer.work, Failure.of(error)
+
+
+def make_batch(
+    model: StreamModel, config: DecodeConfig | None, speculative: bool
+) -> BatchDecoder | None:
+    """Return what decodes several answers in one pass, None where that cannot be done."""
+    try:
+        return BatchDecoder(model, config, speculative)
+    except SpecStreamError as error:
+        log.warning("note: answers take turns instead of sharing passes, because %s", error)
+        return None
