@@ -164,21 +164,22 @@ def start_service(
         from mlx_lm.generate import wired_limit
 
         model, tokenizer = load()
-        prefixes = PrefixStore(model.backbone.new_cache, limits.prompt_cache_bytes)
         with wired_limit(model.model):
             turns = Turns(
                 model,
                 tokenizer,
-                prefixes,
+                prompt_cache_bytes=limits.prompt_cache_bytes,
                 config=config,
                 speculative=speculative,
                 prefill_step_size=limits.prefill_step_size,
             )
             turns.warm_up()
-            found.append((model, tokenizer, prefixes))
+            found.append((model, tokenizer, turns.prefixes))
             yield turns
 
-    engine = Engine(making, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue)
+    engine = Engine(
+        making, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue
+    )
     engine.start()
     model, tokenizer, prefixes = found.pop()
     metrics = Metrics()

@@ -44,19 +44,20 @@ class Turns:
         self,
         model: StreamModel,
         tokenizer: TokenizerWrapper,
-        prefixes: PrefixStore,
         *,
+        prompt_cache_bytes: int = 0,
         config: DecodeConfig | None = None,
         speculative: bool = True,
         prefill_step_size: int = 512,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.prefixes = prefixes
         self.config = config
         self.speculative = speculative
         self.prefill_step_size = prefill_step_size
         self.batch = make_batch(model, config, speculative)
+        kind = model.backbone if self.batch is None else self.batch
+        self.prefixes = PrefixStore(kind.new_cache, prompt_cache_bytes)
         self.reading: deque[Generating] = deque()  # whose turn is next comes first
         self.writing: deque[Generating] = deque()
         self.slots: dict[Slot, Generating] = {}
