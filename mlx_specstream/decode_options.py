@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, fields
-from typing import cast, get_args
+from typing import NoReturn, TypedDict, cast, get_args
 
 from .config import DecodeConfig, PruneSpec, Schedule, TreeSpec, TypicalSpec
 from .demo import DEMO_NAME
@@ -17,13 +17,26 @@ from .shipped import AUTO
 LOSSY_NOTE = "typical acceptance is lossy: the text may differ from what the model says by itself."
 
 
+class LoadOptions(TypedDict):
+    """Arguments of `load`."""
+
+    adapter_path: str | None
+    revision: str | None
+    streams: str | None
+    streams_revision: str | None
+
+
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
-    """Add --model, --adapter-path and --streams."""
+    """Add --model, --adapter-path, --streams and the revisions of what is on the hub."""
     parser.add_argument(
         "--model",
         default=default,
-        help="model folder, hub id, or 'demo' for the demo model (default: %(default)s)",
+        help=(
+            "model folder, hub id (owner/name, or owner/name@revision), or 'demo' for the demo "
+            "model (default: %(default)s)"
+        ),
     )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
     parser.add_argument("--adapter-path", help="LoRA adapters of mlx-lm to load with the model")
     parser.add_argument(
         "--streams",
@@ -32,6 +45,10 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
             "stream folder, hub id, name of a shipped set, or 'none'; 'auto' takes what the "
             "model's folder holds, else a shipped set for the same base (default: %(default)s)"
         ),
+    )
+    parser.add_argument("--streams-revision", help="branch, tag or commit of streams on the hub")
+    parser.add_argument(
+        "--trust-remote-code", nargs="*", action=_RefuseCode, help=argparse.SUPPRESS
     )
 
 
@@ -85,6 +102,16 @@ def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: boo
 def streams_option(arguments: argparse.Namespace) -> str | None:
     """Return --streams as `load` takes it."""
     return None if arguments.streams.lower() == "none" else arguments.streams
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """Return what `load` takes besides the model's name."""
+    return {
+        "adapter_path": arguments.adapter_path,
+        "revision": arguments.revision,
+        "streams": streams_option(arguments),
+        "streams_revision": arguments.streams_revision,
+    }
 
 
 def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> DecodeConfig:
@@ -164,3 +191,13 @@ def described(config: DecodeConfig) -> dict[str, object]:
     values["typical"] = None if config.typical is None else asdict(config.typical)
     values["lossy"] = config.lossy
     return values
+
+
+class _RefuseCode(argparse.Action):
+    """mlx-lm's --trust-remote-code."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise OptionError(
+            "--trust-remote-code is not supported: mlx-specstream never runs code that a model "
+            "brings along; leave it out."
+        )

@@ -15,7 +15,7 @@ from .decode_options import (
     add_decode_options,
     add_model_options,
     decode_config,
-    streams_option,
+    load_options,
 )
 from .errors import OptionError, StreamsError
 from .machine import Machine
@@ -93,13 +93,12 @@ def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel,
     from .loading import load, model_folder
 
     started = time.perf_counter()
-    folder = model_folder(arguments.model)  # fetches, with progress of its own
+    options = load_options(arguments)
+    # Fetches, with progress of its own.
+    folder = model_folder(arguments.model, options["revision"])
+    options["revision"] = None
     with console.status(f"Loading {arguments.model}"):
-        model, tokenizer = load(
-            str(folder),
-            adapter_path=arguments.adapter_path,
-            streams=streams_option(arguments),
-        )
+        model, tokenizer = load(str(folder), **options)
     if model.streams is None:
         raise StreamsError(
             f"there are no streams for {arguments.model}, so there is nothing to show; name some "

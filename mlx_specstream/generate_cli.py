@@ -15,7 +15,7 @@ from .decode_options import (
     add_model_options,
     decode_config,
     described,
-    streams_option,
+    load_options,
 )
 from .errors import DataError, OptionError
 from .sampling_options import (
@@ -117,9 +117,7 @@ def main(argv: list[str]) -> int:
 
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    model, tokenizer = load(
-        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
-    )
+    model, tokenizer = load(arguments.model, **load_options(arguments))
     for token in arguments.extra_eos_token:
         add_eos_token(tokenizer, token)
     prompt = encode_prompt(

@@ -19,7 +19,7 @@ from .backbone import Backbone, check_backbone
 from .cache import KVCache
 from .demo import DEMO_NAME, resolve_demo
 from .errors import ModelError, OptionError
-from .hub import fetch, first_line
+from .hub import fetch, first_line, refuse_revision
 from .prefill import PREFILL_CHUNK, prefill_chunks
 from .shipped import AUTO, find_streams
 from .streams import Streams
@@ -93,6 +93,7 @@ def load(
     revision: str | None = None,
     *,
     streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper]: ...
 
 
@@ -107,6 +108,7 @@ def load(
     return_config: Literal[True],
     revision: str | None = None,
     streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper, dict[str, Any]]: ...
 
 
@@ -120,13 +122,16 @@ def load(
     revision: str | None = None,
     *,
     streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper] | tuple[StreamModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model, its tokenizer and its streams.
 
-    Everything but `streams` is as in `mlx_lm.load`; `demo` names the demo model. Code that a
-    model brings along is never run.
+    Everything but the streams is as in `mlx_lm.load`; `demo` names the demo model. A folder here
+    comes before the hub, where `owner/name@revision` pins a branch, tag or commit as `revision`
+    does. Code that a model brings along is never fetched or run.
 
     Args:
+        streams_revision: branch, tag or commit of streams on the hub.
         streams: `auto` (what the model's folder holds, else a shipped set for this base, else
             none), None (decode plainly), a folder, a hub id or the name of a shipped set.
 
@@ -142,7 +147,7 @@ def load(
     backbone = Backbone(model)
     if not lazy:
         check_backbone(backbone)
-    weights = find_streams(streams, model, folder)
+    weights = find_streams(streams, model, folder, streams_revision)
     joined = None
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)
@@ -162,11 +167,15 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 
     Raises:
         ModelError: there is no such model.
+        OptionError: a revision of what is not on the hub.
     """
     if name == DEMO_NAME:
+        refuse_revision(name, revision, "the demo model")
         return resolve_demo()
     folder = Path(name).expanduser()
-    if not folder.exists():
+    if folder.exists():
+        refuse_revision(name, revision, "a path here")
+    else:
         folder = fetch(
             name, "model", ModelError, patterns=(*MODEL_FILES, *STREAM_FILES), revision=revision
         )

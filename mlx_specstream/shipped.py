@@ -2,7 +2,7 @@
 
 streams=None      decode plainly
 streams="auto"    what the model's folder holds, else a shipped set for this base, else none
-streams="x"       a folder, the name of a shipped set, or `owner/name` on the hub
+streams="x"       a folder, the name of a shipped set, or `owner/name[@revision]` on the hub
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import mlx.nn as nn
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from .errors import StreamsError
 from .fingerprint import fingerprint, same_base
-from .hub import fetch
+from .hub import fetch, refuse_revision
 
 SHIPPED = Path(__file__).parent / "shipped"
 AUTO = "auto"
-_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(@\S+)?")
 
 
 def shipped_names() -> list[str]:
@@ -31,16 +31,22 @@ def shipped_names() -> list[str]:
 
 
 def find_streams(
-    streams: str | Path | None, model: nn.Module, model_folder: Path
+    streams: str | Path | None,
+    model: nn.Module,
+    model_folder: Path,
+    revision: str | None = None,
 ) -> StreamWeights | None:
     """Load the streams asked for and make sure that they belong to `model`.
 
     Raises:
         StreamsError: there are none of that name, they are damaged or of another base.
+        OptionError: a revision of what is not on the hub.
     """
-    if streams is None:
-        return None
-    folder = _automatic(model, model_folder) if streams == AUTO else _named(streams)
+    if streams is None or streams == AUTO:
+        refuse_revision("--streams", revision, f"{streams or 'none'}")
+        if streams is None:
+            return None
+    folder = _automatic(model, model_folder) if streams == AUTO else _named(streams, revision)
     if folder is None:
         return None
     weights = load_streams(folder)
@@ -64,12 +70,14 @@ def _automatic(model: nn.Module, model_folder: Path) -> Path | None:
     return None
 
 
-def _named(streams: str | Path) -> Path:
+def _named(streams: str | Path, revision: str | None) -> Path:
     """Return the folder of a name: a folder here, a shipped set, or fetched from the hub."""
     folder = Path(streams).expanduser()
     if folder.is_dir():
+        refuse_revision(str(streams), revision, "a folder here")
         return folder
     if str(streams) in shipped_names():
+        refuse_revision(str(streams), revision, "a set shipped with mlx-specstream")
         return SHIPPED / str(streams)
     known = ", ".join(shipped_names()) or "none yet"
     if folder.exists():
@@ -82,4 +90,5 @@ def _named(streams: str | Path) -> Path:
             f"there are no streams {str(streams)!r}: neither a folder here nor one of the shipped "
             f"sets ({known}) nor an id like owner/name on the Hugging Face hub."
         )
-    return fetch(str(streams), "streams", StreamsError, patterns=(CONFIG_FILE, WEIGHTS_FILE))
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    return fetch(str(streams), "streams", StreamsError, patterns=files, revision=revision)

@@ -18,7 +18,7 @@ from .decode_options import (
     add_model_options,
     decode_config,
     described,
-    streams_option,
+    load_options,
 )
 from .errors import OptionError, StreamsError
 
@@ -85,9 +85,7 @@ def main(argv: list[str]) -> int:
         if arguments.prompts
         else built_in_prompts()[: arguments.num_prompts]
     )
-    model, tokenizer = load(
-        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
-    )
+    model, tokenizer = load(arguments.model, **load_options(arguments))
     if model.streams is None:
         raise StreamsError(
             f"{arguments.model} has no streams, so there is nothing to verify; name some with "

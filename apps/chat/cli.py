@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_specstream.decode_options import add_decode_options, add_model_options, streams_option
+from mlx_specstream.decode_options import add_decode_options, add_model_options, load_options
 from mlx_specstream.errors import OutputError
 from mlx_specstream.sampling_options import add_sampling_options
 
@@ -146,9 +146,7 @@ def _chat(
     from .keeper import Keeper
     from .session import ChatSession
 
-    model, tokenizer = load(
-        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
-    )
+    model, tokenizer = load(arguments.model, **load_options(arguments))
     keeper = Keeper(
         short_name(model.name), automatic=interactive and not arguments.no_save, own=own
     )

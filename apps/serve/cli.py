@@ -10,7 +10,7 @@ from mlx_specstream.decode_options import (
     add_decode_options,
     add_model_options,
     decode_config,
-    streams_option,
+    load_options,
 )
 from mlx_specstream.errors import OptionError
 from mlx_specstream.generate_cli import add_sampling_options, check_sampling
@@ -116,9 +116,7 @@ def main(argv: list[str]) -> int:
     from mlx_specstream import load
 
     def loaded():  # type: ignore[no-untyped-def]
-        return load(
-            arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
-        )
+        return load(arguments.model, **load_options(arguments))
 
     print(f"loading {arguments.model} ...", flush=True)
     defaults = Defaults(
