@@ -37,6 +37,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
     "doctor": Verb("mlx_specstream.doctor.command", "say what runs here, and what to change"),
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
+    "plan": Verb("mlx_specstream.plan.command", "show what steps cost here and which tree pays"),
     "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),

@@ -61,7 +61,10 @@ def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: boo
         f"(default: {default.tree})"
     )
     if several_trees:
-        parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
+        tree_help = (
+            f"{tree_help.partition(' (default')[0]} (default: {TreeSpec()}); may be repeated"
+        )
+        parser.add_argument("--tree", action="append", help=tree_help)
     else:
         parser.add_argument("--tree", default=str(default.tree), help=tree_help)
     parser.add_argument(

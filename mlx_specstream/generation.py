@@ -30,6 +30,8 @@ from .config import DecodeConfig
 from .decode import StreamDecoder
 from .errors import OptionError
 from .loading import StreamModel
+from .plan.auto import AutoDecoder
+from .plan.ready import planner_for
 from .prefill import PREFILL_CHUNK
 from .result import DraftRecord, StepResult
 from .sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
@@ -160,7 +162,7 @@ def stream_generate(
         logits_processors: as in mlx-lm; every draft token gets its own history. Also a
             grammar's (`grammar.py`), for answers that fit a JSON schema.
         prompt_cache: what earlier text left: a `KVCache`, or a list of mlx-lm's. It is updated.
-        config: how to decode; None for the default tree.
+        config: how to decode; None for the tree that pays here, plain decoding included.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
         seed: of this answer's random numbers; None takes one from MLX's global generator, so
@@ -188,7 +190,7 @@ def stream_generate(
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
     decoder = decoder_for(model, config, chooser, speculative)
-    if isinstance(decoder, StreamDecoder):
+    if not isinstance(decoder, PlainDecoder):
         decoder.keep_drafts = keep_drafts
     run = _Run(
         decoder=decoder,
@@ -204,11 +206,18 @@ def stream_generate(
 
 def decoder_for(
     model: StreamModel, config: DecodeConfig | None, chooser: TokenChooser, speculative: bool
-) -> PlainDecoder | StreamDecoder:
-    """Return the loop over token ids that generates with these settings."""
+) -> PlainDecoder | StreamDecoder | AutoDecoder:
+    """Return the loop over token ids that generates with these settings.
+
+    With the tree `auto` the first call may take some seconds, to measure what steps cost here.
+    """
     if model.streams is None or not speculative:
         return plain_decoder(model.backbone, model.streams, chooser)
-    return StreamDecoder(model.streams, config or DecodeConfig(), chooser)
+    config = config or DecodeConfig()
+    planner = planner_for(model, config)
+    if planner is not None:
+        return AutoDecoder(model.streams, config, chooser, planner)
+    return StreamDecoder(model.streams, config, chooser)
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt, vocab_size: int) -> list[int]:
@@ -241,7 +250,7 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt, vocab_size: int) -> 
 class _Run:
     """One answer under way: the loop over steps, and what has to be put right when it ends."""
 
-    decoder: PlainDecoder | StreamDecoder
+    decoder: PlainDecoder | StreamDecoder | AutoDecoder
     answer: Answer
     prompt: list[int]
     cache: KVCache

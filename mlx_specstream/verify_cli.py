@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
-from .config import DecodeConfig
+from .config import DecodeConfig, TreeSpec
 from .decode_options import (
     add_decode_options,
     add_model_options,
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             "verify compares with plain decoding, from which typical acceptance (lossy) differs by "
             "design; leave --lossy-typical out."
         )
-    trees = arguments.tree or [str(DecodeConfig().tree)]
+    trees = arguments.tree or [str(TreeSpec())]
     configs = [decode_config(arguments, tree) for tree in trees]
 
     from .loading import load

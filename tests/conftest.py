@@ -20,6 +20,12 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn measuring off, so that `--tree auto` is its fixed fallback and no test depends on speed."""
+    monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> nn.Module:
     """A float32 llama: 4 layers, width 64, 4 query heads on 2 key heads, 256 tokens."""

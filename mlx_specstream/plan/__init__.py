@@ -1,1 +1,38 @@
-"""The planner: what a step costs here, what it will yield, and which tree pays best."""
+"""The planner: what a step costs here, what it will yield, and which tree pays best.
+
+costs(model)            what steps cost on this machine, measured once and cached
+acceptance(model)       what was recorded with the streams, tree by tree
+forecasts(curve, ...)   tokens per second of every plan; `chosen` picks one, or plain decoding
+planner_for(model)      the governor of `--tree auto`, which follows the text as it goes
+"""
+
+from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, AnswerTrace, Position, Rates
+from .choose import MARGIN, Forecast, chosen, forecasts
+from .curve import CostCurve, StepCost
+from .measure import measure
+from .planner import Planner
+from .plans import Plan, candidates, fused_row_limit
+from .ready import acceptance, costs, model_plans, planner_for
+
+__all__ = [
+    "ACCEPTANCE_FILE",
+    "MARGIN",
+    "AcceptanceProfile",
+    "AnswerTrace",
+    "CostCurve",
+    "Forecast",
+    "Plan",
+    "Planner",
+    "Position",
+    "Rates",
+    "StepCost",
+    "acceptance",
+    "candidates",
+    "chosen",
+    "costs",
+    "forecasts",
+    "fused_row_limit",
+    "measure",
+    "model_plans",
+    "planner_for",
+]

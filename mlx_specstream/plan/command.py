@@ -1,0 +1,330 @@
+"""`specstream plan`: what steps cost here, what they yield, and which tree `--tree auto` takes.
+
+specstream plan                              costs, forecasts, the choice and why
+specstream plan --record chat=FILE           record the streams' acceptance on prompts
+specstream plan --check --prompts FILE       predictions against measurements, tree by tree
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_specstream.config import DecodeConfig
+from mlx_specstream.decode_options import add_model_options, streams_option
+from mlx_specstream.errors import DataError, ModelError, OptionError, StreamsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .acceptance import AcceptanceProfile
+    from .check import Verdict
+    from .choose import Forecast
+    from .curve import CostCurve
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `specstream plan`."""
+    parser = argparse.ArgumentParser(
+        prog="specstream plan",
+        description=(
+            "Show what decoding steps cost on this machine, what they are expected to yield, and "
+            "which tree --tree auto takes. Costs are measured once and cached."
+        ),
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--schedule",
+        choices=("auto", "inline", "deferred"),
+        default="auto",
+        help="plans to consider, by when streams run (default: %(default)s)",
+    )
+    parser.add_argument("--refresh", action="store_true", help="measure costs again")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds that measuring may take (default: SPECSTREAM_PLAN_SECONDS, else 5)",
+    )
+    parser.add_argument(
+        "--context", type=int, help="forecast for this many tokens of context (default: 256)"
+    )
+    parser.add_argument("--task", help="forecast for one of the recorded tasks (default: all)")
+    parser.add_argument(
+        "--record",
+        action="append",
+        metavar="TASK=FILE",
+        help="record acceptance on a prompt file; may be repeated, one task each",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="where --record writes (default: into the streams' folder)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare predictions with measurements on --prompts"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="prompts for --check (default: built in)")
+    parser.add_argument("--num-prompts", type=int, help="use only the first prompts of each file")
+    parser.add_argument(
+        "--max-tokens", "-m", type=int, default=64, help="most tokens per answer (default: 64)"
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=16,
+        help="--check tries every tree of up to this many rows (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Show, record or check."""
+    arguments = build_parser().parse_args(argv)
+    _check(arguments)
+    from mlx_specstream.loading import load
+
+    model, tokenizer = load(
+        arguments.model, adapter_path=arguments.adapter_path, streams=streams_option(arguments)
+    )
+    if model.streams is None:
+        raise StreamsError(
+            f"{arguments.model} has no streams, so there is nothing to plan; name some with --streams."
+        )
+    if arguments.record:
+        return _record(arguments, model, tokenizer)
+    from .ready import acceptance, costs, model_plans
+
+    curve = costs(model, budget_s=arguments.budget, refresh=arguments.refresh)
+    if curve is None:
+        raise ModelError(
+            "costs were not measured: measuring is turned off, or the model computes NaN; give "
+            "--budget 5, or check the model with specstream verify."
+        )
+    if arguments.check:
+        return _checked(arguments, model, tokenizer, curve)
+    profile = acceptance(model)
+    if arguments.task:
+        profile = profile.only(arguments.task)
+    allowed = set(model_plans(model, DecodeConfig(schedule=arguments.schedule)))
+    plans = [plan for plan in curve.steps if plan in allowed]
+    from .choose import forecasts
+
+    found = forecasts(curve, profile, plans=plans, context=arguments.context)
+    if arguments.json:
+        print(json.dumps(as_json(curve, profile, found), ensure_ascii=False))
+        return 0
+    from rich.console import Console
+
+    show(Console(), curve, profile, found)
+    return 0
+
+
+def as_json(
+    curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]
+) -> dict[str, object]:
+    """Return curve, forecasts and choice in the form of JSON."""
+    from .choose import MARGIN, chosen
+
+    return {
+        "costs": curve.to_dict(),
+        "acceptance": {"source": profile.source, "tasks": profile.tasks},
+        "forecasts": [
+            {
+                "plan": forecast.name,
+                "tokens_per_step": round(forecast.tokens_per_step, 3),
+                "ms_per_step": round(1e3 * forecast.seconds_per_step, 3),
+                "tokens_per_s": round(forecast.tokens_per_s, 2),
+                "speedup": round(forecast.speedup, 3),
+            }
+            for forecast in found
+        ],
+        "margin": MARGIN,
+        "choice": chosen(found).name,
+    }
+
+
+def show(
+    console: Console, curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]
+) -> None:
+    """Print a table of plans, fastest first, and the choice with its reason."""
+    from rich.table import Table
+
+    from .choose import chosen
+
+    choice = chosen(found)
+    table = Table(title="Plans, the fastest first")
+    for heading in ("plan", "rows", "ms per step", "in tokens", "tokens per step", "speed-up"):
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for forecast in found:
+        cost = curve.plain if forecast.plan is None else curve.steps[forecast.plan]
+        rows = 1 if forecast.plan is None else forecast.plan.rows(curve.num_streams)
+        mark = " <" if forecast == choice else ""
+        table.add_row(
+            forecast.name + mark,
+            str(rows),
+            f"{1e3 * forecast.seconds_per_step:.1f} ± {100 * cost.spread:.0f} %",
+            f"{forecast.seconds_per_step / curve.seconds(None, curve.context):.2f}",
+            f"{forecast.tokens_per_step:.2f}",
+            f"{forecast.speedup:.2f}",
+            style="bold" if forecast == choice else None,
+        )
+    console.print(table)
+    console.print(reason(curve, profile, found), soft_wrap=True, highlight=False)
+
+
+def reason(curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]) -> str:
+    """Say in a line or two what is chosen and why."""
+    from .choose import MARGIN, chosen
+
+    choice = chosen(found)
+    best = next(forecast for forecast in found if forecast.plan is not None)
+    price = best.seconds_per_step / found_plain(found).seconds_per_step
+    facts = (
+        f"a step costs {price:.2f} plain tokens and yields {best.tokens_per_step:.2f} "
+        f"(acceptance: {profile.source or 'recorded'}; costs: {curve.source})"
+    )
+    if choice.plan is None:
+        return (
+            f"Chosen: plain decoding. The best tree, {best.name}, promises {best.speedup:.2f}x, less "
+            f"than the {1 + MARGIN:.2f}x at which speculation begins: {facts}."
+        )
+    return f"Chosen: {choice.name}, {choice.speedup:.2f}x plain decoding: {facts}."
+
+
+def found_plain(found: list[Forecast]) -> Forecast:
+    """Return the forecast of plain decoding."""
+    return next(forecast for forecast in found if forecast.plan is None)
+
+
+def _record(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> int:
+    """Record acceptance on every file and write the profile."""
+    from tqdm import tqdm
+
+    from mlx_specstream.prompts import encode_prompt, read_prompts
+
+    from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile
+    from .record import record_answer
+
+    files = [_task_and_file(text) for text in arguments.record]
+    prompts = {task: read_prompts(path, arguments.num_prompts) for task, path in files}
+    target = Path(arguments.output or Path(model.streams_name) / ACCEPTANCE_FILE)
+    answers = []
+    with tqdm(total=sum(map(len, prompts.values())), unit="answer", disable=None) as bar:
+        for task, some in prompts.items():
+            for prompt in some:
+                ids = encode_prompt(tokenizer, prompt)
+                stop = tokenizer.eos_token_ids
+                answers.append(record_answer(model.streams, ids, arguments.max_tokens, stop, task))
+                bar.update()
+    source = ", ".join(f"{len(some)} {task} prompts" for task, some in prompts.items())
+    conditioned = bool(model.streams.config.conditioner_rank)
+    profile = AcceptanceProfile(model.streams.num_streams, tuple(answers), conditioned, source)
+    profile.save(target)
+    print(f"recorded {profile.num_positions} tokens ({source}) in {target}")
+    return 0
+
+
+def _checked(arguments: argparse.Namespace, model: Any, tokenizer: Any, curve: CostCurve) -> int:
+    """Compare predictions with measurements and print both."""
+    from tqdm import tqdm
+
+    from mlx_specstream.prompts import built_in_prompts, encode_prompt, read_prompts
+
+    from .check import check, scaled, small_trees
+    from .measure import measure
+
+    prompts = (
+        read_prompts(arguments.prompts, arguments.num_prompts)
+        if arguments.prompts
+        else built_in_prompts()[: arguments.num_prompts]
+    )
+    streams = model.streams
+    plans = small_trees(streams.num_streams, arguments.max_rows, shared=streams.shared)
+    # Every tree that is judged is measured, with no regard to what it promises.
+    every = measure(streams, plans, budget_s=20 * (arguments.budget or 3.0))
+    if every is not None:
+        curve = replace(every, key=curve.key)
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    with tqdm(total=len(ids) * (1 + len(plans)), unit="answer", disable=None) as bar:
+        found = scaled(check(model, tokenizer, ids, arguments.max_tokens, curve, plans, bar.update))
+    if arguments.json:
+        print(json.dumps(check_json(found)))
+    else:
+        _print_check(found)
+    return 0
+
+
+def check_json(found: Verdict) -> dict[str, object]:
+    """Return the findings of a check in the form of JSON."""
+    return {
+        "choice": "plain" if found.choice is None else found.choice.name,
+        "best": "plain" if found.best.plan is None else found.best.plan.name,
+        "choice_of_best": round(found.of_best, 4),
+        "rows": [
+            {
+                "plan": "plain" if row.plan is None else row.plan.name,
+                "measured_tokens_per_s": round(row.measured, 3),
+                "predicted_tokens_per_s": round(row.predicted, 3),
+                "error": round(row.error, 4),
+                "tokens_per_step": round(row.yielded, 3),
+                "expected_tokens_per_step": round(row.expected, 3),
+                "identical": row.identical,
+            }
+            for row in found.rows
+        ],
+    }
+
+
+def _print_check(found: Verdict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Tokens per second")
+    for heading in ("plan", "measured", "predicted", "error", "per step", "expected", "same text"):
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for row in sorted(found.rows, key=lambda row: -row.measured):
+        table.add_row(
+            "plain" if row.plan is None else row.plan.name,
+            f"{row.measured:.2f}",
+            f"{row.predicted:.2f}",
+            f"{row.error:+.1%}",
+            f"{row.yielded:.2f}",
+            f"{row.expected:.2f}",
+            "yes" if row.identical else "no",
+        )
+    console = Console()
+    console.print(table)
+    within = sum(abs(row.error) <= 0.1 for row in found.rows)
+    name = "plain" if found.choice is None else found.choice.name
+    console.print(
+        f"{within} of {len(found.rows)} predictions within 10 %. The planner takes {name}: "
+        f"{found.of_best:.1%} of the fastest that was measured.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _task_and_file(text: str) -> tuple[str, str]:
+    task, equals, path = text.partition("=")
+    if not equals or not task or not path:
+        raise OptionError(f"--record takes TASK=FILE, as chat=prompts.jsonl, got {text!r}.")
+    return task, path
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range before a model is loaded."""
+    for name, least in (("num_prompts", 1), ("max_tokens", 2), ("max_rows", 2), ("context", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            raise OptionError(f"{flag} must be at least {least}, got {value}.")
+    if arguments.budget is not None and not 0 <= arguments.budget < 3600:
+        raise OptionError(f"--budget must be 0 to 3600 seconds, got {arguments.budget}.")
+    if arguments.record and arguments.check:
+        raise OptionError("--record and --check are two things; give one of them.")
+    for text in arguments.record or ():
+        path = Path(_task_and_file(text)[1]).expanduser()
+        if not path.is_file():
+            raise DataError(f"the prompts in {path} cannot be read: there is no such file.")

@@ -1,0 +1,146 @@
+"""A cost curve: seconds per step for each plan, beside one token of plain decoding.
+
+Plans are priced whole, as decoding runs them (layers, heads, drafting, the host's share), since
+kernels have steps at odd row counts that no formula knows. What was not measured lies between
+its neighbours in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .plans import Plan
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step costs at the curve's context.
+
+    seconds: the median. spread: half the interquartile range over the median. samples: how many
+    steps were timed, 0 where the figure is derived.
+    """
+
+    seconds: float
+    spread: float = 0.0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Costs of plain decoding and of plans, for one model with its streams on one machine.
+
+    context: committed tokens at which it holds. plain_growth_s, step_growth_s: seconds more per
+    token of context. source: `measured`, or where the figures come from. key: what they hold
+    for (`identity.py`).
+    """
+
+    num_streams: int
+    context: int
+    plain: StepCost
+    steps: Mapping[Plan, StepCost]
+    plain_growth_s: float = 0.0
+    step_growth_s: float = 0.0
+    source: str = "measured"
+    key: Mapping[str, object] = field(default_factory=dict)
+
+    def seconds(self, plan: Plan | None, context: int | None = None) -> float:
+        """Return the seconds of a step (None: of one token of plain decoding) at a context."""
+        more = 0 if context is None else context - self.context
+        if plan is None:
+            return max(self.plain.seconds + more * self.plain_growth_s, 1e-9)
+        return max(self._base(plan) + more * self.step_growth_s, 1e-9)
+
+    def relative(self, plan: Plan, context: int | None = None) -> float:
+        """Return what a step costs in tokens of plain decoding."""
+        return self.seconds(plan, context) / self.seconds(None, context)
+
+    def restart(self) -> float:
+        """Return what a step of the root alone costs in plain tokens: it drafts anew."""
+        cheapest = min((cost.seconds for cost in self.steps.values()), default=0.0)
+        return max(1.0, cheapest / self.plain.seconds)
+
+    def _base(self, plan: Plan) -> float:
+        """Return the cost of a plan, between those of its neighbours if it was not measured."""
+        if plan in self.steps:
+            return self.steps[plan].seconds
+        rows = plan.rows(self.num_streams)
+        alike = [known for known in self.steps if _alike(known, plan, strictly=True)]
+        alike = alike or [known for known in self.steps if _alike(known, plan, strictly=False)]
+        alike = alike or list(self.steps)
+        if not alike:
+            return self.plain.seconds * rows
+        points = sorted(
+            (known.rows(self.num_streams), self.steps[known].seconds) for known in alike
+        )
+        below = [point for point in points if point[0] <= rows]
+        above = [point for point in points if point[0] >= rows]
+        if not below:
+            return above[0][1]
+        if not above:  # never cheaper than in proportion to the widest that is known
+            return below[-1][1] * max(1.0, rows / max(1, below[-1][0]))
+        (low, cheap), (high, dear) = below[-1], above[0]
+        return cheap if high == low else cheap + (dear - cheap) * (rows - low) / (high - low)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {
+            "num_streams": self.num_streams,
+            "context": self.context,
+            "source": self.source,
+            "key": dict(self.key),
+            "plain": _cost(self.plain),
+            "plain_growth_s": self.plain_growth_s,
+            "step_growth_s": self.step_growth_s,
+            "steps": {plan.name: _cost(cost) for plan, cost in self.steps.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> CostCurve:
+        """Make one from its JSON form.
+
+        Raises:
+            ValueError, KeyError, TypeError, OptionError: it is damaged.
+        """
+        steps, key = values["steps"], values["key"]
+        if not isinstance(steps, dict) or not isinstance(key, dict):
+            raise TypeError("steps and key must be objects")
+        return cls(
+            num_streams=int(_number(values["num_streams"])),
+            context=int(_number(values["context"])),
+            plain=_read_cost(values["plain"]),
+            steps={Plan.parse(str(name)): _read_cost(cost) for name, cost in steps.items()},
+            plain_growth_s=_number(values["plain_growth_s"]),
+            step_growth_s=_number(values["step_growth_s"]),
+            source=str(values["source"]),
+            key=key,
+        )
+
+
+def _alike(known: Plan, plan: Plan, *, strictly: bool) -> bool:
+    if known.schedule != plan.schedule or known.prune != plan.prune:
+        return False
+    return not strictly or (known.tree.kind == "chain") == (plan.tree.kind == "chain")
+
+
+def _cost(cost: StepCost) -> dict[str, float]:
+    return {
+        "seconds": round(cost.seconds, 7),
+        "spread": round(cost.spread, 4),
+        "samples": cost.samples,
+    }
+
+
+def _read_cost(values: object) -> StepCost:
+    if not isinstance(values, dict):
+        raise TypeError("a cost must be an object")
+    seconds = _number(values["seconds"])
+    if not 0 < seconds < 3600:
+        raise ValueError(f"a step of {seconds} seconds")
+    return StepCost(seconds, _number(values["spread"]), int(_number(values["samples"])))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

@@ -1,0 +1,224 @@
+"""Costs, forecasts and the planner's decisions, without a model."""
+
+from __future__ import annotations
+
+import random
+
+import mlx.core as mx
+import pytest
+
+from mlx_specstream.plan import (
+    AcceptanceProfile,
+    AnswerTrace,
+    CostCurve,
+    Plan,
+    Planner,
+    Position,
+    Rates,
+    StepCost,
+    chosen,
+    forecasts,
+)
+from mlx_specstream.plan.live import LiveAcceptance
+from mlx_specstream.result import StepResult
+
+P = Plan.parse
+NOTHING = mx.zeros((1, 1))
+
+
+def curve(**relative: float) -> CostCurve:
+    """Return a curve on which a plain token takes a second; `c2` is chain2, `r8` eight rows."""
+    names = {"c": "chain", "r": ""}
+    steps = {P(names[k[0]] + k[1:]): StepCost(v) for k, v in relative.items()}
+    return CostCurve(4, 256, StepCost(1.0), steps)
+
+
+def profile(chance: float, seed: int = 0, length: int = 4000) -> AcceptanceProfile:
+    """Return records in which every first choice is right with `chance`, the second with half of it."""
+    luck = random.Random(seed)
+
+    def position() -> Position:
+        orders, ranks, order = [], [], 0
+        for _ in range(4):
+            draw = luck.random()
+            rank = 1 if draw < chance else 2 if draw < chance + (1 - chance) / 2 else 0
+            if not rank:
+                break
+            order += 1 if rank == 1 else 3
+            orders.append(order)
+            ranks.append(rank)
+        return Position(tuple(orders), tuple(ranks))
+
+    return AcceptanceProfile(4, (AnswerTrace(tuple(position() for _ in range(length))),))
+
+
+def test_unmeasured_plans_lie_between_their_neighbours() -> None:
+    costs = curve(c1=1.2, c4=1.6, r4=1.5, r8=2.5)
+    assert costs.relative(P("6")) == pytest.approx(2.0)
+    assert costs.relative(P("chain2")) == pytest.approx(1.2 + 0.4 / 3)
+    assert costs.relative(P("3")) == pytest.approx(1.5)  # no cheaper than the smallest known
+    assert costs.relative(P("16")) == pytest.approx(5.0)  # in proportion to the widest known
+    assert costs.relative(P("2^2")) == pytest.approx(2.25)
+    assert costs.relative(P("8 inline")) > 2
+
+
+def test_costs_grow_with_the_context() -> None:
+    costs = CostCurve(4, 256, StepCost(1.0), {P("8"): StepCost(2.0)}, 0.001, 0.0005)
+    assert costs.seconds(None, 1256) == pytest.approx(2.0)
+    assert costs.relative(P("8"), 1256) == pytest.approx(2.5 / 2)
+
+
+def test_curves_survive_json() -> None:
+    costs = CostCurve(
+        4, 256, StepCost(0.01, 0.1, 5), {P("16:8"): StepCost(0.02, 0.2, 3)}, key={"a": 1}
+    )
+    assert CostCurve.from_dict(costs.to_dict()) == costs
+    for damage in (
+        {"plain": None},
+        {"steps": {"x": {}}},
+        {"context": "far"},
+        {"num_streams": True},
+    ):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            CostCurve.from_dict({**costs.to_dict(), **damage})
+
+
+def test_the_choice_is_the_fastest_that_beats_plain_by_the_margin() -> None:
+    records = profile(0.6)
+    found = forecasts(curve(c4=1.8, r8=2.0, r16=3.5), records)
+    expected = {None: 1.0, P("chain4"): 0.0, P("8"): 0.0, P("16"): 0.0}
+    assert {f.plan for f in found} == set(expected)
+    assert [f.speedup for f in found] == sorted((f.speedup for f in found), reverse=True)
+    for forecast in found:
+        if forecast.plan is not None:
+            steps = records.walk(forecast.plan)
+            assert forecast.tokens_per_step == pytest.approx(1 + sum(steps) / len(steps), rel=0.02)
+    assert chosen(found).plan == P("8")
+    assert chosen(forecasts(curve(r8=3.4), records)).plan is None
+    barely = forecasts(curve(r8=records.tokens_per_step(P("8")) / 1.02), records)
+    assert barely[0].plan == P("8")
+    assert chosen(barely).plan is None
+
+
+def test_live_acceptance_finds_the_shift() -> None:
+    """The estimate from one tree's steps predicts another tree on text that is harder."""
+    known, real = profile(0.6), profile(0.35, seed=1)
+    live = LiveAcceptance()
+    assert live.shift() == 0
+    for accepted in real.walk(P("8"))[:300]:
+        live.observe(known.rates(P("8")), accepted)
+    shift = live.shift()
+    assert shift < -0.4
+    for name in ("chain4", "chain2", "8"):
+        predicted = known.tokens_per_step(P(name), shift)
+        assert predicted == pytest.approx(real.tokens_per_step(P(name)), rel=0.15), name
+    live.fade(0.0)
+    assert live.shift() == pytest.approx(0)
+
+
+def test_live_acceptance_is_not_carried_away() -> None:
+    live, rates = LiveAcceptance(), Rates((0.5, 0.5))
+    live.observe(rates, 0)
+    assert -0.5 < live.shift() < 0
+    for _ in range(500):
+        live.observe(rates, 0)
+    assert -4 <= live.shift() < -1.9
+    for _ in range(500):
+        live.observe(rates, 2)
+    assert 1.9 < live.shift() <= 4
+
+
+class Text:
+    """Drives a planner as `AutoDecoder` does, over text accepted as given records say."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.seconds = 0.0
+        self.tokens = 0
+        self.steps: list[Plan | None] = []
+
+    def answer(self, records: AcceptanceProfile, tokens: int) -> None:
+        planner, done, at = self.planner, 0, 0
+        positions = records.answers[0].positions
+        plan, drafted = planner.begin(100), None
+        while done < tokens:
+            accepted = 0
+            if drafted is not None:
+                accepted = positions[at % len(positions)].accepted(drafted, 4)
+            self.seconds += planner.curve.seconds(plan)
+            self.steps.append(plan)
+            done += accepted + 1
+            at += accepted + 1
+            result = StepResult([1] * (accepted + 1), 0, NOTHING)
+            following = planner.after(result, drafted if plan is not None else None, 100 + done)
+            # A restart, and a change from plain decoding, drafts first.
+            drafted = plan if plan is not None and following is not None else None
+            plan = following
+        self.tokens += done
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens / self.seconds
+
+
+def test_easy_text_is_decoded_speculatively() -> None:
+    text = Text(Planner(curve(c4=1.6, r8=2.0, r16=3.0), profile(0.6)))
+    text.answer(profile(0.6, seed=2), 400)
+    assert text.speedup > 1.25
+    assert text.steps.count(None) == 0
+
+
+def test_hard_text_is_parked_soon_and_costs_little() -> None:
+    text = Text(Planner(curve(c4=1.8, r8=2.3), profile(0.6)))
+    for seed in range(8):
+        text.answer(profile(0.1, seed=seed), 250)
+    assert text.steps.index(None) < 30
+    assert text.speedup > 0.98
+
+
+def test_a_parked_planner_finds_easy_text_again() -> None:
+    planner = Planner(curve(c4=1.8, r8=2.3), profile(0.4))
+    text = Text(planner)
+    text.answer(profile(0.05), 200)
+    assert planner.plan is None
+    easy = Text(planner)
+    easy.answer(profile(0.85, seed=3), 3000)
+    assert easy.steps[-1] is not None
+    assert easy.speedup > 1.2
+
+
+def test_probing_costs_a_hundredth_at_most() -> None:
+    text = Text(Planner(curve(c4=2.2, r8=2.6), profile(0.2)))
+    text.answer(profile(0.1), 20000)
+    probes = [plan for plan in text.steps if plan is not None]
+    assert probes
+    assert text.speedup > 0.99
+
+
+def test_nothing_is_probed_where_nothing_can_pay() -> None:
+    planner = Planner(curve(c1=3.0, c4=6.0, r8=9.0), profile(0.9))
+    assert planner.hopeless
+    text = Text(planner)
+    text.answer(profile(0.99), 5000)
+    assert set(text.steps) == {None}
+    assert planner.parked_for() is None
+
+
+def test_parking_is_announced_to_the_token() -> None:
+    planner = Planner(curve(c4=2.2, r8=2.6), profile(0.2))
+    assert planner.begin(10) is None
+    left = planner.parked_for()
+    assert left is not None
+    for expected in range(left, 0, -1):
+        assert planner.parked_for() == expected
+        plan = planner.after(StepResult([1], 0, NOTHING), None, 11)
+    assert plan is not None
+
+
+def test_a_little_better_is_no_reason_to_change_trees() -> None:
+    """Compiled shapes are not given up for a hundredth."""
+    records = profile(0.6)
+    text = Text(Planner(curve(c4=1.60, r8=2.0, c3=1.40), records))
+    text.answer(profile(0.6, seed=4), 4000)
+    changes = sum(a != b for a, b in zip(text.steps, text.steps[1:], strict=False))
+    assert changes < len(text.steps) / 12
