@@ -27,7 +27,9 @@ class Plan:
 
     def config(self, base: DecodeConfig) -> DecodeConfig:
         """Return `base` with this plan in place of what it leaves open."""
-        return replace(base, tree=self.tree, schedule=self.schedule, prune=self.prune)
+        return replace(
+            base, tree=self.tree, schedule=self.schedule, prune=self.prune, stream_nodes=0
+        )
 
     def rows(self, num_streams: int) -> int:
         """Return the rows that go through the lower layers."""

@@ -53,7 +53,9 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
     """
     config = config or DecodeConfig()
     streams = model.streams
-    if streams is None or config.tree.kind != "auto" or config.prune is not None:
+    if streams is None or config.tree.kind != "auto":
+        return None
+    if config.prune is not None or config.stream_nodes:
         return None
     if not _budget(BUDGET_S):
         return None

@@ -218,6 +218,7 @@ def test_what_is_fixed_is_not_planned(
 ) -> None:
     assert planner_for(joined, DecodeConfig(TreeSpec(rows=5))) is None
     assert planner_for(joined, DecodeConfig(prune=PruneSpec(2))) is None
+    assert planner_for(joined, DecodeConfig(schedule="inline", stream_nodes=2)) is None
     assert planner_for(StreamModel(joined.model, joined.backbone)) is None
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
     assert planner_for(joined) is None
