@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     ),
     "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
     "doctor": Verb("mlx_specstream.doctor.command", "say what runs here, and what to change"),
+    "families": Verb("mlx_specstream.bench.families", "try every model family of mlx-lm"),
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
     "plan": Verb("mlx_specstream.plan.command", "show what steps cost here and which tree pays"),
     "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),

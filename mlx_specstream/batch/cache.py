@@ -216,7 +216,7 @@ def check_model(backbone: Backbone) -> None:
     kinds = {type(layer) for layer in backbone.new_cache().layers}
     if not kinds <= {LayerKV, RotatingLayer}:
         raise ModelError(
-            f"models of type {backbone.family.name!r} have layers that keep no keys and values, so "
+            f"models of type {backbone.family!r} have layers that keep no keys and values, so "
             "their requests cannot be batched; decode them one at a time."
         )
 

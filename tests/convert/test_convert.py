@@ -54,14 +54,18 @@ def same_logits(folder, model, tolerance=1e-4):
     assert np.abs(logits(folder) - torch_logits(model)).max() < tolerance
 
 
+FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+
+
 # ---- families against PyTorch ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("mode", ["lossless", "shared"])
 def test_a_family_computes_the_same_in_mlx_token_for_token(tmp_path, family, mode):
     base = made.save_base(tmp_path / "base", family)
-    source = made.save_streams(tmp_path / "streams", base, mode=mode)
+    fused = {"target_modules": FUSED} if family == "phi3" else {}
+    source = made.save_streams(tmp_path / "streams", base, mode=mode, **fused)
     plan = make_plan(Options(str(source)))
     proof = Proof(plan)
     write_plan(plan, tmp_path / "out", prove=proof.figures)
