@@ -237,6 +237,21 @@ def test_processors_see_every_rows_own_history(name: str, kind: str) -> None:
     assert plain(streams, prompt, 30, chooser=chooser).tokens == expected
 
 
+def test_processors_in_shared_mode() -> None:
+    """There the oracle is a step of the root alone, with its streams."""
+    model = small_model(layers=3, vocab=12, seed=1)
+    streams = random_streams(model, stream_config(mode="shared"), 1)
+
+    def chooser() -> TokenChooser:
+        return TokenChooser(processors=make_logits_processors(**PROCESSORS["all"]))
+
+    expected = plain(streams, [4, 2], 20, chooser=chooser())
+    decoder = table_decoder(streams, DecodeConfig(TreeSpec(rows=10)), chooser=chooser())
+    run = decode(decoder, [4, 2], 20)
+    assert run.accepted > 0
+    assert_same_text(run.tokens, expected)
+
+
 @pytest.mark.parametrize("xtc", [0.0, 0.5])
 def test_a_seed_gives_one_text_whatever_the_tree(xtc: float) -> None:
     """Also sampled text is plain decoding's, token for token."""

@@ -17,6 +17,7 @@ from mlx_specstream import StreamModel
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
 from mlx_specstream.apps.chat.speed import measure
+from mlx_specstream.apps.chat.status import answer_status
 from mlx_specstream.apps.conversation import Conversation
 from mlx_specstream.errors import DataError
 from tests.apps.parrot import ANSWER
@@ -103,6 +104,16 @@ def test_the_cache_is_a_fresh_prefills(
 
 def _fail(*_: object) -> None:
     raise RuntimeError("no device")
+
+
+def test_typical_acceptance_is_called_lossy(
+    model: StreamModel, byte_tokenizer: TokenizerWrapper
+) -> None:
+    session = ChatSession(model, byte_tokenizer, TREE.changed("lossy-typical", "0.09"))
+    assert session.mode == "lossy"
+    assert "lossy" in answer_status(session, None, None)
+    session.use(session.settings.changed("lossy-typical", "none"))
+    assert session.mode == "lossless"
 
 
 def test_thirty_turns_later(model: StreamModel, byte_tokenizer: TokenizerWrapper) -> None:

@@ -163,6 +163,18 @@ def test_processors_see_the_right_history() -> None:
     assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
 
 
+def test_switching_does_not_change_what_a_seed_draws() -> None:
+    streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
+
+    def chooser() -> TokenChooser:
+        return TokenChooser(make_sampler(temp=1.0, xtc_probability=0.5), seed=6)
+
+    wanted = plain(streams, [1, 2, 3], 24, chooser=chooser())
+    for whims in ([None], [Plan.parse("6"), None, None, Plan.parse("chain2")]):
+        decoder = auto_decoder(streams, Whims(whims), chooser())
+        assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
+
+
 def test_switching_does_not_bias_what_is_drawn() -> None:
     streams, options = streams_of("lossless"), {"temp": 1.0}
     mx.random.seed(3)
