@@ -85,6 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--quick", action="store_true", help="be done within two minutes, and say what is left out"
     )
+    asked.add_argument(
+        "--exhaustive",
+        type=int,
+        nargs="?",
+        const=16,
+        default=0,
+        metavar="ROWS",
+        help="then compare every tree of up to ROWS (16) rows with the planner's prediction",
+    )
     files = parser.add_argument_group("results")
     files.add_argument(
         "--output", metavar="FOLDER", help="where to write (default: specstream-bench/...)"
@@ -179,6 +188,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         value, least = getattr(arguments, name), 2 if name == "max_tokens" else 1
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    if arguments.exhaustive and not 2 <= arguments.exhaustive <= 64:
+        raise OptionError(f"--exhaustive takes 2 to 64 rows, got {arguments.exhaustive}.")
     quick = arguments.quick
     sources = [absolute(source) for source in arguments.prompts or [BUILT_IN]]
     categories = [word.strip() for word in (arguments.categories or "").split(",") if word.strip()]
@@ -197,6 +208,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         seed=arguments.seed,
         draft_model=arguments.draft_model,
         limit_s=QUICK_LIMIT_S if quick else 0.0,
+        exhaustive=arguments.exhaustive,
         methods=methods,
     )
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_specstream.checkpoint import load_streams
 from mlx_specstream.decode_options import add_decode_options, decode_config
-from mlx_specstream.errors import ModelError, StreamsError
+from mlx_specstream.errors import ModelError, OptionError, StreamsError
 from mlx_specstream.fingerprint import fingerprint
 from mlx_specstream.loading import StreamModel, load, model_folder
 from mlx_specstream.shipped import AUTO, SHIPPED, find_streams, shipped_names
@@ -62,6 +62,22 @@ class Contest:
             model.model, self.tokenizer, prompt, max_tokens, drafter, method.num_draft_tokens
         )
 
+    def streams_of(self, name: str) -> dict[str, StreamModel]:
+        """Return the model joined to each set of streams that a method uses."""
+        default, others = parse_streams(self.methods[name].streams)
+        return {streams: self.by_streams[streams] for streams in (default, *others.values())}
+
+    def first_streams(self, category: str) -> str:
+        """Return the streams that the first method with any uses for a category.
+
+        Raises:
+            OptionError: no method has streams.
+        """
+        for method in self.methods.values():
+            if method.kind == "streams":
+                return method.streams_for(category)
+        raise OptionError("trees can only be compared with streams; leave out --streams none.")
+
 
 def open_contest(
     model_name: str,
@@ -94,7 +110,7 @@ def open_contest(
                     assert weights is not None
                     joined = Streams(model.backbone, weights.config, weights.tensors)
                     by_streams[streams] = StreamModel(
-                        model.model, model.backbone, joined, model_name, streams
+                        model.model, model.backbone, joined, model_name, str(weights.folder)
                     )
         resolved[name] = method
     drafter = None

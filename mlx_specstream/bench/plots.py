@@ -37,6 +37,8 @@ def write_plots(result: Result, folder: Path) -> list[str]:
         "speedup.png": speedup,
         "acceptance.png": acceptance,
         "roofline.png": roofline,
+        "cost.png": cost,
+        "trees.png": trees,
     }
     written = []
     for name, make in makers.items():
@@ -211,6 +213,90 @@ def roofline(result: Result) -> Figure | None:
     axes.set_xlabel("FLOP per byte of weights read")
     axes.set_ylabel("GFLOP per second")
     _legend(figure, axes, len(found))
+    return figure
+
+
+def cost(result: Result) -> Figure | None:
+    """Draw what steps cost and yield by rows, in plain tokens, and the planner's choice."""
+    if not result.plans:
+        return None
+    streams, planned = next(iter(result.plans.items()))
+    forecasts = planned["forecasts"]
+    plain = next(f["step_s"] for f in forecasts if f["kind"] == "plain")
+    below = f"{Path(streams).name} · {subtitle(result)}"
+    figure, axes = new_figure(
+        7.5, 4.6, "What a step costs, and what it is expected to yield", below
+    )
+    kinds = list(dict.fromkeys(f["kind"] for f in forecasts if f["kind"] != "plain"))
+    for index, kind in enumerate(kinds):
+        own = sorted((f for f in forecasts if f["kind"] == kind), key=lambda f: f["rows"])
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        rows = [f["rows"] for f in own]
+        axes.plot(
+            rows,
+            [f["step_s"] / plain for f in own],
+            color=color,
+            marker=marker,
+            markersize=5,
+            label=f"{kind}: cost",
+        )
+        axes.plot(
+            rows,
+            [f["tokens_per_step"] for f in own],
+            color=color,
+            linestyle=":",
+            marker=marker,
+            markersize=3,
+            label=f"{kind}: tokens expected",
+        )
+    choice = next(f for f in forecasts if f["plan"] == planned["chosen"])
+    axes.plot(
+        choice["rows"],
+        choice["step_s"] / plain,
+        "o",
+        markersize=13,
+        markerfacecolor="none",
+        markeredgecolor="#444444",
+        markeredgewidth=1.5,
+        label=f"chosen: {choice['plan']}, {choice['speedup']:.2f}x expected",
+    )
+    axes.axhline(1, color="#444444", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows that a step verifies (it gains where the dotted line is above the solid)")
+    axes.set_ylabel("plain tokens")
+    _legend(figure, axes, 2)
+    return figure
+
+
+def trees(result: Result) -> Figure | None:
+    """Draw predicted against measured speed of every small tree, over plain decoding."""
+    if not result.trees:
+        return None
+    figure, axes = new_figure(
+        6.4, 6.2, "Every small tree: predicted and measured", subtitle(result)
+    )
+    top = 1.0
+    for index, (category, found) in enumerate(result.trees.items()):
+        base = next(row for row in found["rows"] if row["plan"] == "plain")
+        base_s = base["measured_tokens_per_s"]
+        xs = [row["measured_tokens_per_s"] / base_s for row in found["rows"]]
+        ys = [row["predicted_tokens_per_s"] / base_s for row in found["rows"]]
+        top = max(top, *xs, *ys)
+        color = COLORS[index % len(COLORS)]
+        axes.plot(
+            xs, ys, MARKERS[index % len(MARKERS)], color=color, markersize=4.5, label=category
+        )
+        for x, y, row in zip(xs, ys, found["rows"], strict=True):
+            if row["plan"] == found["choice"]:
+                axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
+    top *= 1.1
+    axes.plot([0, top], [0, top], color="#444444", linewidth=1)
+    axes.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color="#444444", alpha=0.08)
+    axes.set_xlim(0, top)
+    axes.set_ylim(0, top)
+    axes.set_xlabel("measured, times plain decoding (rings: the planner's choice)")
+    axes.set_ylabel("predicted (band: 10 %)")
+    _legend(figure, axes, len(result.trees))
     return figure
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .methods import MLX_LM
 from .result import Result
@@ -34,9 +34,27 @@ def markdown(result: Result, plots: Sequence[str] = ()) -> str:
         "## Prefill, memory, acceptance\n\nOver all prompts. Cold is a method's first answer after loading.",
         _table(_WHOLE, [_whole_row(result, line) for line in _all(lines)]),
     ]
+    if result.plans:
+        parts += ["## What the planner expects", *(_plan(n, p) for n, p in result.plans.items())]
+    if result.trees:
+        parts += ["## Every small tree: predicted and measured", *_trees(result)]
     if plots:
         parts.append("\n".join(f"![{name.partition('.')[0]}]({name})" for name in plots))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tree_lines(result: Result) -> list[str]:
+    """Return a line per category on the planner's choice among all small trees."""
+    lines = []
+    for category, found in result.trees.items():
+        within = sum(abs(row["error"]) <= 0.1 for row in found["rows"])
+        same = all(row["identical"] for row in found["rows"])
+        lines.append(
+            f"{category}: the planner takes {found['choice']}, {found['choice_of_best']:.1%} of the "
+            f"fastest, {found['best']}; {within} of {len(found['rows'])} predictions within 10 %; "
+            f"{'all texts the same' if same else 'TEXTS DIFFER'}"
+        )
+    return lines
 
 
 def show(result: Result, console: Console) -> None:
@@ -82,6 +100,8 @@ def show(result: Result, console: Console) -> None:
             " ".join(f"{share:.2f}"[1:] if share < 1 else "1" for share in line.accepted) or "–",
         )
     console.print(whole)
+    for line_ in tree_lines(result):
+        console.print(line_, soft_wrap=True, markup=False)
     for warning in _warnings(result):
         console.print(f"\n{_plain(warning)}", soft_wrap=True)
 
@@ -109,6 +129,47 @@ def failure_lines(result: Result) -> list[str]:
         f"{run.method}, {asked.category} prompt {asked.title[:40]!r}: token {run.position} is {run.note}"
         for asked, run in result.failures
     ]
+
+
+def _plan(streams: str, planned: dict[str, Any]) -> str:
+    """Return the planner's table for one set of streams."""
+    head = "| plan | rows | step | in plain tokens | expected tokens per step | expected speed-up |"
+    plain = next(f["step_s"] for f in planned["forecasts"] if f["kind"] == "plain")
+    rows = [
+        [
+            f"**{one['plan']}**" if one["plan"] == planned["chosen"] else one["plan"],
+            str(one["rows"]),
+            _ms(one["step_s"]),
+            f"{one['step_s'] / plain:.2f}",
+            f"{one['tokens_per_step']:.2f}",
+            f"{one['speedup']:.2f}",
+        ]
+        for one in planned["forecasts"]
+    ]
+    return (
+        f"{Path(streams).name}: begins with {planned['chosen']}. Costs: {planned['curve']['source']}; "
+        f"acceptance: {planned['acceptance'] or 'recorded'}.\n\n{_table(head, rows)}"
+    )
+
+
+def _trees(result: Result) -> list[str]:
+    head = (
+        "| category | plan | measured tokens/s | predicted | error | tokens per step | expected |"
+    )
+    rows = [
+        [
+            category,
+            row["plan"] + (" (chosen)" if row["plan"] == found["choice"] else ""),
+            f"{row['measured_tokens_per_s']:.2f}",
+            f"{row['predicted_tokens_per_s']:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['expected_tokens_per_step']:.2f}",
+        ]
+        for category, found in result.trees.items()
+        for row in sorted(found["rows"], key=lambda row: -row["measured_tokens_per_s"])
+    ]
+    return ["\n".join(f"* {line}" for line in tree_lines(result)), _table(head, rows)]
 
 
 def _about(result: Result) -> str:

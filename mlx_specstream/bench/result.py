@@ -45,7 +45,8 @@ class Settings:
     """What a benchmark was asked to do: enough to do it again.
 
     sources: prompt files as given, or `built-in`. num_prompts: per category, drawn by `seed`.
-    quick: stop after this many seconds, 0 for no limit.
+    limit_s: stop after this many seconds, 0 for no limit. exhaustive: compare all trees of up to
+    so many rows as well, 0 for none.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Settings:
     seed: int
     draft_model: str | None
     limit_s: float
+    exhaustive: int
     methods: list[Method]
 
 
@@ -106,8 +108,9 @@ class Result:
     """A benchmark, complete or under way.
 
     model: what was loaded, its size and precision, and the streams by name. cold: each method's
-    very first answer. notes: what a reader must know before believing the figures. ceilings, curve:
-    what the machine can do, if it was measured.
+    very first answer. notes: what a reader must know before believing the figures. ceilings:
+    what the machine can do. plans: by streams, the planner's costs, forecasts and choice. trees:
+    by category, every small tree as predicted and measured.
     """
 
     settings: Settings
@@ -121,7 +124,8 @@ class Result:
     cold: list[Run] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     ceilings: dict[str, Any] | None = None
-    curve: dict[str, Any] | None = None
+    plans: dict[str, Any] = field(default_factory=dict)
+    trees: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[tuple[Asked, Run]]:
@@ -187,7 +191,8 @@ class Result:
                     for asked in values["asked"]
                 ],
                 ceilings=values["ceilings"],
-                curve=values["curve"],
+                plans=dict(values["plans"]),
+                trees=dict(values["trees"]),
             )
             if missing := sorted(_MODEL_FIELDS - set(result.model)):
                 raise KeyError(missing[0])

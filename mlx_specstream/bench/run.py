@@ -74,6 +74,11 @@ class Bench:
     def names(self) -> list[str]:
         return list(self.contest.methods)
 
+    def plain_runs(self) -> list[Run]:
+        """Return mlx-lm's runs so far."""
+        runs = [run for asked in self.result.asked for run in asked.runs]
+        return [run for run in runs if run.method == MLX_LM.label]
+
     def warm_up(self) -> None:
         """Let every method answer the first prompt once, and note the cold figures."""
         limit = min(COLD_TOKENS, self.result.settings.max_tokens)

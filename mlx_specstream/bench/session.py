@@ -16,6 +16,7 @@ from .methods import MLX_LM
 from .result import Asked, Result, Run
 from .roofline import measure_ceilings
 from .run import Bench, now
+from .trees import CHECKED_PROMPTS, MEASURE_S, exhaustive, num_answers, plan_costs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,14 @@ def measured(
     for name, method in contest.methods.items():
         if method.kind == "streams":
             console.print(f"{name}: streams {method.streams}", soft_wrap=True, markup=False)
+    # Not under a spinner: the planner says itself that it measures.
+    result.plans = plan_costs(contest) or result.plans
+    for streams, planned in result.plans.items():
+        console.print(
+            f"auto, {Path(streams).name}: begins with {planned['chosen']}",
+            soft_wrap=True,
+            markup=False,
+        )
     bench = Bench(contest, cases, result, path)
     bench.begun = begun
     with console.status("Warming up") as status:
@@ -97,12 +106,67 @@ def measured(
         bench.on_step = lambda text: progress.update(task, description=text[:40])
         bench.on_prompt = on_prompt
         bench.measure()
+    if settings.exhaustive:
+        compare_trees(bench, console)
     if settings.limit_s:
         result.left_out.append(
             f"answers end after {settings.max_tokens} tokens; a full run also asks the other "
             "categories and more prompts"
         )
         result.save(path)
+
+
+def compare_trees(bench: Bench, console: Console) -> None:
+    """Answer some prompts of each category with every small tree, and keep what came of it."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    result, contest = bench.result, bench.contest
+    settings = result.settings
+    count = settings.num_prompts or CHECKED_PROMPTS
+    groups = {
+        name: [case for case in bench.cases if case.category == name][:count]
+        for name in names(bench.cases)
+        if name not in result.trees
+    }
+    answers = {
+        name: num_answers(contest, cases, name, settings.exhaustive)
+        for name, cases in groups.items()
+    }
+    each = max((run.prefill_s + run.decode_s for run in bench.plain_runs()), default=1.0)
+    told = duration(sum(answers.values()) * each + MEASURE_S * len(groups))
+    console.print(
+        f"Every tree of up to {settings.exhaustive} rows: {sum(answers.values())} answers, about {told}."
+    )
+    with Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        for name, cases in groups.items():
+            task = progress.add_task(name, total=answers[name])
+            found = exhaustive(
+                contest,
+                cases,
+                name,
+                settings.max_tokens,
+                settings.exhaustive,
+                lambda task=task: progress.advance(task),  # type: ignore[misc]
+            )
+            result.trees[name] = found
+            result.save(bench.path)
+            console.print(
+                f"{name}: chosen {found['choice']}, fastest {found['best']}", markup=False
+            )
 
 
 def prompt_line(asked: Sequence[Asked]) -> str:

@@ -208,3 +208,30 @@ def test_no_prompt_fits(
     assert bench(*words, "--output", str(tmp_path)) == 2
     assert "no prompt fits" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
+
+
+def test_planned_trees(
+    bench_model: str,
+    tmp_path: Path,
+    quick_ceilings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0.5")
+    monkeypatch.setenv("SPECSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_specstream.bench.trees.MEASURE_S", 0.5)
+    words = ("--model", bench_model, "--categories", "chat", "--num-prompts", "1", "-m", "6")
+    assert bench(*words, "--tree", "auto", "--exhaustive", "3", "--output", str(tmp_path)) == 0
+    found = Result.load(tmp_path / "result.json")
+    (planned,) = found.plans.values()
+    forecasts = {one["plan"]: one for one in planned["forecasts"]}
+    assert forecasts["plain"]["speedup"] == 1.0
+    assert planned["chosen"] in forecasts
+    assert len(forecasts) > 1
+    rows = {row["plan"]: row for row in found.trees["chat"]["rows"]}
+    assert set(rows) == {"plain", "chain1", "chain2", "3"}
+    assert all(row["identical"] for row in rows.values())
+    report = (tmp_path / "report.md").read_text()
+    assert "## What the planner expects" in report
+    assert "| chat | chain2" in report
+    assert "chat: the planner takes" in " ".join(capsys.readouterr().out.split())

@@ -107,7 +107,7 @@ def made_result() -> Result:
     from mlx_specstream.bench.result import Settings
 
     methods = [Method("mlx-lm"), Method("streams", tree="8", streams="s")]
-    settings = Settings("m", None, ["built-in"], [], None, 16, 1, 0, None, 0.0, methods)
+    settings = Settings("m", None, ["built-in"], [], None, 16, 1, 0, None, 0.0, 0, methods)
     fast = {"passes": 5, "drafted": 28, "by_accepted": [1, 2, 1]}
     asked = [
         Asked("sql", "q", "1", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 0.5, **fast)]),
@@ -177,6 +177,19 @@ def test_plots(tmp_path: Path, ceilings: Ceilings) -> None:
     assert write_plots(result, tmp_path) == ["speedup.png", "acceptance.png"]
     result.ceilings = ceilings.to_dict()
     assert write_plots(result, tmp_path) == ["speedup.png", "acceptance.png", "roofline.png"]
+    one = {
+        "plan": "plain",
+        "kind": "plain",
+        "rows": 1,
+        "tokens_per_step": 1,
+        "step_s": 1,
+        "speedup": 1,
+    }
+    tree = {**one, "plan": "4", "kind": "best, deferred", "rows": 4, "tokens_per_step": 2.5}
+    result.plans = {"s": {"chosen": "4", "forecasts": [one, tree]}}
+    row = {"plan": "plain", "measured_tokens_per_s": 10, "predicted_tokens_per_s": 10}
+    result.trees = {"sql": {"choice": "plain", "rows": [row]}}
+    assert write_plots(result, tmp_path)[3:] == ["cost.png", "trees.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.glob("*.png"))
 
 
