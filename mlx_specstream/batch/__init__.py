@@ -4,6 +4,7 @@
 |---|---|
 | `cache.py` | sequences of their own lengths side by side in one buffer |
 | `rows.py` | where a pass's rows stand, and whom each of them sees |
+| `check.py` | which models can be batched exactly |
 | `choose.py` | every sequence's own sampler and processors |
 | `step.py` | one pass: verify every chain, draft the next ones |
 | `decode.py` | the loop that requests join and leave |

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..backbone import Backbone
-from ..cache import GROWTH, KVCache, LayerKV, OnValues, RotatingLayer, Span
-from ..errors import ModelError, OptionError
+from ..cache import GROWTH, KVCache, LayerKV, OnValues, Span
+from ..errors import OptionError
 
 
 class BatchLayerKV:
@@ -105,7 +104,7 @@ class BatchKVCache:
         """Add a sequence with the committed rows of `cache`, a plain one, as the last one."""
         self._fit(self.size + 1, max([*self.lengths, cache.length]))
         for layer, own in zip(self.layers, cache.layers, strict=True):
-            if cache.length:
+            if own.keys is not None and cache.length:
                 keys, values = own.read(cache.length)
                 layer.ensure(self.slots, self.capacity, keys, values)
                 layer.replace(self.size, keys, values)
@@ -121,7 +120,7 @@ class BatchKVCache:
         result, last = KVCache(len(self.layers)), self.size - 1
         length = self.lengths[row]
         for layer, own in zip(self.layers, result.layers, strict=True):
-            if length:
+            if length and layer.keys is not None:  # a layer without attention has none
                 own.write(0, *layer.row(row, length))
         result.advance(length)
         mx.async_eval(result.arrays)
@@ -203,22 +202,6 @@ class BatchView:
         self.layer.ensure(cache.slots, cache.capacity, keys, values)
         self.layer.write(running.columns, keys, values)
         return self.layer.read(cache.size, running.end)
-
-
-def check_model(backbone: Backbone) -> None:
-    """Refuse a model whose layers keep something else than keys and values of all rows.
-
-    Sliding windows are no obstacle: here their layers keep every row, and masks hide the old ones.
-
-    Raises:
-        ModelError: it has such layers.
-    """
-    kinds = {type(layer) for layer in backbone.new_cache().layers}
-    if not kinds <= {LayerKV, RotatingLayer}:
-        raise ModelError(
-            f"models of type {backbone.family!r} have layers that keep no keys and values, so "
-            "their requests cannot be batched; decode them one at a time."
-        )
 
 
 def check_cache(cache: KVCache, num_layers: int) -> None:

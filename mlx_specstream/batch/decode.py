@@ -32,7 +32,8 @@ from ..errors import OptionError
 from ..loading import StreamModel
 from ..result import DraftRecord, StepResult, not_a_number
 from ..sampling import TokenChooser
-from .cache import BatchKVCache, check_cache, check_model
+from .cache import BatchKVCache, check_cache
+from .check import check_model
 from .step import BatchStep, BatchStepper
 
 PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
@@ -96,7 +97,7 @@ class BatchDecoder:
         keep_drafts: put every verified chain into its result.
 
     Raises:
-        ModelError: the model has layers that cannot be batched.
+        ModelError: the model cannot be batched exactly.
         OptionError: the config asks for what only trees have (pruning, streams at some nodes), or
             for a schedule that does not fit the streams' mode.
         StreamsError: a tensor is missing.
@@ -163,6 +164,7 @@ class BatchDecoder:
         check_cache(cache, self.model.backbone.num_layers)
         ids = [int(token) for token in prompt]
         chooser = chooser or TokenChooser(history=list(ids))
+        chooser.typical = self.config.typical if self.config is not None else None
         slot = Slot(chooser, cache, ids, more, prompt_tokens=len(ids))
         self.waiting.append(slot)
         return slot

@@ -146,6 +146,7 @@ def batch_generate(
     decoder = BatchDecoder(model, config, speculative, prefill_step_size)
     wrapped = wrapped_tokenizer(tokenizer)
     ids = [prompt_ids(wrapped, prompt, model.backbone.vocab_size) for prompt in prompts]
+    lossy = config is not None and config.typical is not None
     requests = [
         _Request(
             index,
@@ -163,6 +164,7 @@ def batch_generate(
                 list(prompt),
                 seed=None if seed is None else seed + index,
             ),
+            stats=SpeculationStats(lossy=lossy),
         )
         for index, (prompt, budget) in enumerate(zip(ids, budgets, strict=True))
     ]
@@ -176,7 +178,7 @@ def batch_generate(
         steps=steps,
         wall_time=time.perf_counter() - begun,
         peak_memory=mx.get_peak_memory() / 1e9,
-        speculation=sum((answer.stats for answer in answers), SpeculationStats()),
+        speculation=sum((answer.stats for answer in answers), SpeculationStats(lossy=lossy)),
     )
     if verbose:
         print(stats)

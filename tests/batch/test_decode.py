@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.batch import BatchDecoder
+from mlx_specstream.bench import exactness
+from mlx_specstream.bench.tiny_models import tiny_random_model
 from mlx_specstream.cache import KVCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
@@ -144,6 +147,43 @@ def test_model_without_streams_is_decoded_plainly() -> None:
         assert streams is not None
         assert_as_alone(request, streams)
         assert all(result.drafted == 0 for result in request.results)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "ministral3", "deepseek_v3", "nemotron-nas", "gemma4_text"]
+)
+def test_families_that_differ_from_llama(name: str) -> None:
+    """Sinks, scales by position, latent attention, layers without attention."""
+    model = tiny_random_model(name)
+    streams = exactness.random_streams(Backbone(model))
+    for schedule in ("inline", "deferred"):
+        decoder = batch_decoder(as_model(streams), schedule)
+        requests = [Request(decoder, prompt_of(n, n, 10), 16) for n in (7, 1, 25)]
+        finish(decoder, requests)
+        for request in requests:
+            assert request.error is None
+            wanted = plain(streams, request.prompt, 16, cache=streams.backbone.new_cache())
+            assert_same_text(request.tokens, wanted)
+
+
+def test_layers_with_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streamed(small_model())
+    calls = [dataclasses.replace(call, recurrent=True) for call in model.backbone.calls]
+    monkeypatch.setattr(model.backbone, "calls", calls)
+    with pytest.raises(ModelError, match=r"'llama' cannot be batched \(it has layers that keep"):
+        batch_decoder(model)
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"), [(2, "logits in a batch differ"), (3, "do not take a mask per sequence")]
+)
+def test_layers_that_would_mix_up_sequences_are_refused(groups: int, reason: str) -> None:
+    """gemma2 of mlx-lm spreads a mask over groups of heads, whatever its first axis means."""
+    model = tiny_random_model("gemma2", num_attention_heads=6, num_key_value_heads=groups)
+    with pytest.raises(ModelError, match=reason):
+        batch_decoder(StreamModel.plain(model))
+    alone = tiny_random_model("gemma2", num_attention_heads=2, num_key_value_heads=2)
+    assert not batch_decoder(StreamModel.plain(alone)).busy
 
 
 actions = st.lists(
