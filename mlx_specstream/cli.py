@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "families": Verb("mlx_specstream.bench.families", "try every model family of mlx-lm"),
     "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
     "plan": Verb("mlx_specstream.plan.command", "show what steps cost here and which tree pays"),
+    "simulate": Verb("mlx_specstream.plan.simulate", "predict trees and speed-ups on Apple chips"),
     "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),

@@ -13,7 +13,7 @@ RunSchedule = Literal["inline", "deferred"]
 # Best-first sizes worth a look: all small ones, where every row counts, then those at which the
 # blocks of matrix kernels end.
 ROWS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-INLINE_ROWS = (2, 3, 5, 8)  # inline, every row brings γ more, so wide trees cannot pay
+INLINE_ROWS = (2, 3, 5, 8, 12)  # inline, every row brings γ more, so wide trees cannot pay
 PRUNED = ((16, 4), (16, 8), (32, 8))  # rows, and how many of them go on into the upper layers
 
 

@@ -117,7 +117,9 @@ def test_shipped_records_are_plausible() -> None:
 
     for name in shipped_names():
         found = profile_of(SHIPPED / name)
-        assert found is not None
+        if found is None:
+            assert name != "demo-chat"  # what is assumed of streams without records
+            continue
         chain, wide = (found.tokens_per_step(Plan.parse(tree)) for tree in ("chain", "16"))
         assert 1.3 < chain < wide < found.num_streams + 1
     assert assumed_profile(2).tokens_per_step(Plan.parse("16")) <= 3
