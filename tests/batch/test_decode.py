@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.batch import BatchDecoder
-from mlx_specstream.bench import exactness
+from mlx_specstream.bench import against_mlx_lm
 from mlx_specstream.bench.tiny_models import tiny_random_model
 from mlx_specstream.cache import KVCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
@@ -155,7 +155,7 @@ def test_model_without_streams_is_decoded_plainly() -> None:
 def test_families_that_differ_from_llama(name: str) -> None:
     """Sinks, scales by position, latent attention, layers without attention."""
     model = tiny_random_model(name)
-    streams = exactness.random_streams(Backbone(model))
+    streams = against_mlx_lm.random_streams(Backbone(model))
     for schedule in ("inline", "deferred"):
         decoder = batch_decoder(as_model(streams), schedule)
         requests = [Request(decoder, prompt_of(n, n, 10), 16) for n in (7, 1, 25)]
