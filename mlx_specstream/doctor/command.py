@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_specstream.errors import DataError
 from mlx_specstream.machine import Machine
 
+from .expected import LABEL, Expectation, expected
 from .findings import Finding, findings
 from .sizes import CONTEXT, TYPICAL, Shape, read_shape, supported, usable_bytes
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BITS = (4, 8, 16)
+_PREDICTED = ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B")
 _MARKS = {"problem": "[red]✗[/red]", "advice": "[yellow]![/yellow]", "fact": "[dim]·[/dim]"}
 
 
@@ -128,6 +130,7 @@ def record(machine: Machine, found: Sequence[Finding], shape: Shape | None) -> d
             }
             for one in shapes
         ],
+        "expected": [one.to_dict() for one in expectations(machine, shape)],
     }
 
 
@@ -180,7 +183,39 @@ def show(console: Console, machine: Machine, found: Sequence[Finding], shape: Sh
         table.add_row(f"[bold]{one.name}[/bold]" if one is shape else one.name, *cells)
     console.print()
     console.print(table)
+    show_expected(console, expectations(machine, shape))
     console.print("\nMeasure what speculation gains here: specstream bench --quick")
+
+
+def expectations(machine: Machine, shape: Shape | None) -> list[Expectation]:
+    """Return predictions for models that fit: the one asked about, else some typical ones."""
+    room = usable_bytes(machine)
+    shapes = [shape] if shape is not None else [s for s in TYPICAL if s.name in _PREDICTED]
+    every = [
+        expected(machine, one, bits)
+        for one in shapes
+        for bits in ((one.bits,) if one.bits in BITS else BITS)
+        if one.needed_bytes(bits) <= room
+    ]
+    return [one for one in every if one is not None]
+
+
+def show_expected(console: Console, found: Sequence[Expectation]) -> None:
+    """Print predictions as a table, labelled as what they are."""
+    from rich.table import Table
+
+    if not found:
+        return
+    table = Table(title="Expected, a prediction", title_justify="left", show_edge=False)
+    tasks = list(dict.fromkeys(task for one in found for task in one.by_task))
+    for name in ("model", "bits", "plain tok/s", *tasks):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for one in found:
+        cells = [f"{one.by_task[task][1]:.2f}x" for task in tasks]
+        table.add_row(one.model, str(one.bits), f"{one.plain_tokens_s:.0f}", *cells)
+    console.print()
+    console.print(table)
+    console.print(LABEL)
 
 
 def _cell(needed: int, room: int) -> str:

@@ -140,3 +140,26 @@ def test_usable_memory() -> None:
     assert usable_bytes(mac) == 16_000_000_000
     assert usable_bytes(Machine(system="Darwin", working_set_bytes=5)) == 5
     assert usable_bytes(Machine()) == 0
+
+
+def test_what_a_model_should_gain(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    machine = tmp_path / "m4.json"
+    mac = {
+        "system": "Darwin", "os_version": "26.3", "arch": "arm64", "chip": "Apple M4 Pro",
+        "backend": "metal", "gpu": "applegpu_g16s", "memory_bytes": 48 << 30,
+    }  # fmt: skip
+    machine.write_text(json.dumps({"machine": mac}))
+    model = model_folder(tmp_path / "eight")
+    _, out = doctor(capsys, "--machine", str(machine), "--model", model, "--json")
+    (found,) = json.loads(out)["expected"]
+    assert (found["model"], found["bits"]) == ("eight", 16)
+    # 8 billion weights of two bytes at 0.8 of 273 GB/s.
+    assert found["plain_tokens_s"] == pytest.approx(0.8 * 273e9 / (2 * 8.03e9), rel=0.1)
+    assert all(speedup >= 1 for _, speedup in found["by_task"].values())
+    assert "not measured" in found["label"]
+    _, out = doctor(capsys, "--machine", str(machine))
+    assert "Expected, a prediction" in out
+    assert max(map(len, out.splitlines())) <= 80
+    machine.write_text(json.dumps({"machine": {**mac, "chip": "Apple M9"}}))
+    _, out = doctor(capsys, "--machine", str(machine))
+    assert "Expected" not in out
