@@ -21,10 +21,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KVCache, PassCache, Span, new_cache
+from .cache import KVCache, PassCache, Span, StateLayer, new_cache
 from .config import CacheConfig
-from .errors import ModelError
-from .families import refusal, take_apart, uniform
+from .errors import ModelError, OptionError
+from .families import LayerCall, keep_states, refusal, take_apart, uniform
 
 Mask = mx.array | str | None
 SMALL = 2.0**-10  # a logit that no soft-cap changes
@@ -66,8 +66,7 @@ class Backbone:
         self.calls = parts.calls
         self.windows: list[int | None] = [call.window for call in parts.calls]
         self.layers = [
-            uniform(view_layer(layer), call, parts.around.extras)
-            for layer, call in zip(parts.layers, parts.calls, strict=True)
+            self._view(layer, call) for layer, call in zip(parts.layers, parts.calls, strict=True)
         ]
         self.num_layers = len(self.layers)
         self.hidden_size = parts.around.hidden_size
@@ -79,6 +78,21 @@ class Backbone:
         if not self.is_finished:
             small = mx.array([[[SMALL]]])
             self.head_scale = cast(float, parts.around.finish(small).item()) / SMALL
+
+    def _view(self, layer: nn.Module, call: LayerCall) -> nn.Module:
+        """Return a layer's view: its RoPE takes rows, its state is kept row by row, one call."""
+        view = view_layer(layer)
+        if call.recurrent:
+            try:
+                keep_states(view)
+            except ModelError as error:
+                raise refusal(self.family, error) from error
+        return uniform(view, call, self.around.extras)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Tell whether layers keep a state beside attention: drafts must be chains then."""
+        return any(call.recurrent for call in self.calls)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the input hidden states (1, R, h) of tokens (R,)."""
@@ -144,7 +158,16 @@ class Backbone:
         Raises:
             OptionError: the config does not fit the model.
         """
-        return new_cache(self.windows, config)
+        cache = new_cache(self.windows, config)
+        if self.is_recurrent and cache.quantize is not None:
+            raise OptionError(
+                "kv_bits cannot be used with this model: some of its layers keep a state, which is "
+                "not quantised; leave kv_bits out."
+            )
+        for index, call in enumerate(self.calls):
+            if call.recurrent:
+                cache.layers[index] = StateLayer(call.slots)
+        return cache
 
     def run(
         self,
@@ -281,10 +304,9 @@ def check_backbone(backbone: Backbone) -> None:
     vocab = min(backbone.vocab_size, 997)
     tokens = mx.array([(7 * i * i + 3 * i + 1) % vocab for i in range(7)], dtype=mx.int32)
     expected = backbone.model(tokens[None])[0, 3:].astype(mx.float32)
-    order = mx.array([2, 0, 3, 1], dtype=mx.int32)
     try:
-        found = _probe(backbone, tokens, order)
-        error = cast(float, mx.abs(found - mx.take(expected, order, axis=0)).max().item())
+        probe = _probe_states if backbone.is_recurrent else _probe_rows
+        error = cast(float, mx.abs(probe(backbone, tokens) - expected).max().item())
     except Exception as failed:  # a layer that cannot take rows fails in its own way
         raise refusal(backbone.family, failed) from failed
     if mx.any(mx.isnan(expected)).item():
@@ -302,15 +324,34 @@ def check_backbone(backbone: Backbone) -> None:
         )
 
 
-def _probe(backbone: Backbone, tokens: mx.array, order: mx.array) -> mx.array:
-    """Return float32 logits of the tokens behind the first three, as rows in `order`."""
-    cache = KVCache(backbone.num_layers)
+def _probe_rows(backbone: Backbone, tokens: mx.array) -> mx.array:
+    """Return float32 logits (4, V) of the last four tokens, computed as rows out of order."""
+    order = mx.array([2, 0, 3, 1], dtype=mx.int32)
+    cache = backbone.new_cache()
     backbone.forward(tokens[:3], cache)
     cache.advance(3)
-    positions = 3 + order
-    keys = mx.concatenate([mx.arange(3, dtype=mx.int32), positions])
+    logits = _row_logits(backbone, tokens[3 + order], 3 + order, cache)
+    return mx.take(logits, mx.argsort(order), axis=0)
+
+
+def _probe_states(backbone: Backbone, tokens: mx.array) -> mx.array:
+    """Return float32 logits (4, V) of the last four tokens, two of them after wrong drafts."""
+    cache = backbone.new_cache()
+    backbone.forward(tokens[:3], cache)
+    cache.advance(3)
+    positions = mx.arange(3, 7, dtype=mx.int32)
+    drafts = mx.concatenate([tokens[3:5], tokens[:2]])
+    first = _row_logits(backbone, drafts, positions, cache)[:2]
+    cache.advance(2)
+    return mx.concatenate([first, _row_logits(backbone, tokens[5:], positions[2:], cache)])
+
+
+def _row_logits(
+    backbone: Backbone, tokens: mx.array, positions: mx.array, cache: KVCache
+) -> mx.array:
+    """Return float32 logits (R, V) of rows with positions of their own, a chain in some order."""
+    keys = mx.concatenate([mx.arange(cache.length, dtype=mx.int32), positions])
     mask = RowMask(keys[None] <= positions[:, None], lambda: (positions, keys))
-    hidden = backbone.run(
-        backbone.embed(tokens[positions]), range(backbone.num_layers), cache, 3, positions, mask
-    )
+    every = range(backbone.num_layers)
+    hidden = backbone.run(backbone.embed(tokens), every, cache, cache.length, positions, mask)
     return backbone.logits(hidden).astype(mx.float32)

@@ -6,15 +6,17 @@ the plain loop with the same interface, whose output this one must reproduce.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache as once
 
 import mlx.core as mx
 
 from .cache import KVCache
 from .condition import Conditioner
-from .config import DecodeConfig
-from .errors import StreamsError
+from .config import DecodeConfig, StreamConfig, TreeSpec
+from .errors import OptionError, StreamsError
 from .prefill import PREFILL_CHUNK, prefill
 from .prune import Pruner
 from .result import DraftRecord, StepResult, read_report, to_ints
@@ -22,6 +24,8 @@ from .sampling import TokenChooser
 from .step import Step, Stepper
 from .streams import Streams
 from .tree import root_only
+
+log = logging.getLogger("mlx_specstream")
 
 
 @dataclass
@@ -46,6 +50,8 @@ class StreamDecoder:
         trained, tensor = self.streams.config, self.streams.tensor
         pruner, conditioner = None, None
         self.chooser.typical = self.config.typical
+        if self.streams.backbone.is_recurrent:
+            self.config = chains_only(self.config, trained, self.streams.backbone.family)
         if self.config.prune is not None:
             if not trained.pruner_rank:
                 raise StreamsError(
@@ -126,3 +132,43 @@ class StreamDecoder:
                 to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
             )
         return StepResult(tokens, step.tree.num_nodes - 1, step.logits[: len(tokens)], draft)
+
+
+def chains_only(config: DecodeConfig, trained: StreamConfig, family: str) -> DecodeConfig:
+    """Return `config` for a model whose layers keep a state: a chain of as many rows, deferred.
+
+    A state is left by one row after another, so siblings have none of their own; streams continue
+    from the accepted node's, which is known behind acceptance only. Trees become chains with a
+    note in the log.
+
+    Raises:
+        StreamsError: shared mode, where main rows would have to see streams in those layers.
+        OptionError: the inline schedule was asked for.
+    """
+    if trained.mode == "shared":
+        raise StreamsError(
+            f"streams of shared mode cannot be used with a {family} model: its main stream would "
+            "have to see them in layers that keep a state; use lossless streams."
+        )
+    if config.schedule == "inline":
+        raise OptionError(
+            f"schedule 'inline' cannot be used with a {family} model, whose layers keep a state: "
+            "streams run for the accepted node alone; use 'deferred' or 'auto'."
+        )
+    tree = config.tree
+    if tree.kind == "chain" or (tree.kind != "product" and tree.rows == 1):
+        return config
+    rows = trained.num_streams if tree.kind == "product" else tree.rows - 1
+    depth = min(tree.depth or trained.num_streams, trained.num_streams, rows)
+    _note_chains(family)
+    return replace(config, tree=TreeSpec(kind="chain", branching=1, depth=depth))
+
+
+@once
+def _note_chains(family: str) -> None:
+    """Say once that trees become chains."""
+    log.warning(
+        "note: drafts of a %s model are chains, not trees: some of its layers keep a state, which "
+        "branches cannot share.",
+        family,
+    )

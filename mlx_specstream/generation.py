@@ -267,6 +267,7 @@ class _Run:
         from mlx_lm.generate import wired_limit
 
         start = self.cache.length
+        self.cache.mark()
         with wired_limit(module):
             try:
                 yield from self._tokens(chunk, progress or (lambda _, __: None))
@@ -337,7 +338,14 @@ class _Run:
         too, as mlx-lm leaves them, so that a next turn's prompt continues from there.
         """
         kept = start + len(self.prompt) + len(self.given) - 1
-        self.cache.rewind(min(self.cache.length, kept))
+        end = min(self.cache.length, kept)
+        if not self.cache.can_rewind(end):
+            # A state after just these tokens is not there: compute them again from one that is.
+            reached = self.cache.nearest(end)
+            self.cache.rewind(reached)
+            text = [*self.prompt, *self.given]
+            self.decoder.prefill(text[reached - start : end - start], self.cache)
+        self.cache.rewind(end)
         if self.lent is None:
             return
         if self.given and self.cache.length == kept:

@@ -183,6 +183,7 @@ class Stepper:
         keys = mx.concatenate([verified.positions, own])
         mask = RowMask(allowed, lambda: (own, _keys(keys, length)))
         hidden = streams.start(mx.take(verified.first, node, axis=1))
+        cache.branch(node)
         return streams.run(hidden, 0, streams.upper, cache, length + T, own, mask)
 
     def candidates(self, stream_states: mx.array) -> Proposer:

@@ -7,7 +7,7 @@ every depth. The reference is mlx-lm's `generate_step` with mlx-lm's own cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import mlx.core as mx
@@ -57,12 +57,15 @@ def random_streams(backbone: Backbone, seed: int = 0, scale: float = 0.5) -> Str
 
 
 def decode_configs(is_chain: bool) -> list[DecodeConfig]:
-    """Return the ways of decoding that are tried: chain and tree, both schedules, pruned."""
+    """Return the ways of decoding that are tried: chain and tree, both schedules, pruned.
+
+    is_chain: chains only, deferred, and one of them shorter.
+    """
     chain = TreeSpec(kind="chain", branching=1, depth=NUM_STREAMS)
-    tree = chain if is_chain else TreeSpec(kind="best", rows=10)
+    tree = replace(chain, depth=2) if is_chain else TreeSpec(kind="best", rows=10)
     return [
         DecodeConfig(chain, schedule="deferred"),
-        DecodeConfig(tree, schedule="inline"),
+        DecodeConfig(tree, schedule="deferred" if is_chain else "inline"),
         DecodeConfig(tree, prune=PruneSpec(keep=3 if is_chain else 6), schedule="deferred"),
     ]
 
@@ -101,7 +104,7 @@ def compare_with_mlx_lm(
         expected.append(int(token))
         gaps.append(cast(float, (best[1] - best[0]).item()))
     accepted = 0
-    for config in decode_configs(is_chain=False):
+    for config in decode_configs(backbone.is_recurrent):
         found, hits = decoded(streams, config, prompt, max_tokens)
         accepted += hits
         for place, (token, wanted) in enumerate(zip(found, expected, strict=False)):

@@ -14,6 +14,7 @@ or a stream is never part of the cache, and never costs a row that is still need
 | `rows.py` | one layer's growing buffers, and what a layer of mlx-lm sees of them during a pass |
 | `rotating.py` | layers that see the first rows and a window of recent ones |
 | `quantized.py` | layers whose rows are stored in a few bits |
+| `state.py` | layers whose every token overwrites a state |
 | `kv.py` | all layers together: commit, advance, rewind, turning quantised on the way |
 | `kinds.py` | which kinds of layers a model and a `CacheConfig` ask for |
 | `mlx_lm.py` | the same rows as mlx-lm's own cache objects hold them |
@@ -26,6 +27,7 @@ from .mlx_lm import from_mlx_lm, to_mlx_lm
 from .quantized import QuantizedLayer
 from .rotating import RotatingLayer
 from .rows import GROWTH, LayerKV, LayerPass, LayerView, OnValues, Span
+from .state import StateLayer
 
 __all__ = [
     "GROWTH",
@@ -38,6 +40,7 @@ __all__ = [
     "QuantizedLayer",
     "RotatingLayer",
     "Span",
+    "StateLayer",
     "from_mlx_lm",
     "new_cache",
     "to_mlx_lm",

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..errors import OptionError
 from .quantized import Quantization, QuantizedLayer
 from .rows import LayerKV, LayerPass, LayerView, OnValues
+from .state import StateLayer
 
 
 class PassCache(Protocol):
@@ -105,10 +106,35 @@ class KVCache:
             )
         if not self.can_rewind(length):
             raise OptionError(
-                f"cannot rewind the KV cache from {self.length} to {length} rows: its window has "
-                "moved on and older rows are gone; prefill the text again in a fresh cache."
+                f"cannot rewind the KV cache from {self.length} to {length} rows: what was seen there "
+                "is gone (windows move on, states are overwritten); rewind to `nearest` or begin a "
+                "fresh cache, and prefill the rest again."
             )
         self._set_length(length)
+
+    def nearest(self, length: int) -> int:
+        """Return the greatest length up to `length` that `rewind` reaches, 0 at least.
+
+        Layers with a state (`StateLayer`) reach few lengths. Where a rotating layer has lost
+        rows, not even 0 may be reached: `can_rewind` tells, and `fresh` begins anew.
+        """
+        states = [layer for layer in self.layers if isinstance(layer, StateLayer)]
+        if not states:
+            return length if self.can_rewind(length) else 0
+        reached = (n for n in reversed(states[0].lengths) if n <= length and self.can_rewind(n))
+        return next(reached, 0)
+
+    def mark(self) -> None:
+        """Hold the present length for rewinding, until another is marked."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.mark()
+
+    def branch(self, node: mx.array) -> None:
+        """Let streams continue from row `node` (() int32) of the last pass, where there are states."""
+        for layer in self.layers:
+            if isinstance(layer, StateLayer):
+                layer.branch(node)
 
     def fresh(self) -> KVCache:
         """Return an empty cache of the same kind."""

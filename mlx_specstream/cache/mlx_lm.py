@@ -16,6 +16,7 @@ from .kv import KVCache
 from .quantized import Quantization, QuantizedLayer
 from .rotating import SLACK, RotatingLayer
 from .rows import LayerKV
+from .state import StateLayer
 
 
 def from_mlx_lm(
@@ -34,7 +35,7 @@ def from_mlx_lm(
     """
     if not caches:
         raise OptionError(_WANTED)
-    lengths = {_offset(cache) for cache in caches}
+    lengths = {_offset(cache) for cache in caches if type(cache).__name__ != "ArraysCache"}
     if len(lengths) != 1:
         raise OptionError(f"the prompt cache's layers hold different numbers of rows; {_WANTED}")
     length = lengths.pop()
@@ -105,6 +106,10 @@ def _layer(cache: Any, length: int) -> LayerKV:
         return packed
     if name == "RotatingKVCache":
         return _rotating(cache, length)
+    if name == "ArraysCache":
+        state = StateLayer(len(cache.cache))
+        state.set(length, list(cache.cache))
+        return state
     raise OptionError(f"the prompt cache has a {name}; {_WANTED}")
 
 
@@ -152,6 +157,8 @@ def _fits(layer: LayerKV, cache: Any) -> bool:
             layer.size,
             layer.keep,
         )
+    if isinstance(layer, StateLayer):
+        return name == "ArraysCache" and len(cache.cache) == layer.slots
     if isinstance(layer, QuantizedLayer):
         if name == "QuantizedKVCache":
             return bool((cache.bits, cache.group_size) == (layer.bits, layer.group_size))
@@ -165,12 +172,17 @@ def _made(layer: LayerKV) -> Any:
 
     if isinstance(layer, RotatingLayer):
         return cache.RotatingKVCache(max_size=layer.size, keep=layer.keep)
+    if isinstance(layer, StateLayer):
+        return cache.ArraysCache(size=layer.slots)
     if isinstance(layer, QuantizedLayer):
         return cache.QuantizedKVCache(group_size=layer.group_size, bits=layer.bits)
     return cache.KVCache()
 
 
 def _fill(cache: Any, layer: LayerKV, length: int) -> None:
+    if isinstance(layer, StateLayer):
+        cache.cache = list(layer.after(length) or [None] * layer.slots)
+        return
     cache.offset = length
     if isinstance(layer, RotatingLayer):
         cache._idx = min(length, layer.size)

@@ -2,6 +2,7 @@
 
     record.py   watch the model's own forward, compute nothing
     calls.py    conclude how each layer is called, and make the calls alike
+    states.py   layers with a state, run so that every row of a draft leaves one
     around.py   what stands before the layers and behind them, done by the model's own code
     graft.py    shallow copies in which single modules behave differently
     refused.py  what is known not to work, and why
@@ -23,8 +24,18 @@ from .around import Around
 from .calls import LayerCall, layer_calls, uniform
 from .record import record
 from .refused import REFUSED, STATES_ALONE
+from .states import keep_states
 
-__all__ = ["Parts", "family_name", "may_be_decoded", "refusal", "take_apart", "uniform"]
+__all__ = [
+    "LayerCall",
+    "Parts",
+    "family_name",
+    "keep_states",
+    "may_be_decoded",
+    "refusal",
+    "take_apart",
+    "uniform",
+]
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,6 @@ def take_apart(model: nn.Module) -> Parts:
         calls = layer_calls(recording)
         if all(call.recurrent or call.cache is None for call in calls):
             raise ModelError(STATES_ALONE)
-        if any(call.recurrent for call in calls):
-            raise ModelError("its recurrent layers cannot drop a rejected draft")
         return Parts(name, recording.layers, calls, Around(recording, calls))
     except Exception as error:
         raise refusal(name, error) from error

@@ -53,7 +53,8 @@ class LayerCall:
     arguments: by place or name. returns_tuple: the hidden state is the first of several results.
     window: sliding window in tokens, None for all. as_array: the mask must be an array.
     cache: the place of the layer's cache in mlx-lm's list, None if it has none.
-    recurrent: the cache is a state that is overwritten, not rows that are appended.
+    slots: of how many arrays the cache is, if it is a state that is overwritten, not rows that
+    are appended; else 0.
     """
 
     arguments: tuple[tuple[Key, Slot], ...]
@@ -61,7 +62,12 @@ class LayerCall:
     window: int | None
     as_array: bool
     cache: int | None
-    recurrent: bool
+    slots: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Tell whether the layer keeps a state."""
+        return self.slots > 0
 
     @property
     def extras(self) -> list[Key]:
@@ -126,7 +132,9 @@ def _layer_call(recording: Recording, pair: tuple[Called, Called], before: list[
         window=min(windows, default=None),
         as_array=mask is not None and mask.as_array,
         cache=cache,
-        recurrent=kind == "ArraysCache",
+        slots=len(recording.caches[cache].cache)
+        if cache is not None and kind == "ArraysCache"
+        else 0,
     )
 
 
