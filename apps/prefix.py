@@ -23,18 +23,17 @@ class PrefixCache:
     kv: KVCache
     tokens: list[int] = field(default_factory=list)
 
-    @classmethod
-    def empty(cls, num_layers: int) -> PrefixCache:
-        """Return a cache without rows."""
-        return cls(KVCache(num_layers))
-
     def reuse(self, ids: Sequence[int]) -> list[int]:
         """Rewind to what `ids` shares with the cache and return the rest of `ids`, never nothing.
 
-        The last token is always left to the caller: decoding starts from it.
+        The last token is always left to the caller: decoding starts from it. Where a model's
+        layers forget (sliding windows, states), less is shared, and perhaps nothing.
         """
-        shared = min(common_prefix(self.tokens, ids), len(ids) - 1)
-        self.kv.rewind(shared)
+        shared = self.kv.nearest(min(common_prefix(self.tokens, ids), len(ids) - 1))
+        if self.kv.can_rewind(shared):
+            self.kv.rewind(shared)
+        else:
+            self.kv = self.kv.fresh()
         del self.tokens[shared:]
         return list(ids[shared:])
 
@@ -45,18 +44,12 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self.kv = KVCache(len(self.kv.layers))
+        self.kv = self.kv.fresh()
         self.tokens = []
 
     def fork(self, length: int) -> KVCache:
         """Return a copy of the first `length` rows, to decode in without touching this cache."""
-        assert length <= self.kv.length
-        copy = KVCache(len(self.kv.layers))
-        if length:
-            for layer, fresh in zip(self.kv.layers, copy.layers, strict=True):
-                fresh.write(0, *layer.read(length))
-            copy.advance(length)
-        return copy
+        return self.kv.copy(length)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -316,6 +316,9 @@ def check_backbone(backbone: Backbone) -> None:
         )
     scale = max(1.0, cast(float, mx.abs(expected).max().item()))
     tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
+    if backbone.is_recurrent and not error <= tolerance:
+        reason = ModelError("its layers' states cannot be kept after every row of a draft")
+        raise refusal(backbone.family, reason)
     if not error <= tolerance:
         raise ModelError(
             f"this model (type {backbone.family}) does not compute the same through "

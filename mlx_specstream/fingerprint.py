@@ -177,11 +177,15 @@ def _embedding(model: nn.Module) -> nn.Module:
 
 
 def _linear_modules(layer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the linear modules of a layer by name, sorted: (inputs, outputs)."""
+    """Return the linear modules of a layer by name, sorted: (inputs, outputs).
+
+    Those in lists (experts one by one) are left out: adapters do not reach them.
+    """
     found = {
         str(name): _linear_shape(module)
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        and not any(part.isdecimal() for part in str(name).split("."))
     }
     return dict(sorted(found.items()))
 

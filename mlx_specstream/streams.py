@@ -125,8 +125,8 @@ class Streams:
             *parents, leaf = path.split(".")
             owner: nn.Module | None = layer
             for parent in parents:
-                owner = owner.get(parent) if owner is not None else None
-            if owner is None or leaf not in owner:
+                owner = owner.get(parent) if isinstance(owner, nn.Module) else None
+            if not isinstance(owner, nn.Module) or leaf not in owner:
                 raise StreamsError(
                     f"the streams adapt {path!r}, which layer {index} of this model lacks."
                 )

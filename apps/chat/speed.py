@@ -83,7 +83,8 @@ def _run(
 ) -> tuple[float, int]:
     """Generate the answer's beginning; return the seconds after its first pass and the tokens."""
     vocab_size = session.model.backbone.vocab_size
-    cached = min(len(reply.prompt) - 1, session.prefix.kv.length)
+    kv = session.prefix.kv
+    cached = kv.nearest(min(len(reply.prompt) - 1, kv.length))
     stream = stream_generate(
         session.model,
         session.tokenizer,

@@ -31,8 +31,8 @@ class PrefixStore:
         """Return a cache to decode `ids` in, which holds their beginning but never all."""
         shared, best = 0, None
         for entry in self.entries:
-            common = min(common_prefix(entry.tokens, ids), len(ids) - 1)
-            # A sliding window forgets; what cannot go back to the common text is of no use.
+            # Sliding windows and states forget; what cannot go back to the common text is of no use.
+            common = entry.kv.nearest(min(common_prefix(entry.tokens, ids), len(ids) - 1))
             if common > shared and entry.kv.can_rewind(common):
                 shared, best = common, entry
         if best is None:

@@ -86,7 +86,12 @@ def _remark(backbone: Backbone) -> str:
         kinds.append(f"{bare} without attention")
     if not backbone.is_finished:
         kinds.append("scales or soft-caps behind the head")
-    return "chain and tree" + "".join(f"; {kind}" for kind in kinds)
+    ways = "chain and tree"
+    if backbone.is_recurrent:
+        ways = "chain"
+        states = sum(call.recurrent for call in backbone.calls)
+        kinds.append(f"{states} of {backbone.num_layers} layers keep a state")
+    return ways + "".join(f"; {kind}" for kind in kinds)
 
 
 def _first_line(error: Exception) -> str:

@@ -145,6 +145,15 @@ SIZES: Config = {
 }
 SLIDING = {"layer_types": FOUR_LAYERS}
 TEXT = "text_config"
+YARN: Config = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 OWN: dict[str, Config] = {
     "afm7": {"hidden_dim": 32, "num_heads": 4, "num_kv_heads": 2, "num_kv_reuse_layers": 2},
     "afmoe": SLIDING,
@@ -156,6 +165,24 @@ OWN: dict[str, Config] = {
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
+    "deepseek_v2": {"rope_scaling": YARN},
+    "minicpm3": {
+        "rope_scaling": {
+            "type": "longrope",
+            "original_max_position_embeddings": 64,
+            "short_factor": 1.0,
+            "long_factor": 2.0,
+        }
+    },
+    "glm4_moe": {"rope_scaling": None},
+    "mellum": {
+        **SLIDING,
+        "rope_parameters": {
+            kind: {"rope_theta": 10000.0, "rope_type": "default"}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "plamo": {"n_shared_head": 2},
     "deepseek": {"num_key_value_heads": 4},
     "exaone4": {"sliding_window_pattern": "LG", "rope_scaling": None},
     "exaone_moe": {**SLIDING, "is_moe_layer": [False, True, True, True]},
@@ -234,7 +261,6 @@ OWN: dict[str, Config] = {
         "swa_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "minicpm3": {"rope_scaling": None},
     "ministral3": {
         **SLIDING,
         "rope_parameters": {
@@ -316,7 +342,7 @@ WRAPPED = {
     "qwen3_vl": "qwen3",
     "qwen3_vl_moe": "qwen3_moe",
     "qwen3_5": "qwen3_5",
-    "qwen3_5_moe": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe",
 }
 RUN_BY_IMPORT = ("olmo",)  # ends the program where another package is missing
 
@@ -345,7 +371,7 @@ def tiny_config(name: str, **overrides: Any) -> Config:
         inner["rope_parameters"] = {**SIZES["rope_parameters"], "partial_rotary_factor": 0.5}
         if name in ("gemma3", "gemma4", "kimi_vl", "kimi_k25"):
             inner["rope_parameters"] = None
-        if name == "qwen3_5":
+        if name == "qwen3_5":  # experts belong to qwen3_5_moe
             inner["num_experts"] = 0
         return {"model_type": name, TEXT: inner, "vocab_size": SIZES["vocab_size"]}
     own = dict(OWN.get(name, {}))
