@@ -29,6 +29,7 @@ from mlx_specstream.loading import load
 
 from .answers import BatchDecoder, Waiting
 from .data import read_records
+from .starter import STARTER, starter_records
 
 SORT_WINDOW = 1024
 """Prompts are sorted by length inside windows of this size, so that any prefix is a fair sample."""
@@ -55,7 +56,9 @@ def read_prompts(
         DataError: unreadable data, or a record without a user's turn.
     """
     prompts, too_long = [], 0
-    for index, record in enumerate(read_records(source, split, need_answer=False)):
+    own = source == STARTER and not Path(source).exists()
+    records = starter_records() if own else read_records(source, split, need_answer=False)
+    for index, record in enumerate(records):
         fields = record.fields
         messages = fields.get("messages") or [
             {"role": "user", "content": fields.get("prompt", fields.get("text"))}
@@ -129,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or hub id of the model, or demo")
     parser.add_argument(
-        "--data", required=True, help="prompts: .jsonl, a folder, or a hub data set"
+        "--data",
+        required=True,
+        help="prompts: .jsonl, a folder, a hub data set, or 'starter' for 200 built-in ones",
     )
     parser.add_argument("--split", default="train", choices=("train", "valid", "test"))
     parser.add_argument("--output", required=True, help=".jsonl file to write, or to continue")

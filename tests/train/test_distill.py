@@ -12,6 +12,7 @@ from mlx_specstream.cache import KVCache
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import distill
 from mlx_specstream.train.answers import BatchDecoder, Waiting
+from mlx_specstream.train.starter import starter_records
 from tests.engine import small_model
 
 PROMPTS = [Waiting(i, [(3 * i + k) % 12 for k in range(2 + i % 4)]) for i in range(9)]
@@ -80,3 +81,14 @@ def test_bad_options_and_foreign_files(tmp_path) -> None:
     with pytest.raises(OutputError, match="was not written by specstream distill"):
         distill.main(command)
     assert output.read_text() == '{"text": "mine"}\n'
+
+
+def test_starter_prompts_are_two_hundred_different_ones(tiny_folder, tmp_path, capsys) -> None:
+    texts = [record.fields["prompt"] for record in starter_records()]
+    assert len(set(texts)) == len(texts) == 200
+    assert not any("{" in text for text in texts)
+    out = tmp_path / "own.jsonl"
+    words = ["--model", tiny_folder, "--data", "starter", "--output", out, "--num-prompts", "3"]
+    assert distill.main([*map(str, words), "--max-tokens", "4"]) == 0
+    lines = out.read_text().splitlines()
+    assert sorted(json.loads(line)["messages"][0]["content"] for line in lines) == sorted(texts[:3])
