@@ -1,0 +1,29 @@
+"""The learning curve: runs end to end, a picture that is one, and a sentence for what is no log."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_specstream.convert.pytorch import curve
+
+
+def test_runs_are_drawn_end_to_end(tmp_path):
+    pytest.importorskip("matplotlib")
+    held_out = {"marginal_chain": 1.5, "conditioned_chain": 1.9}
+    run = [{"positions": 10, "loss": [3.0, 4.0]}, {"positions": 20, "held_out": held_out}]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in run + run))
+    assert [r["trained"] for r in curve.read_log(log)] == [10, 20, 30, 40]
+    assert curve.main([str(log), "--output", str(tmp_path / "curve.png")]) == 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "no log"])
+def test_what_is_no_log_is_said(tmp_path, capsys, text):
+    log = tmp_path / "log.jsonl"
+    log.write_text(text)
+    assert curve.main([str(log), "--output", str(tmp_path / "curve.png")]) == 2
+    assert str(log) in capsys.readouterr().err
+    assert not (tmp_path / "curve.png").exists()
