@@ -46,7 +46,7 @@ def live(make_service: MakeService, go_live: Callable[..., Live]) -> Live:
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 def test_no_request_fails_the_server(case: Any, live: Live) -> None:
-    case.call_and_validate(base_url=live.url, checks=CHECKS)
+    case.call_and_validate(base_url=live.url, checks=CHECKS, timeout=120)
 
 
 def test_the_description_is_served(client: TestClient) -> None:
