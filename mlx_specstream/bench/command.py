@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
             console.print(
                 f"\nInterrupted; {len(result.asked)} prompts are kept. Go on with:\n"
                 f"  specstream bench --resume {path}",
-                soft_wrap=True,
+                soft_wrap=not console.is_terminal,
             )
         raise
     return finish(result, path.parent, console, plots=not arguments.no_plots)
@@ -167,13 +167,18 @@ def finish(result: Result, folder: Path, console: Console, *, plots: bool) -> in
         partial.write_text(markdown(result, written), encoding="utf-8")
     show(result, console)
     if line := headline(result):
-        console.print(f"\n{line}", soft_wrap=True)
+        console.print(f"\n{line}", soft_wrap=not console.is_terminal)
     if plots and not drawing.available():
-        console.print(drawing.MISSING, soft_wrap=True, markup=False)
+        console.print(drawing.MISSING, soft_wrap=not console.is_terminal, markup=False)
     if result.left_out:
-        console.print("Left out: " + "; ".join(result.left_out), soft_wrap=True, markup=False)
+        console.print(
+            "Left out: " + "; ".join(result.left_out),
+            soft_wrap=not console.is_terminal,
+            markup=False,
+        )
     console.print(
-        f"Written to {folder}: {', '.join([RESULT_FILE, REPORT_FILE, *written])}", soft_wrap=True
+        f"Written to {folder}: {', '.join([RESULT_FILE, REPORT_FILE, *written])}",
+        soft_wrap=not console.is_terminal,
     )
     return 1 if result.failures else 0
 

@@ -101,9 +101,9 @@ def show(result: Result, console: Console) -> None:
         )
     console.print(whole)
     for line_ in tree_lines(result):
-        console.print(line_, soft_wrap=True, markup=False)
+        console.print(line_, soft_wrap=not console.is_terminal, markup=False)
     for warning in _warnings(result):
-        console.print(f"\n{_plain(warning)}", soft_wrap=True)
+        console.print(f"\n{_plain(warning)}", soft_wrap=not console.is_terminal)
 
 
 def headline(result: Result) -> str:

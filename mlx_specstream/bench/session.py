@@ -45,7 +45,7 @@ def measured(
     if resumed and machine != result.machine:
         notes.append("it was resumed on another machine or with other versions than it began with.")
     for note in notes:
-        console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+        console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=not console.is_terminal)
     result.notes += [note for note in notes if note not in result.notes]
     with console.status(f"Loading {settings.model}"):
         contest = open_contest(
@@ -59,13 +59,15 @@ def measured(
     result.started = result.started or now()
     for name, method in contest.methods.items():
         if method.kind == "streams":
-            console.print(f"{name}: streams {method.streams}", soft_wrap=True, markup=False)
+            console.print(
+                f"{name}: streams {method.streams}", soft_wrap=not console.is_terminal, markup=False
+            )
     # Not under a spinner: the planner says itself that it measures.
     result.plans = plan_costs(contest) or result.plans
     for streams, planned in result.plans.items():
         console.print(
             f"auto, {Path(streams).name}: begins with {planned['chosen']}",
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
             markup=False,
         )
     bench = Bench(contest, cases, result, path)
@@ -85,7 +87,7 @@ def measured(
         f"{left} prompts in {len(names(bench.cases))} categories, {len(bench.names)} methods, at most "
         f"{settings.max_tokens} tokens each: {told}."
         + (" As many as fit are asked." if limit and estimate > limit else ""),
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     with Progress(
         BarColumn(20),
@@ -101,7 +103,7 @@ def measured(
         def on_prompt(asked: Sequence[Asked]) -> None:
             progress.advance(task)
             text = prompt_line(asked)
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
         bench.on_step = lambda text: progress.update(task, description=text[:40])
         bench.on_prompt = on_prompt
