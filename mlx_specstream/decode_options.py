@@ -52,8 +52,13 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
     )
 
 
-def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: bool = False) -> None:
-    """Add --tree, --prune, --schedule, --no-conditioning and --lossy-typical."""
+def add_decode_options(
+    parser: argparse._ActionsContainer, *, several_trees: bool = False, lossy: bool = False
+) -> None:
+    """Add --tree, --prune, --schedule and --no-conditioning; if `lossy`, --lossy-typical.
+
+    Only a verb whose every output says when it is lossy may offer that.
+    """
     default = DecodeConfig()
     tree_help = (
         "draft tree: 'auto' (what pays on this machine, plain decoding included), 'chain', "
@@ -89,6 +94,8 @@ def add_decode_options(parser: argparse._ActionsContainer, *, several_trees: boo
         action="store_true",
         help="do not re-rank candidates by their parent token (the paper's method as it stands)",
     )
+    if not lossy:
+        return
     parser.add_argument(
         "--lossy-typical",
         nargs="?",
@@ -124,13 +131,14 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
         OptionError: an option cannot be read or is out of range.
     """
     schedule, stream_nodes = parse_schedule(arguments.schedule)
+    typical = getattr(arguments, "lossy_typical", None)
     return DecodeConfig(
         tree=TreeSpec.parse(arguments.tree if tree is None else tree),
         prune=None if arguments.prune is None else parse_prune(arguments.prune),
         schedule=schedule,
         stream_nodes=stream_nodes,
         use_conditioner=not arguments.no_conditioning,
-        typical=None if arguments.lossy_typical is None else parse_typical(arguments.lossy_typical),
+        typical=None if typical is None else parse_typical(typical),
     )
 
 

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="prompt tokens per pass; fewer take less memory (default: %(default)s)",
     )
-    add_decode_options(parser)
+    add_decode_options(parser, lossy=True)
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
     )

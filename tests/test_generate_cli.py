@@ -115,6 +115,9 @@ def test_typical_acceptance_is_called_lossy(
     assert "lossy" not in spoken(capsys, *words)[0]
     assert cli.main(["verify", "--model", folder, "--lossy-typical"]) == 2
     assert "verify compares with plain decoding" in capsys.readouterr().err
+    for verb in ("demo", "serve", "bench"):  # their outputs would not say so
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--lossy-typical"])
 
 
 def test_constrained_answers(

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="most tokens of an answer, -1 for no limit (default: %(default)s)",
     )
     add_sampling_options(parser)
-    add_decode_options(parser)
+    add_decode_options(parser, lossy=True)
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
     )
