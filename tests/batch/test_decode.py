@@ -309,8 +309,7 @@ def test_draws_of_a_batch_follow_the_models_distribution() -> None:
     assert sum(result.accepted for r in requests for result in r.results) > 50
 
 
-def poisoned_model() -> StreamModel:
-    """Return a model in which token 11 is not a number, and which never says it."""
+def model_that_never_says_eleven() -> StreamModel:
     model = tiny.tiny_model(
         num_hidden_layers=3,
         hidden_size=32,
@@ -319,7 +318,6 @@ def poisoned_model() -> StreamModel:
         vocab_size=12,
         tie_word_embeddings=False,
     )
-    model.model.embed_tokens.weight[11] = float("nan")
     model.lm_head.weight[11] = 0.0
     return streamed(model, conditioner_rank=0, conditioner_hidden=0)
 
@@ -328,9 +326,10 @@ def poisoned_model() -> StreamModel:
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_nan_stays_with_its_request(schedule: str, place: int) -> None:
     """Also for requests that come later and get the rows it had."""
-    model = poisoned_model()
+    model = model_that_never_says_eleven()
     assert model.streams is not None
     decoder = batch_decoder(model, schedule)
+    model.model.model.embed_tokens.weight[11] = float("nan")
     prompts = [prompt_of(n, n, 11) for n in (6, 9)]
     prompts.insert(place, [11] * 40)
     requests = [Request(decoder, prompt, 30) for prompt in prompts]
