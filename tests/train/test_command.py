@@ -117,3 +117,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch.undo()
     assert load_state(out).progress.update == 2
     assert run(*common, "--save-every", "1", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no training records; give at least one"),
+        ("\n\n", "holds no training records; give at least one"),
+        ('{"prompt": "a", "completion": ""}\n', "none of the 1 records has two completion tokens"),
+        ('{"prompt": "a", "completion": "bcd"}\n{"prompt": \n', "line 2 is not JSON"),
+    ],
+)
+def test_data_that_gives_nothing_is_named(tiny_folder, tmp_path, capsys, text, said) -> None:
+    path, out = tmp_path / "data.jsonl", tmp_path / "out"
+    path.write_text(text)
+    assert run("--model", tiny_folder, "--data", path, "--adapter-path", out, *QUICK) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(path) in error
+    assert not out.exists()
