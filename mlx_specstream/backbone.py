@@ -21,7 +21,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KVCache, PassCache, Span, StateLayer, new_cache
+from .cache import GROWTH, SLACK, KVCache, PassCache, Span, StateLayer, new_cache
 from .config import CacheConfig
 from .errors import ModelError, OptionError
 from .families import LayerCall, keep_states, refusal, take_apart, uniform
@@ -152,13 +152,17 @@ class Backbone:
         found = mask.of(self.windows[index], span)
         return mask.as_array() if found == "causal" and self.calls[index].as_array else found
 
-    def new_cache(self, config: CacheConfig | None = None) -> KVCache:
+    def new_cache(
+        self, config: CacheConfig | None = None, slack: int = SLACK, drop: int = GROWTH
+    ) -> KVCache:
         """Return an empty cache for this model: sliding layers hold their window alone.
+
+        slack, drop: what else they hold for a while, see `cache.new_cache`.
 
         Raises:
             OptionError: the config does not fit the model.
         """
-        cache = new_cache(self.windows, config)
+        cache = new_cache(self.windows, config, slack, drop)
         if self.is_recurrent and cache.quantize is not None:
             raise OptionError(
                 "kv_bits cannot be used with this model: some of its layers keep a state, which is "

@@ -65,7 +65,7 @@ class PlainDecoder:
                 ahead = self._pass(root_only(report[2]), cache, pending=1)
                 mx.async_eval(*ahead)
             tokens = read_report(report, 1, cache).tokens
-            cache.advance(1)
+            cache.advance(1, drawn=True)
             self.chooser.history += tokens
             result = StepResult(tokens, 0, logits)
             wanted = more(result)
@@ -82,11 +82,12 @@ class PlainDecoder:
 
         `pending` rows behind the committed ones belong to a pass that is still under way.
         """
-        cache.advance(pending)
+        after_draw = cache.drawn_next
+        cache.advance(pending, after_draw)
         try:
             hidden = self.backbone.forward(tree.tokens, cache)
         finally:  # Ctrl-C may fall in here, and the cache outlives this loop
-            cache.advance(-pending)
+            cache.advance(-pending, after_draw)
         normed = self.backbone.norm(hidden)
         logits = self.backbone.head(normed)[0]
         drawn, finite = self.chooser(logits, tree, ahead=pending > 0)

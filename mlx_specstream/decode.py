@@ -101,10 +101,7 @@ class StreamDecoder:
             result = self.finish(step, cache)
             following = None
             if more(result):
-                tree = step.next_tree
-                if cache.must_not_pass(tree.depth):
-                    tree = root_only(tree.tokens[:1])
-                following = self.stepper.step(tree, cache)
+                following = self.stepper.step(step.next_tree, cache)
                 following.schedule()
             yield result
             if following is None:
@@ -123,7 +120,7 @@ class StreamDecoder:
             step.next_tree = root_only(mx.array(tokens[-1:]))
         cache.commit(found.lower_rows, self.streams.lower)
         cache.commit(nodes, self.streams.upper)
-        cache.advance(len(tokens))
+        cache.advance(len(tokens), drawn=True)
         self.chooser.history += tokens
         draft = None
         if self.keep_drafts:

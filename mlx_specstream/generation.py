@@ -339,13 +339,14 @@ class _Run:
         """
         kept = start + len(self.prompt) + len(self.given) - 1
         end = min(self.cache.length, kept)
-        if not self.cache.can_rewind(end):
+        if self.cache.can_rewind(end):
+            self.cache.cut(end)
+        else:
             # A state after just these tokens is not there: compute them again from one that is.
             reached = self.cache.nearest(end)
             self.cache.rewind(reached)
             text = [*self.prompt, *self.given]
             self.decoder.prefill(text[reached - start : end - start], self.cache)
-        self.cache.rewind(end)
         if self.lent is None:
             return
         if self.given and self.cache.length == kept:

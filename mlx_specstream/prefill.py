@@ -33,10 +33,17 @@ def prefill_chunks(
     cache: KVCache,
     chunk: int,
 ) -> Iterator[int]:
-    """Run `tokens` through `forward`, a chunk at a time; yield how many are committed."""
-    for first in range(0, len(tokens), chunk):
-        part = mx.array(list(tokens[first : first + chunk]), dtype=mx.int32)
+    """Run `tokens` through `forward`, a chunk at a time; yield how many are committed.
+
+    Chunks are mlx-lm's. Where it matters, a first token that an earlier answer ended with gets a
+    pass of its own, as it would have had if decoding had gone on.
+    """
+    done = 0
+    while done < len(tokens):
+        rows = 1 if cache.drawn_next and cache.depends_on_passes else chunk
+        part = mx.array(list(tokens[done : done + rows]), dtype=mx.int32)
         forward(part, cache)
         cache.advance(part.shape[0])
         mx.eval(cache.arrays)
-        yield first + part.shape[0]
+        done += part.shape[0]
+        yield done

@@ -33,7 +33,7 @@ from .config import PruneSpec, TreeSpec
 from .prune import Pruner, prune
 from .sampling import TokenChooser
 from .streams import Streams, pass_mask
-from .tree import DraftTree, Proposer, ancestors, build, likely_ends
+from .tree import DraftTree, Proposer, ancestors, build, likely_ends, root_only
 
 
 @dataclass
@@ -98,8 +98,11 @@ class Stepper:
     def step(self, tree: DraftTree, cache: KVCache) -> Step:
         """Return the graph of one step over `tree`, whose root follows the committed text.
 
-        New rows are scratch behind the committed text until the loop has read the report.
+        New rows are scratch behind the committed text until the loop has read the report. Where
+        drafts would see the cache turned quantised and the root not yet, the root goes alone.
         """
+        if cache.must_not_pass(tree.depth):
+            tree = root_only(tree.tokens[:1])
         verified = self.verify(tree, cache)
         tree = verified.tree
         logits = self.streams.backbone.head(verified.last)[0]

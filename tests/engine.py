@@ -7,7 +7,6 @@ then, and `table_decoder`, whose drafts come from a table "after token a, the mo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,14 +20,13 @@ from mlx_lm.generate import generate_step
 
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.baseline import PlainDecoder, plain_decoder
+from mlx_specstream.bench.random_streams import random_tensors, with_table
 from mlx_specstream.cache import KVCache
 from mlx_specstream.config import DecodeConfig, StreamConfig
 from mlx_specstream.decode import StreamDecoder
 from mlx_specstream.result import StepResult
 from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.step import Stepper
 from mlx_specstream.streams import Streams
-from mlx_specstream.tree import Proposer
 from tests import tiny
 
 ALL_MODULES = tuple(
@@ -76,14 +74,6 @@ def small_model(
     return model
 
 
-def _linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """Return (in, out) of a linear layer, quantised or not."""
-    rows, columns = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        columns = linear.scales.shape[-1] * linear.group_size
-    return columns, rows
-
-
 def stream_config(**fields: Any) -> StreamConfig:
     """Return a config with every part: adapters on all modules, init map, pruner, conditioner."""
     defaults: dict[str, Any] = {
@@ -100,48 +90,6 @@ def stream_config(**fields: Any) -> StreamConfig:
     return StreamConfig(**{**defaults, **fields})
 
 
-def random_tensors(
-    backbone: Backbone,
-    config: StreamConfig,
-    seed: int = 0,
-    scale: float = 0.5,
-    gates: bool = False,
-) -> dict[str, mx.array]:
-    """Return stream weights of the config's shapes; `scale` is the size of what they add.
-
-    `gates`: with gates on main's attention to its streams, which only shared mode has.
-    """
-    keys = iter(mx.random.split(mx.random.key(seed), 1000))
-    h, G = backbone.hidden_size, config.num_streams
-
-    def pair(name: str, inputs: int, outputs: int, rank: int) -> dict[str, mx.array]:
-        a = mx.random.normal((inputs, rank), key=next(keys)) / inputs**0.5
-        b = mx.random.normal((rank, outputs), key=next(keys)) * scale / rank**0.5
-        return {f"{name}.lora_a": a, f"{name}.lora_b": b}
-
-    tensors = {"stream_embeddings": scale * mx.random.normal((G, h), key=next(keys))}
-    if config.stream_init_rank:
-        tensors |= pair("stream_init", h, h, config.stream_init_rank)
-    first = 0 if config.mode == "shared" else backbone.num_layers - config.num_msa_layers
-    for index in range(first, backbone.num_layers):
-        for path in config.target_modules:
-            part, leaf = path.split(".")
-            inputs, outputs = _linear_shape(backbone.model.layers[index][part][leaf])
-            tensors |= pair(f"layers.{index}.{path}", inputs, outputs, config.lora_rank)
-    if gates:
-        for index in range(backbone.num_layers - config.num_msa_layers, backbone.num_layers):
-            heads = backbone.model.args.num_attention_heads
-            tensors[f"layers.{index}.stream_gate"] = mx.random.normal((heads,), key=next(keys))
-    if config.pruner_rank:
-        tensors |= pair("pruner", h, h, config.pruner_rank)
-    if config.conditioner_rank:
-        m = config.conditioner_hidden
-        tensors["conditioner.mlp_in"] = mx.random.normal((m, 2 * h), key=next(keys)) / h**0.5
-        tensors["conditioner.mlp_out"] = mx.random.normal((h, m), key=next(keys)) * scale / m**0.5
-        tensors |= pair("conditioner", h, h, config.conditioner_rank)
-    return tensors
-
-
 def random_streams(
     model: nn.Module, config: StreamConfig, seed: int = 0, scale: float = 0.5
 ) -> Streams:
@@ -150,35 +98,9 @@ def random_streams(
     return Streams(backbone, config, random_tensors(backbone, config, seed, scale))
 
 
-class TableStepper(Stepper):
-    """Proposes, after any token, what the model says after that token alone."""
-
-    ids: mx.array
-    log_probs: mx.array
-
-    def candidates(self, stream_states: mx.array) -> Proposer:
-        del stream_states
-
-        def propose(level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
-            del level
-            return mx.take(self.ids, parents, axis=0), mx.take(self.log_probs, parents, axis=0)
-
-        return propose
-
-
 def table_decoder(streams: Streams, config: DecodeConfig, **options: Any) -> StreamDecoder:
     """Return a decoder whose drafts come from the model's own one-token contexts."""
-    decoder = stream_decoder(streams, config, **options)
-    fields = {f.name: getattr(decoder.stepper, f.name) for f in dataclasses.fields(Stepper)}
-    stepper = TableStepper(**fields)
-    logits = streams.backbone.model(mx.arange(streams.backbone.vocab_size)[:, None])[:, -1]
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    ids = mx.argsort(-log_probs, axis=-1)[:, : max(config.tree.branching, 1)].astype(mx.int32)
-    object.__setattr__(stepper, "ids", ids)
-    object.__setattr__(stepper, "log_probs", mx.take_along_axis(log_probs, ids, axis=-1))
-    mx.eval(stepper.ids, stepper.log_probs)
-    decoder.stepper = stepper
-    return decoder
+    return with_table(stream_decoder(streams, config, **options))
 
 
 def stream_decoder(

@@ -91,7 +91,7 @@ class ChatSession:
     prefix: PrefixCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefix = PrefixCache(self.model.backbone.new_cache())
+        self.prefix = PrefixCache.for_model(self.model.backbone)
         self.use(self.settings)
 
     def use(self, settings: Settings) -> None:

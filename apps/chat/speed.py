@@ -83,16 +83,15 @@ def _run(
 ) -> tuple[float, int]:
     """Generate the answer's beginning; return the seconds after its first pass and the tokens."""
     vocab_size = session.model.backbone.vocab_size
-    kv = session.prefix.kv
-    cached = kv.nearest(min(len(reply.prompt) - 1, kv.length))
+    cache = session.prefix.fork(min(len(reply.prompt) - 1, session.prefix.kv.length))
     stream = stream_generate(
         session.model,
         session.tokenizer,
-        reply.prompt[cached:],
+        reply.prompt[cache.length :],
         max_tokens=min(ROUND_TOKENS, len(reply.tokens)),
         sampler=session.settings.sampler(vocab_size, session.tokenizer),
         logits_processors=session.settings.processors(vocab_size),
-        prompt_cache=session.prefix.fork(cached),
+        prompt_cache=cache,
         config=session.settings.decode,
         speculative=speculative,
     )

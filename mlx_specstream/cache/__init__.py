@@ -25,12 +25,13 @@ from .kinds import new_cache
 from .kv import KVCache, PassCache
 from .mlx_lm import from_mlx_lm, to_mlx_lm
 from .quantized import QuantizedLayer
-from .rotating import RotatingLayer
+from .rotating import SLACK, RotatingLayer
 from .rows import GROWTH, LayerKV, LayerPass, LayerView, OnValues, Span
 from .state import StateLayer
 
 __all__ = [
     "GROWTH",
+    "SLACK",
     "KVCache",
     "LayerKV",
     "LayerPass",

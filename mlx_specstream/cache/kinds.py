@@ -9,18 +9,22 @@ from ..errors import OptionError
 from .kv import KVCache
 from .quantized import Quantization
 from .rotating import SLACK, RotatingLayer
-from .rows import LayerKV
+from .rows import GROWTH, LayerKV
 
 KEEP = 4  # first rows that stay under max_kv_size, as mlx-lm has it
 
 
 def new_cache(
-    windows: Sequence[int | None], config: CacheConfig | None = None, slack: int = SLACK
+    windows: Sequence[int | None],
+    config: CacheConfig | None = None,
+    slack: int = SLACK,
+    drop: int = GROWTH,
 ) -> KVCache:
     """Return an empty cache for layers with these sliding windows (None: full attention).
 
     Sliding layers hold their window, the others everything, or the last `max_kv_size` rows and
-    the first four. `slack`: how many rows beyond a window to keep, for rewinding.
+    the first four. `slack`: how many rows beyond a window to keep, for rewinding; `drop`: how
+    many more may gather before they are dropped.
 
     Raises:
         OptionError: the config asks to quantise layers that rotate.
@@ -30,9 +34,9 @@ def new_cache(
     layers: list[LayerKV] = []
     for window in windows:
         if window is not None:
-            layers.append(RotatingLayer(window, slack=slack))
+            layers.append(RotatingLayer(window, 0, slack, drop))
         elif config.max_kv_size is not None:
-            layers.append(RotatingLayer(config.max_kv_size, KEEP, slack))
+            layers.append(RotatingLayer(config.max_kv_size, KEEP, slack, drop))
         else:
             layers.append(LayerKV())
     return KVCache.of(layers, quantize=quantization(config))

@@ -31,14 +31,19 @@ class KVCache:
     """The caches of all layers and the number of rows that are committed text.
 
     `KVCache(num_layers)` holds every row of every layer; `cache.new_cache` makes other kinds.
-    With `quantize`, plain layers turn quantised once `quantize.start` rows are committed, when
-    mlx-lm's plain decoding would: between two passes, never within one.
+    With `quantize`, plain layers turn quantised for the first pass after `quantize.start` rows are
+    committed, as in mlx-lm's plain decoding: between two passes, never within one.
+
+    `drawn_next`: the token behind the committed text was drawn by a step, which counts where rows
+    depend on the passes they were computed in (`depends_on_passes`).
     """
 
     def __init__(self, num_layers: int) -> None:
         self.layers: list[LayerKV] = [LayerKV() for _ in range(num_layers)]
         self.length = 0
         self.quantize: Quantization | None = None
+        self.drawn_next = False
+        self._due = False  # to turn quantised with the next pass
 
     @classmethod
     def of(
@@ -54,6 +59,7 @@ class KVCache:
         self, layer: int, start: int, offset: int | mx.array, on_values: OnValues | None = None
     ) -> LayerPass:
         """Return what layer `layer` sees as its cache during a pass; see `LayerPass`."""
+        self._turn(layer)
         return self.layers[layer].view(start, offset, on_values)
 
     def commit(self, rows: Sequence[int], layers: range) -> None:
@@ -71,11 +77,20 @@ class KVCache:
         for layer in layers:
             self.layers[layer].move(self.length + in_place, index)
 
-    def advance(self, rows: int) -> None:
-        """Count `rows` more rows as committed."""
+    def advance(self, rows: int, drawn: bool = False) -> None:
+        """Count `rows` more rows as committed; `drawn`: the next token was drawn by this pass."""
         self._set_length(self.length + rows)
-        if rows > 0 and self.quantize is not None and self.length >= self.quantize.start:
-            self._turn_quantized(self.quantize)
+        self.drawn_next = drawn
+        self._due = self.quantize is not None and self.length >= self.quantize.start
+
+    @property
+    def depends_on_passes(self) -> bool:
+        """Tell whether rows differ with how a text is divided into passes, beyond rounding.
+
+        So they do in mlx-lm's quantised caches (a pass may see its rows before they are
+        quantised) and in rotating ones that keep first rows (which a chunk sees less of).
+        """
+        return self.quantize is not None or any(layer.depends_on_passes for layer in self.layers)
 
     def must_not_pass(self, depth: int) -> bool:
         """Tell whether drafts down to `depth` would have to see rows quantised, the root not yet.
@@ -86,15 +101,37 @@ class KVCache:
         return (
             self.quantize is not None
             and self.length + depth >= self.quantize.start
-            and not all(isinstance(layer, QuantizedLayer) for layer in self.layers)
+            and not self._due
+            and any(type(layer) is LayerKV for layer in self.layers)
         )
 
     def can_rewind(self, length: int) -> bool:
         """Tell whether `rewind(length)` is possible: rotating layers forget."""
         return 0 <= length <= self.length and all(layer.can_rewind(length) for layer in self.layers)
 
+    def cut(self, length: int) -> None:
+        """Take back the last rows, drafts of a path that the answer ended inside of.
+
+        As if they had never been accepted: the row at `length` is that of a drawn token.
+        """
+        assert self.can_rewind(length)
+        self._set_length(length)
+        self._due = self._due and self.quantize is not None and length >= self.quantize.start
+
+    def turn_quantized(self) -> None:
+        """Store rows in a few bits where mlx-lm's plain decoding would have done so by now.
+
+        It runs the drawn token's pass, too, before it ends.
+        """
+        if self.quantize is not None and self.drawn_next:
+            self._due = self._due or self.length + 1 >= self.quantize.start
+        for layer in range(len(self.layers)):
+            self._turn(layer)
+
     def rewind(self, length: int) -> None:
         """Forget all committed rows from `length` on; the buffers are kept.
+
+        Layers that have turned quantised stay so.
 
         Raises:
             OptionError: `length` is negative or beyond the committed text, or a rotating layer
@@ -110,7 +147,9 @@ class KVCache:
                 "is gone (windows move on, states are overwritten); rewind to `nearest` or begin a "
                 "fresh cache, and prefill the rest again."
             )
+        self.turn_quantized()
         self._set_length(length)
+        self.drawn_next = False
 
     def nearest(self, length: int) -> int:
         """Return the greatest length up to `length` that `rewind` reaches, 0 at least.
@@ -155,7 +194,11 @@ class KVCache:
             raise OptionError(
                 f"cannot copy {length} rows of the KV cache: of {self.length}, older ones are gone."
             )
-        return KVCache.of([layer.copy(length) for layer in self.layers], length, self.quantize)
+        layers = [layer.copy(length) for layer in self.layers]
+        result = KVCache.of(layers, length, self.quantize)
+        if length == self.length:
+            result.drawn_next, result._due = self.drawn_next, self._due
+        return result
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -172,8 +215,8 @@ class KVCache:
         for layer in self.layers:
             layer.follow(length)
 
-    def _turn_quantized(self, how: Quantization) -> None:
-        """Store all plain layers' rows in a few bits from now on, as a part of the next graph."""
-        for index, layer in enumerate(self.layers):
-            if type(layer) is LayerKV:
-                self.layers[index] = QuantizedLayer.of(layer, how.bits, how.group_size)
+    def _turn(self, index: int) -> None:
+        """Store a plain layer's rows in a few bits if that is due, as a part of the next graph."""
+        layer, how = self.layers[index], self.quantize
+        if self._due and how is not None and type(layer) is LayerKV:
+            self.layers[index] = QuantizedLayer.of(layer, how.bits, how.group_size)

@@ -61,6 +61,7 @@ def to_mlx_lm(cache: KVCache, caches: list[Any]) -> None:
         _fits(layer, other) for layer, other in zip(cache.layers, caches, strict=True)
     ):
         raise OptionError(_WANTED)
+    cache.turn_quantized()
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, QuantizedLayer) and not hasattr(caches[index], "bits"):
             caches[index] = _made(layer)
@@ -69,6 +70,7 @@ def to_mlx_lm(cache: KVCache, caches: list[Any]) -> None:
 
 def as_mlx_lm(cache: KVCache) -> list[Any]:
     """Return new cache objects of mlx-lm with the committed rows."""
+    cache.turn_quantized()
     caches = [_made(layer) for layer in cache.layers]
     to_mlx_lm(cache, caches)
     return caches

@@ -27,6 +27,8 @@ class Quantization:
 class QuantizedLayer(LayerKV):
     """Rows as codes, scales and biases, a buffer of keys and one of values for each."""
 
+    depends_on_passes = True
+
     def __init__(self, bits: int, group_size: int) -> None:
         super().__init__()
         self.bits, self.group_size = bits, group_size

@@ -5,7 +5,7 @@
               └──────────── what a pass attends is one slice ─────────┘
 
 Rows that fell out of sight stay for a while: a path that is cut short, or a text that is
-rewound a little, brings them back into sight. They are dropped `GROWTH` rows at a time, so that
+rewound a little, brings them back into sight. They are dropped many at a time, so that
 the copy this takes is a small part of what attention reads meanwhile. Draft rows lie behind the
 committed ones and overwrite nothing, also after the window has moved on; a draft further down
 the tree sees less of the oldest rows, which is the mask's business (`Span`).
@@ -27,15 +27,17 @@ class RotatingLayer(LayerKV):
     """Holds the last rows of a text, and its first `keep`.
 
     `dropped` rows of the text (those that stay apart) are no longer in the buffers, whose first
-    row is row number `dropped`. Rows are always addressed by their number in the text.
+    row is row number `dropped`. Rows are always addressed by their number in the text. At least
+    `slack` rows out of sight are left, and no more than `drop` beyond that.
     """
 
     span: Span
 
-    def __init__(self, size: int, keep: int = 0, slack: int = SLACK) -> None:
+    def __init__(self, size: int, keep: int = 0, slack: int = SLACK, drop: int = GROWTH) -> None:
         assert 0 <= keep < size
         super().__init__()
-        self.size, self.keep, self.slack = size, keep, slack
+        self.size, self.keep, self.slack, self.drop = size, keep, slack, drop
+        self.depends_on_passes = keep > 0
         self.dropped = 0
         self.kept: tuple[mx.array, mx.array] | None = None
         self.span = Span(size, keep, 0)
@@ -81,7 +83,7 @@ class RotatingLayer(LayerKV):
             stay = mx.arange(self.keep)
             self.kept = (mx.take(self.keys, stay, axis=2), mx.take(self.values, stay, axis=2))
         first = self.span.needed - self.slack
-        if first - self.dropped > GROWTH:
+        if first - self.dropped > self.drop:
             self._drop(first, length)
 
     def _drop(self, first: int, length: int) -> None:
@@ -89,7 +91,7 @@ class RotatingLayer(LayerKV):
         keys, values = self.between(first, length)
         rows = length - first
         # Room for what comes until the next drop, and for the rows of a pass.
-        capacity = -(-(rows + GROWTH + SLACK) // GROWTH) * GROWTH
+        capacity = -(-(rows + self.drop + SLACK) // GROWTH) * GROWTH
         self.keys = _padded(keys, capacity)
         self.values = _padded(values, capacity)
         self.dropped = first
@@ -100,7 +102,7 @@ class RotatingLayer(LayerKV):
 
     def fresh(self) -> RotatingLayer:
         """Return an empty layer of the same kind."""
-        return RotatingLayer(self.size, self.keep, self.slack)
+        return RotatingLayer(self.size, self.keep, self.slack, self.drop)
 
     def copy(self, length: int) -> RotatingLayer:
         """Return a layer of its own as this one is after `length` rows, if it can be rewound."""

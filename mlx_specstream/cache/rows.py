@@ -88,6 +88,7 @@ class LayerKV:
     """Keys and values of one layer, each (1, K, capacity, D), grown by `GROWTH` rows."""
 
     span: Span | None = None
+    depends_on_passes = False
 
     def __init__(self) -> None:
         self.keys: mx.array | None = None
