@@ -69,7 +69,6 @@ class PrefixCache:
             for layer in self.kv.layers
         )
         return 0 if moved else self.kv.nearest(length)
-        return list(ids[shared:])
 
     def settle(self, ids: Sequence[int]) -> None:
         """Note that the rows now hold the beginning of `ids`, as far as they go."""

@@ -29,6 +29,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "cache_prompt": Verb("mlx_specstream.cache_prompt", "run a long prompt once, keep its cache"),
     "bench": Verb("mlx_specstream.bench.command", "measure what speculation gains here"),
     "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
     "convert": Verb(

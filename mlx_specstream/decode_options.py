@@ -9,7 +9,7 @@ import argparse
 from dataclasses import asdict, fields
 from typing import NoReturn, TypedDict, cast, get_args
 
-from .config import DecodeConfig, PruneSpec, Schedule, TreeSpec, TypicalSpec
+from .config import CacheConfig, DecodeConfig, PruneSpec, Schedule, TreeSpec, TypicalSpec
 from .demo import DEMO_NAME
 from .errors import OptionError
 from .shipped import AUTO
@@ -106,6 +106,46 @@ def add_decode_options(
             "min(EPSILON, DELTA * exp(-entropy)); the text is no longer the model's own "
             f"(default: off; without a value {TypicalSpec()})"
         ),
+    )
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's --max-kv-size, --kv-bits, --kv-group-size and --quantized-kv-start."""
+    default = CacheConfig()
+    group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--max-kv-size",
+        type=int,
+        help="keep only so many rows of text, the first four always (default: all)",
+    )
+    group.add_argument(
+        "--kv-bits", type=int, help="store the cache in so many bits (default: unquantised)"
+    )
+    group.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=default.kv_group_size,
+        help="channels that share a scale in a quantised cache (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=default.quantized_kv_start,
+        help="rows of text before the cache turns quantised (default: %(default)s)",
+    )
+
+
+def cache_config(arguments: argparse.Namespace) -> CacheConfig:
+    """Return the config that the cache options describe.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+    return CacheConfig(
+        max_kv_size=arguments.max_kv_size,
+        kv_bits=arguments.kv_bits,
+        kv_group_size=arguments.kv_group_size,
+        quantized_kv_start=arguments.quantized_kv_start,
     )
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .decode_options import (
     LOSSY_NOTE,
+    add_cache_options,
     add_decode_options,
     add_model_options,
+    cache_config,
     decode_config,
     described,
     load_options,
@@ -30,6 +32,8 @@ from .sampling_options import (
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from .cache import KVCache
+    from .config import CacheConfig
     from .generation import GenerationResponse
     from .loading import StreamModel
 
@@ -37,10 +41,7 @@ log = logging.getLogger("mlx_specstream")
 
 DEFAULT_MAX_TOKENS = 256
 _NOT_YET = (
-    "--max-kv-size",
-    "--kv-bits",
     "--draft-model",
-    "--prompt-cache-file",
     "--image",
 )
 
@@ -82,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="prompt tokens per pass; fewer take less memory (default: %(default)s)",
     )
+    parser.add_argument(
+        "--prompt-cache-file",
+        help="go on from this prompt cache, made by specstream or mlx_lm cache_prompt",
+    )
+    add_cache_options(parser)
     add_decode_options(parser, lossy=True)
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
@@ -104,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Answer the prompt and print it."""
     arguments = build_parser().parse_args(argv)
-    text = _prompt_text(arguments.prompt)
-    config = decode_config(arguments)
+    text = prompt_text(arguments.prompt)
+    config, caching = decode_config(arguments), cache_config(arguments)
     check_sampling(arguments)
     template_options = _template_options(arguments.chat_template_config)
 
@@ -126,8 +132,12 @@ def main(argv: list[str]) -> int:
         response=arguments.prefill_response,
         use_template=not arguments.ignore_chat_template,
         template_options=template_options,
+        behind_cache=arguments.prompt_cache_file is not None,
     )
     vocab_size = model.backbone.vocab_size
+    cache = None
+    if arguments.prompt_cache_file is not None:
+        cache = _stored_cache(arguments.prompt_cache_file, arguments.model, model, caching)
     responses = stream_generate(
         model,
         tokenizer,
@@ -141,6 +151,11 @@ def main(argv: list[str]) -> int:
         config=config,
         speculative=not arguments.no_speculation,
         stop=arguments.stop,
+        prompt_cache=cache,
+        max_kv_size=caching.max_kv_size,
+        kv_bits=caching.kv_bits,
+        kv_group_size=caching.kv_group_size,
+        quantized_kv_start=caching.quantized_kv_start,
         prefill_step_size=arguments.prefill_step_size,
     )
     if config.lossy:
@@ -185,6 +200,21 @@ def add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
     tokenizer.add_eos_token(token)
 
 
+def _stored_cache(path: str, name: str, model: StreamModel, config: CacheConfig) -> KVCache:
+    """Return the rows of a prompt cache made with this model.
+
+    Raises:
+        SpecStreamError: the file cannot be used.
+    """
+    from .cache.files import check_model, load_prompt_cache
+    from .cache.kinds import quantization
+    from .loading import model_folder
+
+    cache, metadata = load_prompt_cache(path, model.backbone.windows, quantization(config))
+    check_model(metadata, [name, str(model_folder(name))], path)
+    return cache
+
+
 def _record(
     model: StreamModel, text: str, tokens: Sequence[int], last: GenerationResponse
 ) -> dict[str, object]:
@@ -204,7 +234,7 @@ def _record(
     }
 
 
-def _prompt_text(option: str) -> str:
+def prompt_text(option: str) -> str:
     """Return the prompt, from standard input for "-"; escaped newlines and tabs as in mlx-lm."""
     if option == "-":
         try:

@@ -26,7 +26,8 @@ import mlx.nn as nn
 from .answer import Answer, FinishReason, Piece
 from .baseline import PlainDecoder, plain_decoder
 from .cache import KVCache, from_mlx_lm, to_mlx_lm
-from .config import DecodeConfig
+from .cache.kinds import check_quantised, quantization
+from .config import CacheConfig, DecodeConfig
 from .decode import StreamDecoder
 from .errors import OptionError
 from .loading import StreamModel
@@ -47,9 +48,9 @@ Progress = Callable[[int, int], None]
 CLEAR_EVERY = 256  # tokens, after which unused buffers are given back, as mlx-lm does
 
 # mlx-lm's options that are not supported; None means that they are not in use.
-_UNSUPPORTED = ("max_kv_size", "kv_bits", "draft_model", "input_embeddings", "stream")
+_UNSUPPORTED = ("draft_model", "input_embeddings", "stream")
 # mlx-lm's options that only qualify an unsupported one.
-_WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start")
+_WITHOUT_EFFECT = ("num_draft_tokens",)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,10 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: KVCache | list[Any] | None = None,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
     prefill_step_size: int = PREFILL_CHUNK,
     prompt_progress_callback: Progress | None = None,
     config: DecodeConfig | None = None,
@@ -162,6 +167,9 @@ def stream_generate(
         logits_processors: as in mlx-lm; every draft token gets its own history. Also a
             grammar's (`grammar.py`), for answers that fit a JSON schema.
         prompt_cache: what earlier text left: a `KVCache`, or a list of mlx-lm's. It is updated.
+        max_kv_size: how many rows a new cache holds where the model has no sliding window (the
+            first four always among them); also for models that mlx-lm ignores it for.
+        kv_bits, kv_group_size, quantized_kv_start: store rows in a few bits, from so many on.
         config: how to decode; None for the tree that pays here, plain decoding included.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
@@ -179,7 +187,8 @@ def stream_generate(
         model = StreamModel.plain(model)
     tokenizer = wrapped_tokenizer(tokenizer)
     ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
-    cache = _cache_for(model, prompt_cache)
+    caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
+    cache = _cache_for(model, prompt_cache, caching)
     max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
     if prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
@@ -382,19 +391,27 @@ def needed_sampler(sampler: Sampler | None) -> Sampler | None:
     return None if sampler is getattr(sample_utils, "greedy_sampler", None) else sampler
 
 
-def _cache_for(model: StreamModel, given: KVCache | list[Any] | None) -> KVCache:
+def _cache_for(
+    model: StreamModel, given: KVCache | list[Any] | None, config: CacheConfig
+) -> KVCache:
     """Return the cache to decode in: the given one, a copy of mlx-lm's layers, or a new one."""
-    layers = model.backbone.num_layers
+    backbone = model.backbone
+    check_quantised(backbone.forward, backbone.windows, config)
     if given is None:
-        return model.backbone.new_cache()
+        return backbone.new_cache(config)
     size = len(given.layers) if isinstance(given, KVCache) else len(given)
-    if size != layers:
+    if size != backbone.num_layers:
         raise OptionError(
-            f"the prompt cache has {size} layers and the model {layers}; make it for this model."
+            f"the prompt cache has {size} layers and the model {backbone.num_layers}; make it for "
+            "this model."
         )
-    if isinstance(given, KVCache):
-        return given
-    return from_mlx_lm(given, model.backbone.windows)
+    if config.max_kv_size is not None:
+        log.warning("note: max_kv_size is for new caches; the one that was given keeps its size.")
+    if not isinstance(given, KVCache):
+        return from_mlx_lm(given, backbone.windows, quantization(config))
+    if config.kv_bits is not None:
+        given.quantize = quantization(config)
+    return given
 
 
 def token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:

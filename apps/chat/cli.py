@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_specstream.decode_options import add_decode_options, add_model_options, load_options
+from mlx_specstream.decode_options import (
+    add_cache_options,
+    add_decode_options,
+    add_model_options,
+    cache_config,
+    load_options,
+)
 from mlx_specstream.errors import OutputError
 from mlx_specstream.sampling_options import add_sampling_options
 
@@ -44,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="most tokens of an answer, -1 for no limit (default: %(default)s)",
     )
     add_sampling_options(parser)
+    add_cache_options(parser)
     add_decode_options(parser, lossy=True)
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
@@ -70,6 +77,7 @@ def main(argv: list[str]) -> int:
     """Load the model and chat."""
     arguments = build_parser().parse_args(argv)
     settings = Settings.from_arguments(arguments)
+    cache_config(arguments)  # refused before the model is loaded
     interactive = _can_edit_lines()
     own, conversation = _resumed(arguments)
     if arguments.system_prompt is not None:
@@ -151,7 +159,7 @@ def _chat(
         short_name(model.name), automatic=interactive and not arguments.no_save, own=own
     )
     return Chat(
-        ChatSession(model, tokenizer, settings, conversation),
+        ChatSession(model, tokenizer, settings, conversation, cache_config(arguments)),
         view,
         keeper,
         interactive=interactive,

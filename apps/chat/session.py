@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_specstream import GenerationResponse, StreamModel, stream_generate
+from mlx_specstream.cache.kinds import check_quantised
+from mlx_specstream.config import CacheConfig
 from mlx_specstream.prompts import Prompt, encode_prompt
 from mlx_specstream.result import DraftRecord
 
@@ -79,19 +81,22 @@ class ChatSession:
     """One conversation with one model.
 
     current: the answer that is growing, or the last one that was begun. reply: the last one that
-    is part of the conversation. Both are None before the first.
+    is part of the conversation. Both are None before the first. caching: how the cache holds rows.
     """
 
     model: StreamModel
     tokenizer: TokenizerWrapper
     settings: Settings = field(default_factory=Settings)
     conversation: Conversation = field(default_factory=Conversation)
+    caching: CacheConfig = field(default_factory=CacheConfig)
     current: Reply | None = None
     reply: Reply | None = None
     prefix: PrefixCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefix = PrefixCache.for_model(self.model.backbone)
+        backbone = self.model.backbone
+        check_quantised(backbone.forward, backbone.windows, self.caching)
+        self.prefix = PrefixCache.for_model(backbone, self.caching)
         self.use(self.settings)
 
     def use(self, settings: Settings) -> None:

@@ -25,7 +25,7 @@ _LINEAR = (nn.Linear, nn.QuantizedLinear)
 def linear_modules(backbone: Backbone, first_msa: int) -> tuple[str, ...]:
     """Return the paths of linear layers that all layers from `first_msa` on have."""
     common: set[str] | None = None
-    for layer in backbone.model.layers[first_msa:]:
+    for layer in backbone.layers[first_msa:]:
         own = {
             path
             for path, module in layer.named_modules()
@@ -60,7 +60,7 @@ def random_tensors(
     first = 0 if config.mode == "shared" else backbone.num_layers - config.num_msa_layers
     for index in range(first, backbone.num_layers):
         for path in config.target_modules:
-            module = backbone.model.layers[index]
+            module = backbone.layers[index]
             for part in path.split("."):
                 module = module[part]
             inputs, outputs = _linear_shape(module)

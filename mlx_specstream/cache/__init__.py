@@ -23,7 +23,7 @@ or a stream is never part of the cache, and never costs a row that is still need
 
 from .kinds import new_cache
 from .kv import KVCache, PassCache
-from .mlx_lm import from_mlx_lm, to_mlx_lm
+from .mlx_lm import as_mlx_lm, from_mlx_lm, to_mlx_lm
 from .quantized import QuantizedLayer
 from .rotating import SLACK, RotatingLayer
 from .rows import GROWTH, LayerKV, LayerPass, LayerView, OnValues, Span
@@ -42,6 +42,7 @@ __all__ = [
     "RotatingLayer",
     "Span",
     "StateLayer",
+    "as_mlx_lm",
     "from_mlx_lm",
     "new_cache",
     "to_mlx_lm",

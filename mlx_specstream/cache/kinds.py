@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
 
 from ..config import CacheConfig
 from ..errors import OptionError
@@ -60,3 +63,28 @@ def check_config(config: CacheConfig, windows: Sequence[int | None]) -> None:
             "kv_bits cannot be used with this model: it has sliding-window layers, whose rotating "
             "caches mlx-lm does not quantise; leave kv_bits out."
         )
+
+
+def check_quantised(
+    forward: Callable[[mx.array, KVCache], mx.array],
+    windows: Sequence[int | None],
+    config: CacheConfig,
+) -> None:
+    """Try a pass of one row over a quantised cache, if the config asks for one.
+
+    Raises:
+        OptionError: the model's heads do not divide into groups, or its attention is not
+            mlx-lm's own, which alone reads quantised rows.
+    """
+    if config.kv_bits is None:
+        return
+    cache = new_cache(windows, replace(config, quantized_kv_start=0))
+    cache.advance(0)
+    try:
+        mx.eval(forward(mx.array([0]), cache))
+    except Exception as error:  # whatever mlx and mlx-lm raise
+        raise OptionError(
+            f"this model cannot use a cache of {config.kv_bits} bits in groups of "
+            f"{config.kv_group_size}: its heads do not divide into such groups, or its attention "
+            "reads no quantised rows; try another kv_group_size, or leave kv_bits out."
+        ) from error

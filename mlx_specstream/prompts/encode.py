@@ -13,6 +13,8 @@ from .read import Prompt
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+_MARK = "<query>"
+
 
 def encode_prompt(
     tokenizer: TokenizerWrapper,
@@ -21,11 +23,16 @@ def encode_prompt(
     response: str | None = None,
     use_template: bool = True,
     template_options: Mapping[str, Any] | None = None,
+    unfinished: bool = False,
+    behind_cache: bool = False,
 ) -> list[int]:
     """Return the token ids of a prompt.
 
     Args:
         response: how the answer begins; the model continues from there.
+        unfinished: leave the last turn open, for more of it to follow.
+        behind_cache: only from the last user's turn on, what precedes it being in a cache that
+            was left open. As mlx-lm does it, the template's words before that turn are left out.
         use_template: False, or a tokenizer without a chat template, takes the bare text.
         template_options: further arguments of the chat template.
 
@@ -41,14 +48,24 @@ def encode_prompt(
     turns = [dict(turn) for turn in prompt.messages]
     if response is not None:
         turns.append({"role": "assistant", "content": response})
-    try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=response is None,
-            continue_final_message=response is not None,
-            **(template_options or {}),
+    open_end = unfinished or response is not None
+
+    def rendered() -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=not open_end,
+                continue_final_message=open_end,
+                **(template_options or {}),
+            )
         )
+
+    try:
+        text = rendered()
+        if behind_cache:
+            turns[-1 if response is None else -2]["content"] = _MARK
+            text = text[max(rendered().find(_MARK), 0) :]
     except Exception as error:  # whatever a template raises, jinja's own errors among it
         raise DataError(
             f"the model's chat template refuses the prompt: {first_line(error)}; leave out the "

@@ -1,0 +1,70 @@
+"""The models of the cases: tiny, random, of every family that this installation can decode."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_specstream.backbone import Backbone, check_backbone
+from mlx_specstream.bench.random_streams import linear_modules, random_tensors
+from mlx_specstream.bench.tiny_models import family_modules, tiny_random_model
+from mlx_specstream.config import StreamConfig
+from mlx_specstream.errors import ModelError
+from mlx_specstream.streams import Streams
+
+NUM_STREAMS = 3
+HEAD_DIM = 32  # a group of quantised rows; heads are a quarter as many as the table's sizes say
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def supported_families() -> list[str]:
+    """Return the names of the families that can be decoded, found by trying."""
+    found = []
+    for name in family_modules():
+        try:
+            check_backbone(Backbone(tiny_random_model(name)))
+        except (ModelError, ImportError, SystemExit):
+            continue
+        except Exception:  # noqa: S112  a family this mlx-lm cannot make from the table's sizes
+            continue
+        found.append(name)
+    return found
+
+
+@lru_cache(maxsize=8)
+def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Streams:
+    """Return random streams over a random model; `wide_heads` for caches that are quantised."""
+    sizes = {"head_dim": HEAD_DIM} if wide_heads else {}
+    model = tiny_random_model(family, seed=seed, **sizes)
+    if precision in DTYPES:
+        model.set_dtype(DTYPES[precision])
+    elif precision != "float32":
+        mode = "affine" if precision == "4-bit" else precision
+        nn.quantize(model, group_size=32, bits=4, mode=mode, class_predicate=_can_be_quantised)
+    mx.eval(model.parameters())
+    backbone = Backbone(model)
+    layers = min(2, backbone.num_layers - 1)
+    modules = linear_modules(backbone, backbone.num_layers - layers)
+    config = StreamConfig(
+        num_streams=NUM_STREAMS,
+        num_msa_layers=layers,
+        stream_init_rank=3,
+        lora_rank=4 if modules else 0,
+        lora_alpha=8.0,
+        target_modules=modules,
+        pruner_rank=2,
+        conditioner_rank=3,
+        conditioner_hidden=5,
+    )
+    return Streams(backbone, config, random_tensors(backbone, config, seed))
+
+
+def _can_be_quantised(_: str, module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        hasattr(module, "to_quantized")
+        and isinstance(weight, mx.array)
+        and weight.shape[-1] % 32 == 0
+    )

@@ -1,0 +1,167 @@
+"""The turns of a case both ways: mlx-lm's answers and rows first, then ours, compared with them.
+
+mlx-lm plays a scene once for all cases that share it; what it reuses between turns is what our
+prefix cache says it can, so both decide alike and nothing of ours is in mlx-lm's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_specstream.apps.prefix import PrefixCache
+from mlx_specstream.bench.random_streams import with_table
+from mlx_specstream.cache import KVCache, from_mlx_lm
+from mlx_specstream.cache.kinds import check_quantised
+from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
+from mlx_specstream.decode import StreamDecoder
+from mlx_specstream.errors import OptionError
+from mlx_specstream.result import StepResult
+from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.streams import Streams
+
+from .choices import processors_for
+from .compare import Outcome, explain, rows_differ
+from .draw import CONTINUE, Case, Scene
+from .models import streams_for
+from .reference import Reference
+
+
+@dataclass(frozen=True)
+class Played:
+    """A turn as mlx-lm played it.
+
+    whole: the text before the answer. reused: tokens of it that were in the cache. prompt: what
+    mlx-lm was given. log_probs: (V,) at each of the tokens. rows: its cache afterwards, whose
+    text ends with the answer.
+    """
+
+    whole: list[int]
+    reused: int
+    prompt: list[int]
+    tokens: list[int]
+    log_probs: list[mx.array]
+    rows: KVCache
+
+
+def play(case: Case) -> Outcome:
+    """Play a case's turns up to the first difference."""
+    scene = playable(case.scene)
+    case = replace(case, scene=scene)
+    streams, prefix = _streams(scene), _prefix(scene)
+    tokens = accepted = 0
+    for number, wanted in enumerate(reference_turns(scene)):
+        rest = prefix.reuse(wanted.whole)
+        where = f"turn {number}, "
+        reused = len(wanted.whole) - len(rest)
+        if prefix.kv.depends_on_passes and reused != wanted.reused:
+            told = f"{where}reused {reused} tokens, not {wanted.reused}"
+            return Outcome(case, "mismatch", tokens, accepted, told)
+        found, right = _answer(case, streams, prefix.kv, rest, wanted, number)
+        prefix.settle(wanted.whole + found)
+        tokens, accepted = tokens + len(found), accepted + right
+        if found != wanted.tokens:
+            verdict, told = explain(
+                found, wanted.tokens, wanted.log_probs, streams.backbone.dtype, scene
+            )
+            return Outcome(case, verdict, tokens, accepted, where + told)
+        if told := rows_differ(prefix.kv, wanted.rows, streams.backbone.dtype):
+            return Outcome(case, "mismatch", tokens, accepted, where + told)
+    return Outcome(case, "identical", tokens, accepted)
+
+
+@lru_cache(maxsize=2)
+def reference_turns(scene: Scene) -> list[Played]:
+    """Return the turns of a scene as mlx-lm plays them."""
+    streams, prefix = _streams(scene), _prefix(scene)
+    vocab = streams.backbone.vocab_size
+    reference = Reference(scene, streams.backbone.model, prefix.kv.fresh())
+    rng = np.random.default_rng(scene.seed)
+    text: list[int] = []
+    turns = []
+    for number, turn in enumerate(scene.turns):
+        goes_on = turn.back == CONTINUE
+        shared = len(text) if goes_on else len(text) * turn.back // 1000
+        said: list[int] = rng.integers(0, vocab, turn.said).tolist()
+        if shared < len(text):
+            said[0] = (text[shared] + 1) % vocab  # what is changed begins here
+        whole = [*text[:shared], *said]
+        reused = len(whole) - len(prefix.reuse(whole))
+        prompt = reference.begin(whole, reused, goes_on and 0 < reused == len(text) - 1)
+        processors = processors_for(scene, number, vocab)
+        tokens, log_probs = reference.answer(prompt, turn.answered, processors)
+        rows = from_mlx_lm(reference.caches)
+        mx.eval(log_probs, rows.arrays)
+        turns.append(Played(whole, reused, prompt, tokens, log_probs, rows))
+        text = whole + tokens
+        # The prefix cache gets no rows: it is asked what can be reused, which depends on lengths.
+        prefix.kv.advance(len(text) - 1 - prefix.kv.length, drawn=True)
+        prefix.settle(text)
+    return turns
+
+
+@lru_cache(maxsize=64)
+def playable(scene: Scene) -> Scene:
+    """Return the scene, with the model's own kind of cache where mlx-lm refuses the drawn one."""
+    streams = _streams(scene)
+    windows = streams.backbone.windows
+    try:
+        streams.backbone.new_cache(scene.cache_config)
+        check_quantised(streams.forward, windows, scene.cache_config)
+    except OptionError:
+        return replace(scene, cache="model", cache_config=CacheConfig())
+    return scene
+
+
+def _streams(scene: Scene) -> Streams:
+    wide_heads = scene.cache == "quantised"
+    return streams_for(scene.family, scene.model_seed, scene.precision, wide_heads)
+
+
+def _prefix(scene: Scene) -> PrefixCache:
+    backbone = _streams(scene).backbone
+    return PrefixCache(backbone.new_cache(scene.cache_config, scene.slack, scene.drop))
+
+
+def _answer(
+    case: Case,
+    streams: Streams,
+    kv: KVCache,
+    rest: Sequence[int],
+    wanted: Played,
+    number: int,
+) -> tuple[list[int], int]:
+    """Decode one answer speculatively; cut it to its length as `stream_generate` does.
+
+    Returns its tokens, and how many drafts were accepted. Processors are told the text that
+    mlx-lm tells them.
+    """
+    processors = processors_for(case.scene, number, streams.backbone.vocab_size)
+    decode = case.decode
+    if streams.backbone.is_recurrent:  # a state follows one path
+        decode = DecodeConfig(tree=TreeSpec.parse("chain"), schedule=decode.schedule)
+    decoder = StreamDecoder(
+        streams, decode, TokenChooser(None, tuple(processors), list(wanted.prompt))
+    )
+    if case.drafts == "table":
+        with_table(decoder)
+    start, length = kv.length, len(wanted.tokens)
+    decoder.prefill(rest[:-1], kv, chunk=case.scene.chunk)
+    tokens: list[int] = []
+    accepted = 0
+
+    def more(result: StepResult) -> bool:
+        nonlocal accepted
+        tokens.extend(result.tokens)
+        accepted += result.accepted
+        return len(tokens) < length
+
+    for _ in decoder.steps(rest[-1], kv, more):
+        pass
+    del tokens[length:]
+    kv.cut(start + len(rest) + len(tokens) - 1)
+    return tokens, accepted

@@ -1,0 +1,124 @@
+"""A long text through a small cache: plain decoding by mlx-lm, and speculation, token for token.
+
+    python -m mlx_specstream.bench.long_context --max-kv-size 1024
+    python -m mlx_specstream.bench.long_context --kv-bits 4
+
+Both sides prefill the same text in mlx-lm's chunks and decode with the same kind of cache. mlx-lm
+gets its cache objects made, for its own option max_kv_size does not reach models that make their
+caches themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from importlib.resources import files
+
+from mlx_specstream.decode_options import (
+    add_cache_options,
+    add_decode_options,
+    add_model_options,
+    cache_config,
+    decode_config,
+    load_options,
+)
+from mlx_specstream.errors import OptionError, SpecStreamError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_specstream.bench.long_context",
+        description="Compare speculation with mlx-lm's decoding behind a long text.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--context", type=int, default=6000, help="tokens of text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=100, help="tokens to generate (default: %(default)s)"
+    )
+    add_cache_options(parser)
+    add_decode_options(parser)
+    parser.set_defaults(tree="5")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Decode both ways and compare; 1 if the tokens differ by more than a near-tie."""
+    arguments = build_parser().parse_args(argv)
+    caching, decoding = cache_config(arguments), decode_config(arguments)
+    if arguments.context < 2 or arguments.max_tokens < 1:
+        raise OptionError("--context must be at least 2 and --max-tokens at least 1.")
+
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    from mlx_specstream import load
+    from mlx_specstream.cache import as_mlx_lm
+    from mlx_specstream.decode import StreamDecoder
+    from mlx_specstream.errors import StreamsError
+    from mlx_specstream.result import StepResult
+    from mlx_specstream.sampling import TokenChooser
+    from mlx_specstream.verify import rounding_bound
+
+    model, tokenizer = load(arguments.model, **load_options(arguments))
+    if model.streams is None:
+        raise StreamsError("there are no streams for this model; name them with --streams.")
+    text = files("mlx_specstream.bench").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    ids = list(tokenizer.encode(text))
+    ids = (ids * (arguments.context // len(ids) + 1))[: arguments.context]
+    cache = model.backbone.new_cache(caching)
+
+    started = time.perf_counter()
+    plain, log_probs = [], []
+    for token, values in generate_step(
+        mx.array(ids),
+        model.model,
+        max_tokens=arguments.max_tokens,
+        prompt_cache=as_mlx_lm(cache),
+        kv_bits=caching.kv_bits,
+        kv_group_size=caching.kv_group_size,
+        quantized_kv_start=caching.quantized_kv_start,
+    ):
+        plain.append(int(token))
+        log_probs.append(values)
+    print(f"mlx-lm: {len(plain)} tokens, {time.perf_counter() - started:.0f} s", flush=True)
+
+    started = time.perf_counter()
+    decoder = StreamDecoder(model.streams, decoding, TokenChooser(None, (), list(ids)))
+    decoder.prefill(ids[:-1], cache)
+    found: list[int] = []
+    accepted = 0
+
+    def more(result: StepResult) -> bool:
+        nonlocal accepted
+        found.extend(result.tokens)
+        accepted += result.accepted
+        return len(found) < len(plain)
+
+    passes = sum(1 for _ in decoder.steps(ids[-1], cache, more))
+    print(
+        f"speculation: {passes} passes, {accepted} accepted drafts, "
+        f"{time.perf_counter() - started:.0f} s; the cache takes {cache.nbytes / 1e6:.0f} MB"
+    )
+    for place, (ours, theirs) in enumerate(zip(found, plain, strict=False)):
+        if ours != theirs:
+            values = log_probs[place].astype(mx.float32)
+            gap = float(values[theirs].item()) - float(values[ours].item())
+            bound = rounding_bound(model.backbone.dtype, float(mx.abs(values).max().item()))  # type: ignore[arg-type]
+            near = gap <= bound
+            verdict = "a near-tie" if near else "a mismatch"
+            print(f"token {place}: {ours}, mlx-lm {theirs}, gap {gap:.3g}: {verdict}")
+            return 0 if near else 1
+    print(f"identical: {len(plain)} tokens behind {len(ids)}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SpecStreamError as error:
+        print(f"long_context: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,57 @@
+"""A seeded part of the random cases, as many as tests have time for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_specstream.bench.exactness import __main__ as command
+from mlx_specstream.bench.exactness import play as play_module
+from mlx_specstream.bench.exactness.draw import draw_case
+from mlx_specstream.bench.exactness.play import play, reference_turns
+from mlx_specstream.cache import Span
+
+FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
+
+
+@pytest.mark.parametrize("group", range(6))
+def test_cases_are_mlx_lms(group: int) -> None:
+    outcomes = [play(draw_case(7, 20 * group + number, FAMILIES)) for number in range(15)]
+    assert [o.told for o in outcomes if o.verdict == "mismatch"] == []
+    assert sum(o.tokens for o in outcomes) > 50
+
+
+def test_a_case_depends_on_its_numbers_alone() -> None:
+    cases = [draw_case(3, number, FAMILIES) for number in range(60)]
+    assert cases == [draw_case(3, number, FAMILIES) for number in range(60)]
+    assert len({case.scene for case in cases}) == 12
+    assert {case.scene.cache for case in cases} == {"model", "rotating", "quantised"}
+
+
+def test_a_row_too_many_in_sight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Span.near
+    reference_turns.cache_clear()
+    monkeypatch.setattr(
+        Span, "near", lambda s, rows, keys: real(Span(s.size + 1, s.keep, s.length), rows, keys)
+    )
+    told = []
+    for number in range(100):
+        case = draw_case(5, number, ["llama"])
+        if case.scene.cache == "rotating":
+            told.append(play_module.play(case).verdict)
+        if "mismatch" in told:
+            break
+    assert "mismatch" in told
+
+
+def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.json"
+    words = ["--cases", "3", "--seed", "1", "--families", "llama", "--out", str(out)]
+    assert command.main(words) == 0
+    assert "3 cases" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert record["cases"] == sum(record["cache"].values()) == 3
+    assert record["verdicts"] == {"identical": 3}
+    assert record["versions"]["mlx-lm"]
