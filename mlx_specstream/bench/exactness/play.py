@@ -143,7 +143,7 @@ def _answer(
     processors = processors_for(case.scene, number, streams.backbone.vocab_size)
     decode = case.decode
     if streams.backbone.is_recurrent:  # a state follows one path
-        decode = DecodeConfig(tree=TreeSpec.parse("chain"), schedule=decode.schedule)
+        decode = DecodeConfig(tree=TreeSpec.parse("chain"))
     decoder = StreamDecoder(
         streams, decode, TokenChooser(None, tuple(processors), list(wanted.prompt))
     )
