@@ -32,7 +32,7 @@ class CostCurve:
 
     context: committed tokens at which it holds. plain_growth_s, step_growth_s: seconds more per
     token of context. source: `measured`, or where the figures come from. key: what they hold
-    for (`identity.py`).
+    for (`identity.py`). complete: False if time was up before every plan that matters was begun.
     """
 
     num_streams: int
@@ -43,6 +43,7 @@ class CostCurve:
     step_growth_s: float = 0.0
     source: str = "measured"
     key: Mapping[str, object] = field(default_factory=dict)
+    complete: bool = True
 
     def seconds(self, plan: Plan | None, context: int | None = None) -> float:
         """Return the seconds of a step (None: of one token of plain decoding) at a context."""
@@ -89,6 +90,7 @@ class CostCurve:
             "context": self.context,
             "source": self.source,
             "key": dict(self.key),
+            "complete": self.complete,
             "plain": _cost(self.plain),
             "plain_growth_s": self.plain_growth_s,
             "step_growth_s": self.step_growth_s,
@@ -114,6 +116,7 @@ class CostCurve:
             step_growth_s=_number(values["step_growth_s"]),
             source=str(values["source"]),
             key=key,
+            complete=values.get("complete", True) is True,
         )
 
 

@@ -34,10 +34,10 @@ CONTEXT = 256
 LONG_CONTEXT = 2048
 MAX_ROUNDS = 7
 STEPS = 2  # of a plan per sample
-TOKENS = 3  # of plain decoding per sample
+TOKENS = 2  # of plain decoding per sample
 GROUP = 3  # plans between two samples of plain decoding
 HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
-_EXPLORING = 0.5  # share of the budget in which plans are still begun
+_EXPLORING = 0.6  # share of the budget in which plans are still begun
 
 Yield = Callable[[Plan], float]
 
@@ -84,6 +84,7 @@ class _Session:
     ratios: dict[Plan, list[float]] = field(default_factory=dict)
     dropped: dict[Plan, list[float]] = field(default_factory=dict)
     steps: dict[Plan, _Steps] = field(default_factory=dict)
+    complete: bool = True
 
     def explore(self, plans: Sequence[Plan], until: float) -> None:
         """Take a first sample of each plan that could matter."""
@@ -92,12 +93,20 @@ class _Session:
         self.token = token
         before = token.sample(self.context)
         self.plain.append(before)
+        waiting: list[Plan] = []
         for plan in plans:
-            if self.ratios and (self.clock() > until or not self._matters(plan)):
+            if self.ratios and not self._matters(plan):
                 continue
+            if (self.ratios or waiting) and self.clock() > until:
+                self.complete = False
+                break
             self.steps[plan] = steps = _Steps(self.streams, plan, self.clock)
             steps.sample(self.context, 1)  # warms up
-            before = self._sample([plan], before)
+            waiting.append(plan)
+            if len(waiting) == 2 or not self.ratios:
+                before, waiting = self._sample(waiting, before, 1), []
+        if waiting:
+            self._sample(waiting, before, 1)
 
     def refine(self) -> None:
         """Take more samples of the plans that are still in the race, in rounds."""
@@ -143,11 +152,12 @@ class _Session:
             },
             plain_growth_s=plain_growth_s,
             step_growth_s=step_growth_s,
+            complete=self.complete,
         )
 
-    def _sample(self, plans: Sequence[Plan], before: float) -> float:
-        """Sample `plans` once, then plain decoding, whose seconds are returned."""
-        times = [self.steps[plan].sample(self.context, STEPS) for plan in plans]
+    def _sample(self, plans: Sequence[Plan], before: float, number: int = STEPS) -> float:
+        """Sample `number` steps of each plan, then plain decoding, whose seconds are returned."""
+        times = [self.steps[plan].sample(self.context, number) for plan in plans]
         after = self.token.sample(self.context)
         self.plain.append(after)
         for plan, seconds in zip(plans, times, strict=True):

@@ -12,6 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_specstream")
 
 VERSION = 1
+ENOUGH = 4
 BUDGET = "SPECSTREAM_PLAN_SECONDS"
 """Environment variable: seconds that measuring may take; 0 turns planning off."""
 
@@ -139,8 +141,10 @@ def costs(
     )
     if curve is None:
         return None
-    curve = CostCurve(**{**vars(curve), "key": key})
-    write_curve(path, curve)
+    curve = replace(curve, key=key)
+    # Of a machine that was too busy for more than a plan or two, nothing is kept.
+    if curve.complete or len(curve.steps) >= ENOUGH:
+        write_curve(path, curve)
     return curve
 
 

@@ -111,6 +111,17 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> 
         # What has begun is finished: a plan's first samples, and the plain ones around them.
         assert machine.now < budget + 25 * token
         assert TREES[0] in curve.steps
+        assert curve.complete == (set(curve.steps) == set(TREES))
+
+
+def test_a_machine_too_busy_to_tell_is_measured_again(
+    joined: StreamModel, measured: list[CostCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = CostCurve(3, 256, StepCost(1.0), {P("4"): StepCost(1.5)}, complete=False)
+    monkeypatch.setattr(ready, "measure", lambda *_, **__: measured.append(cut) or cut)
+    assert ready.costs(joined) is not None
+    assert ready.costs(joined) is not None
+    assert len(measured) == 2
 
 
 def test_a_real_measurement(streams: Streams) -> None:
