@@ -34,6 +34,12 @@ tokens each, and every token was mlx-lm's own; sliding windows were {window} tok
 model of your own is loaded, its logits are compared with mlx-lm's before a token is decoded, so a
 model that differs from its family's tiny one is refused, never decoded wrongly.
 
+Where layers *keep a state* (delta nets, short convolutions), drafts are chains whatever tree is
+asked for, the state after every row of a draft is kept until acceptance has chosen one, and the
+streams of the accepted token continue from its state and leave none; such a cache rewinds to where
+a state is held (the rows of the last pass, the beginnings of the last few passes and of the
+current answer), and text between there and the wanted place is computed again.
+
 | family | result | drafts accepted | how it was tried, or why it is refused |
 |---|---|---:|---|
 """

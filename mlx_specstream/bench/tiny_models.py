@@ -166,6 +166,9 @@ OWN: dict[str, Config] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": YARN},
+    "minicpm": {"tie_word_embeddings": False},
+    "seed_oss": {"tie_word_embeddings": False},
+    "lille-130m": {"block_size": 512, "layer_norm_eps": 1e-5},
     "minicpm3": {
         "rope_scaling": {
             "type": "longrope",
@@ -236,7 +239,6 @@ OWN: dict[str, Config] = {
         "block_ff_dim": 48,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "use_expert_bias": True},
-    "lille-130m": {"block_size": 512},
     "llama": SLIDING,
     "llama4_text": {"no_rope_layers": [1, 0, 1, 0]},
     "longcat_flash": {
@@ -249,7 +251,6 @@ OWN: dict[str, Config] = {
         "mla_scale_kv_lora": True,
     },
     "mamba2": {"num_heads": 8},
-    "mellum": SLIDING,
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [1, 0, 1, 0],
         "moe_layer_freq": [0, 1, 1, 1],

@@ -60,7 +60,7 @@ class Around:
         layers = [(call.path, call.module) for call in seen.layers]
         first_hidden = _argument(seen.layers[0], _key(calls[0], Kind.HIDDEN))
         last = seen.layers[-1].output
-        last = last[0] if calls[-1].returns_tuple else last
+        last = last[0] if calls[-1].num_results else last
         norm = next((call for call in seen.around if call.output is head.args[0]), None)
 
         self.hidden_size = int(first_hidden.shape[-1])
@@ -81,7 +81,7 @@ class Around:
         )
         self._given: list[mx.array | None] = [None, None]  # hidden state, product
         passing = {
-            path: behave(layer, __call__=self._pass_on(call.returns_tuple))
+            path: behave(layer, __call__=self._pass_on(call.num_results))
             for (path, layer), call in zip(layers, calls, strict=True)
         }
         place, name = head.path[:-1], head.path[-1]
@@ -107,11 +107,12 @@ class Around:
         product = 100 * mx.random.normal((1, 2, self.vocab_size), key=key)
         self.is_finished = finish and _same(self.finish(product), product)
 
-    def _pass_on(self, returns_tuple: bool) -> Callable[..., Any]:
+    def _pass_on(self, num_results: int) -> Callable[..., Any]:
         """Return a layer's stand-in, which returns the given hidden state."""
 
         def run(*_: Any, **__: Any) -> Any:
-            return (self._given[0], None, None) if returns_tuple else self._given[0]
+            given = self._given[0]
+            return (given, *[None] * (num_results - 1)) if num_results else given
 
         return run
 
@@ -198,7 +199,7 @@ def _head_call(seen: Pass) -> Called:
         is_head = call.path[-1] == "as_linear" or isinstance(call.module, LINEARS)
         if is_head and call.output.shape[-1] == seen.output.shape[-1]:
             return call
-    raise ModelError("its head is not a linear layer")
+    raise ModelError("its head is no module: it multiplies by the weights itself")
 
 
 def _same(found: mx.array, expected: mx.array) -> bool:

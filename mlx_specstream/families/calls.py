@@ -50,7 +50,8 @@ class Slot:
 class LayerCall:
     """How one layer is called.
 
-    arguments: by place or name. returns_tuple: the hidden state is the first of several results.
+    arguments: by place or name. num_results: how many values the layer returns in a tuple, the
+    hidden state first; 0 if it returns the hidden state alone.
     window: sliding window in tokens, None for all. as_array: the mask must be an array.
     cache: the place of the layer's cache in mlx-lm's list, None if it has none.
     slots: of how many arrays the cache is, if it is a state that is overwritten, not rows that
@@ -58,7 +59,7 @@ class LayerCall:
     """
 
     arguments: tuple[tuple[Key, Slot], ...]
-    returns_tuple: bool
+    num_results: int
     window: int | None
     as_array: bool
     cache: int | None
@@ -79,7 +80,7 @@ class LayerCall:
         """Tell whether the layer is called as `layer(hidden, mask, cache)` and returns hidden."""
         usual: dict[Key, Kind] = {0: Kind.HIDDEN, 1: Kind.MASK, 2: Kind.CACHE}
         usual |= {"mask": Kind.MASK, "cache": Kind.CACHE}
-        return not self.returns_tuple and all(
+        return not self.num_results and all(
             usual.get(key) is slot.kind for key, slot in self.arguments
         )
 
@@ -128,7 +129,7 @@ def _layer_call(recording: Recording, pair: tuple[Called, Called], before: list[
         windows.append(recording.caches[cache].max_size)
     return LayerCall(
         arguments=tuple(slots),
-        returns_tuple=isinstance(pair[1].output, tuple),
+        num_results=len(pair[1].output) if isinstance(pair[1].output, tuple) else 0,
         window=min(windows, default=None),
         as_array=mask is not None and mask.as_array,
         cache=cache,

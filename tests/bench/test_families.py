@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlx_specstream.backbone import Backbone
+from mlx_specstream.bench import families
+from mlx_specstream.bench.against_mlx_lm import Tried, compare_with_mlx_lm
+from mlx_specstream.bench.families import PROMPT
+from mlx_specstream.bench.tiny_models import tiny_random_model
+from mlx_specstream.errors import OptionError
+
+
+def test_the_table_says_what_works_and_why_others_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "families.md"
+    names = ["qwen3_moe", "mamba", "kimi_k3"]
+    assert families.main([*names, "--max-tokens", "6", "--output", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert page.read_text() == printed
+    supported, refused, not_tried = printed.splitlines()[-3:]
+    assert supported.startswith("| `qwen3_moe` | supported | ")
+    assert refused.startswith("| `mamba` | refused |  | it has no attention layers")
+    assert not_tried.startswith("| `kimi_k3` | not tried |  | no tiny model: ")
+
+
+def test_a_wrong_family_is_shown_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = Tried(6, 2, "token 3 is 1, in mlx-lm 2 | tree chain")
+    monkeypatch.setattr(families, "compare_with_mlx_lm", lambda *_: wrong)
+    assert families.main(["llama", "--max-tokens", "6"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| `llama` | **wrong** | 2 | token 3 is 1, in mlx-lm 2 \\| tree chain |"
+
+
+def test_the_comparison_sees_a_window_that_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Backbone.__init__
+
+    def blind(self: Backbone, model: object) -> None:
+        original(self, model)  # type: ignore[arg-type]
+        self.windows = [None] * self.num_layers
+
+    monkeypatch.setattr(Backbone, "__init__", blind)
+    found = compare_with_mlx_lm(tiny_random_model("olmo3", sliding_window=9), PROMPT, 40)
+    assert found.differs is not None
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(OptionError, match="no model module 'lama'"):
+        families.main(["lama"])
+    with pytest.raises(OptionError, match="at least 1"):
+        families.main(["llama", "--max-tokens", "0"])
