@@ -6,14 +6,14 @@ _POSITIONS = "it adds learned position embeddings before its layers, the same wa
 _ONE_OFFSET = "it rotates by a function of its own that takes one position for all rows"
 _CACHES = "its layers keep several caches each"
 STATES_ALONE = "it has no attention layers, only states that every token overwrites"
-_LENGTHS = "its recurrent layers cannot end the entries of a batch at lengths of their own"
+_STATES = "its layers' states cannot be kept after every row of a draft"
 _SHARED = "its upper layers use the keys and values of lower ones, which streams do not have"
 
 REFUSED: dict[str, str] = {
     "afm7": _SHARED,
     "baichuan_m1": f"{_CACHES}, one of them a convolution's",
-    "bailing_hybrid": _LENGTHS,
-    "bailing_moe_linear": _LENGTHS,
+    "bailing_hybrid": _STATES,
+    "bailing_moe_linear": _STATES,
     "deepseek_v32": f"{_CACHES}, to attend to few keys only",
     "deepseek_v41": "its layers have several hidden states each and share an index of keys",
     "falcon_h1": f"{_CACHES}, one of them a state that every token overwrites",
@@ -21,7 +21,7 @@ REFUSED: dict[str, str] = {
     "glm_moe_dsa": f"{_CACHES}, to attend to few keys only",
     "gpt2": _POSITIONS,
     "gpt_bigcode": _POSITIONS,
-    "jamba": _LENGTHS,
+    "jamba": _STATES,
     "llama4": "it attends in chunks, whose cache drops rows for good",
     "longcat_flash": _CACHES,
     "longcat_flash_ngram": f"{_CACHES}, and its embeddings depend on the tokens before",
@@ -30,12 +30,12 @@ REFUSED: dict[str, str] = {
     "minimax_m3_vl": f"{_CACHES}, to attend to few keys only",
     "muse_spark": "each layer begins the next one's work",
     "nanochat": _ONE_OFFSET,
-    "nemotron_h": _LENGTHS,
+    "nemotron_h": _STATES,
     "olmo": "its code needs another package, and ends the program where that is missing",
-    "olmo_hybrid": _LENGTHS,
+    "olmo_hybrid": _STATES,
     "phi3small": "its head blanks fixed places of the vocabulary",
-    "plamo2": _LENGTHS,
-    "recurrent_gemma": _LENGTHS,
+    "plamo2": _STATES,
+    "recurrent_gemma": _STATES,
     "rwkv7": STATES_ALONE,
     "talkie": _ONE_OFFSET,
 }
