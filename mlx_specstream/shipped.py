@@ -90,5 +90,5 @@ def _named(streams: str | Path, revision: str | None) -> Path:
             f"there are no streams {str(streams)!r}: neither a folder here nor one of the shipped "
             f"sets ({known}) nor an id like owner/name on the Hugging Face hub."
         )
-    files = (CONFIG_FILE, WEIGHTS_FILE)
+    files = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")  # what was accepted (plan/acceptance.py)
     return fetch(str(streams), "streams", StreamsError, patterns=files, revision=revision)
