@@ -66,7 +66,7 @@ class Generating:
         self.pieces: list[AnswerPiece] = []
         self.given: list[int] = []
         self.stats = SpeculationStats()
-        self.began = 0.0
+        self.began = time.perf_counter()
         self.failed = False
 
     @property
@@ -82,6 +82,11 @@ class Generating:
             tokens=len(self.pieces), accepted=accepted, drafted=result.drafted
         )
         return self.text.finish_reason is None
+
+    def begin(self) -> None:
+        """Note that the prompt is read and writing begins."""
+        self.work.prompt_read = True
+        self.began = time.perf_counter()
 
     def alone(self, steps: Callable[[], Iterator[StepResult]]) -> StepResult:
         """Return the next step of a decoder of its own, which `steps` begins."""
@@ -104,8 +109,6 @@ class Generating:
 
     def progress(self, result: StepResult) -> Progress:
         """Return what a step gave out."""
-        if not self.given:
-            self.began = time.perf_counter() if not self.began else self.began
         made = []
         for index, piece in enumerate(self.pieces):
             drawn: Alternative | None = None

@@ -118,7 +118,7 @@ class Turns:
         except Exception as error:
             self.reading.append(answer)
             return [self._failed(answer, error)]
-        answer.work.prompt_read = True
+        answer.begin()
         self.writing.append(answer)
         return []
 
@@ -146,15 +146,22 @@ class Turns:
                 )
                 self.slots[slot] = answer
         events: list[tuple[Work, Event]] = []
-        for slot, result, error in batch.step():
+        try:
+            results = batch.step()
+        except Exception as error:  # of all, such as no memory: nothing in the batch can be trusted
+            lost = [self._failed(answer, error) for answer in self.slots.values()]
+            self.slots.clear()
+            self.batch = make_batch(self.model, self.config, self.speculative)
+            return lost
+        for slot, result, raised in results:
             answer = self.slots[slot]
-            if error is not None or result is None:
-                events.append(self._failed(answer, error or RuntimeError("no result")))
+            if raised is not None or result is None:
+                events.append(self._failed(answer, raised or RuntimeError("no result")))
                 continue
             try:
                 events.append((answer.work, answer.progress(result)))
-            except Exception as failure:
-                events.append(self._failed(answer, failure))
+            except Exception as error:
+                events.append(self._failed(answer, error))
         return events
 
     def _leave_batch(self, answer: Generating) -> None:

@@ -76,6 +76,9 @@ def test_who_proposed_a_token_is_told(make_service: MakeService, talker: Any) ->
     # After the first pass, of which the streams know nothing, stream 1 is always right.
     assert origins[:5] == [0, 1, 0, 1, 0]
     assert choice["specstream"]["tokens_per_pass"] > 1.9
+    chunks = events(client.post(CHAT, json=ask(draft_details=True, stream=True)))
+    speeds = [chunk["choices"][0]["specstream"]["tokens_per_s"] for chunk in chunks[1:]]
+    assert all(0 < speed < 1e6 for speed in speeds)
 
 
 def test_completions_of_several_prompts(client: TestClient, tiny_stream_model: StreamModel) -> None:

@@ -154,3 +154,32 @@ def test_an_answers_own_error_is_its_own(tiny_stream_model: StreamModel) -> None
     alone = run(make_turns(tiny_stream_model), {0: [make_work([1, 2], Settings(8))]}, {})
     assert [given] == list(alone.values())
     assert all(entry.tokens[:2] != [3, 4] for entry in turns.prefixes.entries)
+
+
+def test_when_a_shared_pass_fails_the_next_answers_start_afresh(
+    tiny_stream_model: StreamModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = make_turns(tiny_stream_model)
+    broken = turns.batch
+    lost = [make_work([n, 1], Settings(8)) for n in (1, 2)]
+    for work in lost:
+        turns.begin(work)
+    for _ in range(5):
+        turns.step()
+
+    def fail() -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(broken, "step", fail)
+    failures = turns.step()
+    assert [work for work, event in failures if isinstance(event, Failure)] == lost
+    for work in lost:
+        turns.end(work)
+    assert not turns.prefixes.entries
+    again = run(turns, {0: [make_work(work.prompt, work.settings) for work in lost]}, {})
+    fresh = run(
+        make_turns(tiny_stream_model),
+        {0: [make_work(work.prompt, work.settings) for work in lost]},
+        {},
+    )
+    assert list(again.values()) == list(fresh.values())
