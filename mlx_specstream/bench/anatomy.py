@@ -21,8 +21,9 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_specstream.cache import KVCache
-from mlx_specstream.config import DecodeConfig, TreeSpec
+from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.decode import StreamDecoder
+from mlx_specstream.decode_options import parse_schedule
 from mlx_specstream.errors import SpecStreamError, StreamsError
 from mlx_specstream.loading import load
 from mlx_specstream.sampling import TokenChooser
@@ -106,14 +107,17 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
             if turn >= 2:  # the first two warm up
                 times[name].append(time.perf_counter() - begin)
     T, G = tree.num_nodes, streams.num_streams
+    m = T if config.prune is None else min(T, config.prune.keep)
+    with_streams = min(m, config.stream_nodes or m) if stepper.inline else 1
     outside = [a - b for a, b in zip(times["step"], times["forward"], strict=True)]
     in_tokens = [a / b for a, b in zip(times["step"], times["mlx_lm"], strict=True)]
     return Anatomy(
-        tree=str(config.tree),
-        schedule="inline" if stepper.inline else "deferred",
+        tree=str(config.tree) + (f" → {m}" if m < T else ""),
+        schedule=("inline" if stepper.inline else "deferred")
+        + (f":{config.stream_nodes}" if config.stream_nodes else ""),
         lower_rows=T,
-        upper_rows=T * (1 + G) if stepper.inline else T + G,
-        head_rows=T + G,
+        upper_rows=m + with_streams * G,
+        head_rows=m + G,
         step_ms=1e3 * statistics.median(times["step"]),
         step_spread_ms=1e3 * _spread(times["step"]),
         forward_ms=1e3 * statistics.median(times["forward"]),
@@ -156,7 +160,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tree", action="append", help="tree to measure, repeatable (default: chain, 8, 16)"
     )
-    parser.add_argument("--schedule", default="deferred,inline", help="comma-separated")
+    parser.add_argument(
+        "--schedule", default="deferred,inline", help="comma-separated; inline:2 is one as well"
+    )
+    parser.add_argument("--prune", type=int, help="let the pruner keep this many rows")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="committed text, in tokens")
     parser.add_argument("--rounds", type=int, default=25, help="measured rounds per setting")
     parser.add_argument("--json", action="store_true", help="print one JSON object per setting")
@@ -175,7 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(COLUMNS)
     for tree in args.tree or ["chain", "8", "16"]:
         for schedule in args.schedule.split(","):
-            config = DecodeConfig(TreeSpec.parse(tree), schedule=schedule)
+            name, stream_nodes = parse_schedule(schedule)
+            prune = None if args.prune is None else PruneSpec(args.prune)
+            config = DecodeConfig(
+                TreeSpec.parse(tree), prune, schedule=name, stream_nodes=stream_nodes
+            )
             found = measure(model.streams, config, prompt, args.rounds)
             text = json.dumps(asdict(found)) if args.json else as_row(found)
             print(text, flush=True)
