@@ -154,7 +154,7 @@ def test_rewinding_is_refused_once_rows_are_gone() -> None:
     assert isinstance(layer, RotatingLayer)
     assert layer.dropped == 28
     assert cache.can_rewind(36)
-    with pytest.raises(OptionError, match="window has moved on"):
+    with pytest.raises(OptionError, match="windows move on"):
         cache.rewind(35)
     with pytest.raises(OptionError, match="older ones are gone"):
         cache.copy(35)

@@ -226,11 +226,6 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
     """
     from .contest import setting_config
 
-    if arguments.lossy_typical is not None:
-        raise OptionError(
-            "bench compares ways to write the same text, and --lossy-typical writes another; leave "
-            "it out."
-        )
     found = [MLX_LM, Method("plain")]
     sets = arguments.streams or [AUTO]
     for streams in sets:

@@ -165,7 +165,6 @@ def test_quick_says_what_it_leaves_out(
         (["--setting", "rows=3"], "cannot read 'rows=3' in a setting"),
         (["--setting", "schedule=inline"], "a setting needs a tree"),
         (["--setting", "tree=8 schedule=later"], "cannot read the schedule"),
-        (["--lossy-typical"], "--lossy-typical writes another"),
         (["--tree", "8", "--tree", "8"], "named twice"),
         (["--max-tokens", "1"], "--max-tokens must be at least 2"),
         (["--streams", "a,b"], "cannot read the streams"),
