@@ -53,23 +53,25 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
 
 
 def add_decode_options(
-    parser: argparse._ActionsContainer, *, several_trees: bool = False, lossy: bool = False
+    parser: argparse._ActionsContainer,
+    *,
+    tree: TreeSpec | None = None,
+    several_trees: bool = False,
+    lossy: bool = False,
 ) -> None:
     """Add --tree, --prune, --schedule and --no-conditioning; if `lossy`, --lossy-typical.
 
-    Only a verb whose every output says when it is lossy may offer that.
+    `tree` is the default of --tree, None for the general one. Only a verb whose every output
+    says when it is lossy may offer that.
     """
-    default = DecodeConfig()
+    default = DecodeConfig() if tree is None else DecodeConfig(tree)
     tree_help = (
         "draft tree: 'auto' (what pays on this machine, plain decoding included), 'chain', "
         "'chain3' (three drafts), '16' (the best 16 rows) or '3^4' (the paper's product tree) "
         f"(default: {default.tree})"
     )
     if several_trees:
-        tree_help = (
-            f"{tree_help.partition(' (default')[0]} (default: {TreeSpec()}); may be repeated"
-        )
-        parser.add_argument("--tree", action="append", help=tree_help)
+        parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
     else:
         parser.add_argument("--tree", default=str(default.tree), help=tree_help)
     parser.add_argument(

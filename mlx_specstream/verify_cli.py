@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="most tokens per answer (default: %(default)s)",
     )
-    add_decode_options(parser, several_trees=True, lossy=True)
+    add_decode_options(parser, tree=TreeSpec(), several_trees=True, lossy=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
