@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     from .draw import draw_case
     from .models import supported_families
-    from .play import play
+    from .play import NotComputedError, play
     from .tally import Tally
 
     families = arguments.families or supported_families()
@@ -57,7 +57,10 @@ def main(argv: list[str]) -> int:
         "first": arguments.first,
     }
     for number in range(arguments.first, arguments.first + arguments.cases):
-        tally.add(play(draw_case(arguments.seed, number, families)))
+        try:
+            tally.add(play(draw_case(arguments.seed, number, families)))
+        except NotComputedError:
+            tally.left_out += 1
         minutes = (time.monotonic() - started) / 60
         over = arguments.minutes is not None and minutes > arguments.minutes
         if arguments.out is not None and (tally.cases % 100 == 0 or over):

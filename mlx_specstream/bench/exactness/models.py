@@ -35,7 +35,12 @@ def supported_families() -> list[str]:
 
 @lru_cache(maxsize=8)
 def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Streams:
-    """Return random streams over a random model; `wide_heads` for caches that are quantised."""
+    """Return random streams over a random model; `wide_heads` for caches that are quantised.
+
+    A family whose heads' width follows from other sizes keeps its narrow ones.
+    """
+    if wide_heads and not _has_wide_heads(family):
+        wide_heads = False
     sizes = {"head_dim": HEAD_DIM} if wide_heads else {}
     model = tiny_random_model(family, seed=seed, **sizes)
     if precision in DTYPES:
@@ -59,6 +64,16 @@ def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Str
         conditioner_hidden=5,
     )
     return Streams(backbone, config, random_tensors(backbone, config, seed))
+
+
+@lru_cache(maxsize=None)
+def _has_wide_heads(family: str) -> bool:
+    """Tell whether a model of the family with wider heads can be made and run."""
+    try:
+        check_backbone(Backbone(tiny_random_model(family, head_dim=HEAD_DIM)))
+    except Exception:
+        return False
+    return True
 
 
 def _can_be_quantised(_: str, module: nn.Module) -> bool:

@@ -31,6 +31,10 @@ from .models import streams_for
 from .reference import Reference
 
 
+class NotComputedError(Exception):
+    """mlx-lm itself cannot compute a case here, such as 16-bit experts on the CPU."""
+
+
 @dataclass(frozen=True)
 class Played:
     """A turn as mlx-lm played it.
@@ -76,7 +80,11 @@ def play(case: Case) -> Outcome:
 
 @lru_cache(maxsize=2)
 def reference_turns(scene: Scene) -> list[Played]:
-    """Return the turns of a scene as mlx-lm plays them."""
+    """Return the turns of a scene as mlx-lm plays them.
+
+    Raises:
+        NotComputedError: mlx-lm cannot.
+    """
     streams, prefix = _streams(scene), _prefix(scene)
     vocab = streams.backbone.vocab_size
     reference = Reference(scene, streams.backbone.model, prefix.kv.fresh())
@@ -93,7 +101,10 @@ def reference_turns(scene: Scene) -> list[Played]:
         reused = len(whole) - len(prefix.reuse(whole))
         prompt = reference.begin(whole, reused, goes_on and 0 < reused == len(text) - 1)
         processors = processors_for(scene, number, vocab)
-        tokens, log_probs = reference.answer(prompt, turn.answered, processors)
+        try:
+            tokens, log_probs = reference.answer(prompt, turn.answered, processors)
+        except RuntimeError as error:
+            raise NotComputedError(str(error)) from error
         rows = from_mlx_lm(reference.caches)
         mx.eval(log_probs, rows.arrays)
         turns.append(Played(whole, reused, prompt, tokens, log_probs, rows))

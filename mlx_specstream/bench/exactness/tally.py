@@ -16,9 +16,13 @@ KINDS = ("family", "precision", "cache", "drafts", "choice", "tree", "schedule",
 
 @dataclass
 class Tally:
-    """Counts per kind and verdict; `near_ties` and `mismatches` tell the cases."""
+    """Counts per kind and verdict; `near_ties` and `mismatches` tell the cases.
+
+    left_out: cases that mlx-lm itself cannot compute here.
+    """
 
     cases: int = 0
+    left_out: int = 0
     tokens: int = 0
     accepted: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
@@ -61,6 +65,7 @@ class Tally:
         record = {
             **run,
             "cases": self.cases,
+            "left_out": self.left_out,
             "tokens": self.tokens,
             "accepted_drafts": self.accepted,
             "verdicts": dict(self.verdicts),
@@ -75,6 +80,7 @@ class Tally:
         lines = [
             f"{self.cases} cases, {self.tokens} tokens, {self.accepted} accepted drafts: "
             + ", ".join(f"{number} {verdict}" for verdict, number in self.verdicts.most_common())
+            + f"; {self.left_out} left out, which mlx-lm cannot compute here"
         ]
         for kind, counts in self.counts.items():
             lines.append(f"{kind}: " + ", ".join(f"{v} {n}" for v, n in sorted(counts.items())))
