@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +66,7 @@ def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Str
     return Streams(backbone, config, random_tensors(backbone, config, seed))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _has_wide_heads(family: str) -> bool:
     """Tell whether a model of the family with wider heads can be made and run."""
     try:
