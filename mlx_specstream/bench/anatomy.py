@@ -85,8 +85,13 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
     def forward() -> None:
         head, norm = streams.backbone.head, streams.backbone.norm
         verified = stepper.verify(tree, cache)
-        stream_states = stepper.stream_states(verified, mx.array(0), cache)
-        mx.eval(head(verified.last), head(norm(stream_states)))
+        logits = head(verified.last)
+        # Whose streams run is known after the head. With a constant in its place (which the argmax
+        # of one value is as well) MLX runs both passes layer by layer together and finds weights
+        # in the processor's cache, which no step can.
+        node = 0 * mx.argmax(logits[0, 0, :2])
+        stream_states = stepper.stream_states(verified, node, cache)
+        mx.eval(logits, head(norm(stream_states)))
 
     def token() -> None:
         next(plain)
