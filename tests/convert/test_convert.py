@@ -65,7 +65,17 @@ FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down
 def test_a_family_computes_the_same_in_mlx_token_for_token(tmp_path, family, mode):
     base = made.save_base(tmp_path / "base", family)
     fused = {"target_modules": FUSED} if family == "phi3" else {}
-    source = made.save_streams(tmp_path / "streams", base, mode=mode, **fused)
+    prove_float32(tmp_path, made.save_streams(tmp_path / "streams", base, mode=mode, **fused))
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_rotated_values_compute_the_same(tmp_path, base, mode):
+    changes = {"value_rotation": 0.3, "rope_offset": "position"}
+    prove_float32(tmp_path, made.save_streams(tmp_path / "streams", base, mode=mode, **changes))
+
+
+def prove_float32(tmp_path, source):
+    """Convert a checkpoint and demand every token and every draft to be PyTorch's."""
     plan = make_plan(Options(str(source)))
     proof = Proof(plan)
     write_plan(plan, tmp_path / "out", prove=proof.figures)
