@@ -1,0 +1,32 @@
+"""What was trained, and how to decode with it.
+
+Frozen and validated when made: a config that exists is a config that makes sense on its own.
+Whether it fits a particular base model is checked where the two meet (`streams.py`).
+
+| file | the idea it holds |
+|---|---|
+| `streams.py` | `StreamConfig`: the trained streams, as `streams_config.json` describes them |
+| `tree.py` | `TreeSpec`: the shape of the draft trees, and how the command line says it |
+| `decode.py` | `DecodeConfig`: tree, pruning, schedule and acceptance of a run |
+| `cache.py` | `CacheConfig`: how many rows a new KV cache holds, and in how many bits |
+"""
+
+from .cache import CacheConfig
+from .decode import DecodeConfig, PruneSpec, Schedule, TypicalSpec
+from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
+from .tree import TreeKind, TreeSpec
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_STREAMS",
+    "CacheConfig",
+    "DecodeConfig",
+    "Mode",
+    "PruneSpec",
+    "RopeOffset",
+    "Schedule",
+    "StreamConfig",
+    "TreeKind",
+    "TreeSpec",
+    "TypicalSpec",
+]

@@ -1,0 +1,44 @@
+"""How a new KV cache holds its rows: how many, and in how many bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a new KV cache holds its rows, with mlx-lm's names and meanings.
+
+    max_kv_size: layers without a sliding window hold the last so many rows, the first four
+    always among them; None for all. kv_bits: store rows in so many bits, a scale and a bias per
+    `kv_group_size` channels, from `quantized_kv_start` rows on; None for unquantised.
+
+    Raises:
+        OptionError: a value is out of range, or both are asked for.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def __post_init__(self) -> None:
+        if self.max_kv_size is not None and self.max_kv_size <= 4:
+            raise OptionError(
+                f"max_kv_size must be above 4, for the first 4 rows stay, got {self.max_kv_size}."
+            )
+        if self.kv_bits is not None and self.kv_bits not in (2, 3, 4, 5, 6, 8):
+            raise OptionError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
+        if self.kv_group_size not in (32, 64, 128):
+            raise OptionError(f"kv_group_size must be 32, 64 or 128, got {self.kv_group_size}.")
+        if self.quantized_kv_start < 0:
+            raise OptionError(
+                f"quantized_kv_start must be at least 0, got {self.quantized_kv_start}."
+            )
+        if self.max_kv_size is not None and self.kv_bits is not None:
+            raise OptionError(
+                "max_kv_size and kv_bits cannot be used together: mlx-lm does not quantise "
+                "rotating caches; leave one of them out."
+            )
