@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from .config import TreeSpec as TreeSpec
     from .config import TypicalSpec as TypicalSpec
     from .errors import SpecStreamError as SpecStreamError
-    from .generation import GenerationResponse as GenerationResponse
     from .generation import generate as generate
     from .generation import stream_generate as stream_generate
     from .loading import StreamModel as StreamModel
     from .loading import load as load
+    from .response import GenerationResponse as GenerationResponse
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BatchDecoder": "batch.decode",
     "DecodeConfig": "config",
-    "GenerationResponse": "generation",
+    "GenerationResponse": "response",
     "KVCache": "cache",
     "PruneSpec": "config",
     "SpecStreamError": "errors",

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from .cache import KVCache
     from .config import CacheConfig
-    from .generation import GenerationResponse
     from .loading import StreamModel
+    from .response import GenerationResponse
 
 log = logging.getLogger("mlx_specstream")
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({**record, "config": described(config)}, ensure_ascii=False))
         return 0
     if shown:
-        from .generation import summary
+        from .response import summary
 
         print("=" * 10)
         print(summary(last))

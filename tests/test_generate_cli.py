@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from mlx_specstream import cli, generation
+from mlx_specstream import answering, cli
 from tests import tiny
 from tests.scripted import save_random_streams
 
@@ -154,7 +154,7 @@ def test_an_interrupt_exits_130(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation._Run, "wanted", interrupted)
+    monkeypatch.setattr(answering.Answering, "wanted", interrupted)
     _, err = spoken(capsys, "--model", folder, "-p", "hi", status=130)
     assert err == "specstream: interrupted.\n"
 

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..answer import Answer, FinishReason
+from ..arguments import Prompt, needed_sampler, prompt_ids, token_budget, wrapped_tokenizer
 from ..cache import KVCache
 from ..config import DecodeConfig
 from ..errors import OptionError
-from ..generation import Prompt, needed_sampler, prompt_ids, token_budget, wrapped_tokenizer
 from ..loading import StreamModel
 from ..result import StepResult
 from ..sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
