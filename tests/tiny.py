@@ -14,10 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_specstream.bench.tiny_models import randomize
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB_SIZE = 256
@@ -64,19 +66,7 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
     module = {"mistral": "llama"}.get(model_type, model_type)  # as mlx-lm maps it
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
-    keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
-
-    def drawn(path: str, old: mx.array) -> mx.array:
-        noise = mx.random.normal(old.shape, key=next(keys))
-        if "norm" in path:
-            return 1 + 0.2 * noise
-        if old.ndim == 1:
-            return 0.2 * noise
-        return noise / old.shape[-1] ** 0.5 * (2.0 if "embed" in path or "head" in path else 1.0)
-
-    model.update(tree_map_with_path(drawn, model.parameters()))
-    mx.eval(model.parameters())
-    model.eval()
+    randomize(model, seed)
     return model
 
 
@@ -92,7 +82,12 @@ def hf_byte_tokenizer() -> PreTrainedTokenizerFast:
     }
     taken = set(specials.values())
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters()) if byte not in taken}
-    backend = Tokenizer(models.BPE(vocab={**vocabulary, **specials}, merges=[]))
+    return byte_level_tokenizer({**vocabulary, **specials})
+
+
+def byte_level_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits a text into bytes and merges nothing; with the special tokens and template."""
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

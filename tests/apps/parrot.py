@@ -16,7 +16,6 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_specstream.checkpoint import fingerprint, save_streams
@@ -129,15 +128,4 @@ def _tokenizer(pieces: Sequence[bytes]) -> PreTrainedTokenizerFast:
     for place, piece in enumerate(pieces):
         vocabulary["".join(letters[byte] for byte in piece)] = 256 + place
     assert len(vocabulary) == 256 + len(pieces)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        additional_special_tokens=["<system>", "<user>", "<assistant>"],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE
-    return tokenizer
+    return tiny.byte_level_tokenizer(vocabulary)
