@@ -117,7 +117,7 @@ class StreamDecoder:
         found = read_report(step.report, step.tree.depth + 1, cache, step.stream_nodes)
         tokens, nodes = found.tokens, found.nodes
         if not found.drafting:
-            step.next_tree = root_only(mx.array(tokens[-1:]))
+            step.next_tree, step.expected = root_only(mx.array(tokens[-1:])), None
         cache.commit(found.lower_rows, self.streams.lower)
         cache.commit(nodes, self.streams.upper)
         cache.advance(len(tokens), drawn=True)
@@ -128,7 +128,8 @@ class StreamDecoder:
             draft = DraftRecord(
                 to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
             )
-        return StepResult(tokens, step.tree.num_nodes - 1, step.logits[: len(tokens)], draft)
+        logits = step.logits[: len(tokens)]
+        return StepResult(tokens, step.tree.num_nodes - 1, logits, draft, step.expected)
 
 
 def chains_only(config: DecodeConfig, trained: StreamConfig, family: str) -> DecodeConfig:

@@ -27,13 +27,15 @@ class StepResult:
 
     tokens: the n tokens it emits, the last one the next root. drafted: draft nodes verified.
     logits: (n, V) on the device, lazily, the target's at each emitted token.
-    draft: the verified tree, if it was asked for.
+    draft: the verified tree, if it was asked for. expected: () float32 on the device, how many
+    drafts of the next tree should be accepted by its own probabilities; None without a next tree.
     """
 
     tokens: list[int]
     drafted: int
     logits: mx.array
     draft: DraftRecord | None = None
+    expected: mx.array | None = None
 
     @property
     def accepted(self) -> int:
@@ -89,3 +91,8 @@ def not_a_number(length: int) -> ModelError:
 def to_ints(array: mx.array) -> list[int]:
     """Return a vector of integers on the host."""
     return cast(list[int], array.tolist())
+
+
+def to_float(array: mx.array) -> float:
+    """Return a number on the host; waits for it."""
+    return cast(float, array.item())

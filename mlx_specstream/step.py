@@ -43,7 +43,7 @@ class Step:
     report: int32, what the host needs: accepted drafts, whether all is finite, then for the
     path's depth + 1 places the tokens drawn, the nodes, and (pruned) their rows in the lower
     layers; last, unless all or none had them, the `stream_nodes` nodes that had streams.
-    logits: (depth + 1, V), the target's at the path's nodes.
+    logits: (depth + 1, V), the target's at the path's nodes. expected: see `StepResult`.
     """
 
     tree: DraftTree
@@ -51,6 +51,7 @@ class Step:
     logits: mx.array
     next_tree: DraftTree
     stream_nodes: int = 0
+    expected: mx.array | None = None
 
     def schedule(self) -> None:
         """Start computing the step and all that the next one builds on.
@@ -58,7 +59,8 @@ class Step:
         The report goes first: evaluated after the tree, its rows outlive the attention that
         reads them and MLX copies cache buffers that it otherwise updates in place.
         """
-        mx.async_eval(self.report, self.logits, *self.next_tree.arrays)
+        expected = [] if self.expected is None else [self.expected]
+        mx.async_eval(self.report, self.logits, *self.next_tree.arrays, *expected)
 
 
 @dataclass
@@ -121,7 +123,8 @@ class Stepper:
             parts.append(verified.stream_nodes)
             with_streams = verified.stream_nodes.shape[0]
         report = mx.concatenate([part.astype(mx.int32) for part in parts])
-        return Step(tree, report, mx.take(logits, path.nodes, axis=0), next_tree, with_streams)
+        logits = mx.take(logits, path.nodes, axis=0)
+        return Step(tree, report, logits, next_tree, with_streams, next_tree.expected())
 
     def verify(self, tree: DraftTree, cache: KVCache) -> Verified:
         """Run the tree's nodes through the model, inline with streams of all or some of them."""

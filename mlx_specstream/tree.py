@@ -62,6 +62,15 @@ class DraftTree:
         scores = [] if self.scores is None else [self.scores]
         return [self.tokens, self.parents, self.depths, *scores]
 
+    def expected(self) -> mx.array | None:
+        """Return how many drafts should be accepted by their own probabilities, () float32.
+
+        The sum of the probabilities that the path reaches a node; None without scores.
+        """
+        if self.scores is None or self.num_nodes < 2:
+            return None
+        return mx.sum(mx.exp(self.scores[1:].astype(mx.float32)))
+
 
 def root_only(token: mx.array) -> DraftTree:
     """Return the tree of one node; `token` is a scalar or (1,) integer array."""

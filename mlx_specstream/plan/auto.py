@@ -16,7 +16,7 @@ comes next. Decisions rest on past tokens and times alone, so they cannot bias w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mlx_specstream.baseline import PlainDecoder, plain_decoder
@@ -156,5 +156,7 @@ class _Turn:
     def go_on(self, result: StepResult, drafted_by: Plan | None) -> bool:
         """Tell whether another step is wanted, and let the governor say how it is made."""
         self.wanted = self.more(result)
+        if not self.wanted:  # nobody is to wait for a tree that is not verified any more
+            result = replace(result, expected=None)
         self.plan = self.governor.after(result, drafted_by, self.cache.length)
         return self.wanted

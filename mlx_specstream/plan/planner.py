@@ -1,13 +1,15 @@
-"""The planner: keeps the tree that pays, parks when none does, and looks again now and then.
+"""The planner: keeps the tree that pays, decodes plainly where none does, and looks again.
 
-    begin an answer ──► plan by records, costs and what earlier answers showed
-    every few steps ──► move the estimate by what was accepted, plan anew
-    nothing pays    ──► park: plain decoding; after a while probe with a few steps, twice as
-                        long a while after every probe in vain
+    begin an answer ──► a step of the root alone drafts a tree, whose probabilities tell what
+                        verifying it is worth
+    after a step    ──► worth it, or the text as a whole is: verify, with the plan that records
+                        and recent steps favour; else park
+    parked          ──► plain decoding; after a while look again, with one step of the root, four
+                        times as long a while after every look in vain
 
-A while is so long that probing costs a hundredth of the time at most; where no acceptance
-whatever could pay, nothing is probed. Decisions are pure arithmetic on past steps: the planner
-holds no model and waits for nothing.
+Looks in vain cost a hundredth of the time in the long run; where no acceptance whatever could
+pay, none is taken. Decisions rest on tokens that are drawn already: nothing they do can bias what
+is drawn next. The planner holds no model.
 """
 
 from __future__ import annotations
@@ -15,28 +17,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlx_specstream.result import StepResult
+import mlx.core as mx
+
+from mlx_specstream.result import StepResult, to_float
 
 from .acceptance import AcceptanceProfile
-from .choose import MARGIN, Forecast, chosen, forecasts
+from .choose import MARGIN, Forecast, forecasts
 from .curve import CostCurve
 from .live import LiveAcceptance
+from .outlook import Outlook
 from .plans import Plan
 
 REVISE_AFTER = 4  # steps between two plans
-PROBE_STEPS = 6
-PROBE_SHARE = 0.01  # of the time, at most, goes into probing
-MOST_PATIENCE = 64
+LOOK_SHARE = 0.01  # of the time goes into looking again when that is in vain for long
+FIRST_WAIT = 1 / 16  # of the longest wait between two looks
+IMPATIENCE = 4  # waits grow by this
+CAUTION = 0.8  # of what would just pay is assumed of a text that was not seen
 HYSTERESIS = 0.02  # a new tree must beat the present one by this much
 REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
+GAIN = 0.15  # of a step's extra cost must be won for a tree to be verified for its own sake
+SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the next tree
 
 
 @dataclass
 class Planner:
     """A governor (`auto.py`) for one model, its streams and the machine; lives across answers.
 
-    plans: those to choose from, all of the curve's if None. margin: by how much speculation must
-    beat plain decoding.
+    plans: those to choose from, all of the curve's if None. margin: by how much verifying a tree
+    must beat plain decoding for the look of it alone.
     """
 
     curve: CostCurve
@@ -44,19 +52,30 @@ class Planner:
     plans: Sequence[Plan] | None = None
     margin: float = MARGIN
     live: LiveAcceptance = field(default_factory=LiveAcceptance)
+    outlook: Outlook = field(default_factory=Outlook)
     plan: Plan | None = None
     parked: int = 0  # plain tokens since the last step
-    patience: int = 1
     context: int = 0
     _since: int = 0  # steps since the last planning
-    _probing: bool = False
-    _due: int | None = None  # plain tokens until a probe, None for never
+    _wait: float = 0.0  # plain tokens for which parking is worth it, as looks have shown
+    _due: int | None = None  # plain tokens until the next look, None for never
+    _tree: mx.array | None = None  # what the tree at hand expects
+    _seen: bool = False  # whether the outlook has taken that in
 
     def begin(self, length: int) -> Plan | None:
         """Return the plan for an answer that follows `length` committed tokens."""
         self.live.fade(REMEMBERED)
-        self.context, self._probing = length, False
-        return self._replan()
+        self.context, self._tree, self.plan, self._due = length, None, None, None
+        if self.hopeless:
+            return None
+        best = self._best()
+        assert best.plan is not None
+        self.plan, self._since = best.plan, 0
+        self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / 2)
+        breaks_even = self._cost(best.plan) - 1
+        recorded = self.profile.tokens_per_step(best.plan) - 1
+        self.outlook.begin(min(CAUTION * breaks_even, recorded))
+        return self.plan
 
     def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
         """Take in a step and return the plan to go on with."""
@@ -64,13 +83,15 @@ class Planner:
         if self.plan is None:
             self.parked += 1
             if self._due is not None and self.parked >= self._due:
-                self.plan, self._probing, self._since = self._best().plan, True, 0
+                self.plan, self._since = self._best().plan, 0
             return self.plan
-        self._since += 1
         if drafted_by is not None:
             self.live.observe(self.profile.rates(drafted_by), result.accepted)
-        if self._since >= (PROBE_STEPS if self._probing else REVISE_AFTER):
-            self._replan()
+            self._judge(result.accepted)
+        if self._worth_it(result, looking=drafted_by is None):
+            self._revise()
+        else:
+            self._park()
         return self.plan
 
     def parked_for(self) -> int | None:
@@ -92,35 +113,57 @@ class Planner:
         """Tell whether not even the acceptance of every draft would pay here."""
         G = self.curve.num_streams
         plans = self.curve.steps if self.plans is None else self.plans
-        return all(1 + p.depth(G) < (1 + self.margin) * self.curve.relative(p) for p in plans)
+        return all(1 + p.depth(G) < (1 + self.margin) * self._cost(p) for p in plans)
 
-    def _replan(self) -> Plan | None:
-        found = self.forecasts()
-        best = chosen(found, self.margin)
-        if best.plan is None:
-            if self._probing:
-                self.patience = min(2 * self.patience, MOST_PATIENCE)
-            if self.plan is not None:
-                self.parked = 0
-            self._due = self._wait(found)
-        else:
-            if self._probing or self.plan is not None:
-                self.patience = 1
-            now = next((f for f in found if f.plan == self.plan is not None), None)
-            if now is not None and best.speedup < (1 + HYSTERESIS) * now.speedup:
-                best = now
-        self.plan, self._since, self._probing = best.plan, 0, False
-        return self.plan
+    def _judge(self, accepted: int) -> None:
+        """Compare what the verified tree expected with what was accepted of it."""
+        if self._tree is not None:
+            expected = to_float(self._tree)
+            if not self._seen:
+                self.outlook.see(expected)
+            self.outlook.verified(expected, accepted)
+
+    def _worth_it(self, result: StepResult, *, looking: bool) -> bool:
+        """Tell whether to verify the next tree, for its own sake or for what comes after it."""
+        assert self.plan is not None
+        assert self.outlook.level is not None
+        self._tree, self._seen = result.expected, False
+        if self._tree is None:
+            return True
+        cost = self._cost(self.plan)
+        if not looking and 1 + self.outlook.level >= (1 + SURE) * cost:
+            return True  # reading the tree's expectation now would be waiting for the tree
+        self._seen = True
+        worth = 1 + self.outlook.see(to_float(self._tree)) - cost
+        if worth >= GAIN * (cost - 1):
+            self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
+            return True
+        # A poor tree in good text: verifying it is still cheaper than drafting another.
+        return 1 + self.outlook.level >= cost and worth > 1 - self.curve.restart()
+
+    def _revise(self) -> None:
+        """Every few steps, take the plan that does best by now."""
+        self._since += 1
+        if self._since < REVISE_AFTER:
+            return
+        found = [forecast for forecast in self.forecasts() if forecast.plan is not None]
+        now = next((f for f in found if f.plan == self.plan), None)
+        if now is None or found[0].speedup >= (1 + HYSTERESIS) * now.speedup:
+            self.plan = found[0].plan
+        self._since = 0
+
+    def _park(self) -> None:
+        self._due = max(1, int(self._wait))
+        self._wait = min(IMPATIENCE * self._wait, self._longest_wait())
+        self.plan, self.parked, self._tree = None, 0, None
+
+    def _longest_wait(self) -> float:
+        """Return the plain tokens between two looks that make looking as cheap as it may be."""
+        return max(1.0, (self.curve.restart() - 1) / LOOK_SHARE)
+
+    def _cost(self, plan: Plan) -> float:
+        return self.curve.relative(plan, self.context or None)
 
     def _best(self) -> Forecast:
         """Return the best plan, however little it promises."""
         return next(forecast for forecast in self.forecasts() if forecast.plan is not None)
-
-    def _wait(self, found: Sequence[Forecast]) -> int | None:
-        """Return after how many plain tokens a probe is due, None for never."""
-        if self.hopeless:
-            return None
-        best = next(forecast for forecast in found if forecast.plan is not None)
-        relative = self.curve.seconds(best.plan) / self.curve.seconds(None)
-        lost = self.curve.restart() - 1 + PROBE_STEPS * max(0.2, relative - best.tokens_per_step)
-        return int(self.patience * lost / PROBE_SHARE)
