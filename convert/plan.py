@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mlx_specstream.checkpoint import stream_shapes
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.convert.base import DTYPES, BasePlan, Quantisation, plan_base
 from mlx_specstream.convert.configs import base_config, base_name, peft_adapter, stream_config
@@ -27,6 +26,7 @@ from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.convert.tokenizers import tokenizer_files
 from mlx_specstream.errors import CheckpointError, OptionError
 from mlx_specstream.fingerprint import BaseDims
+from mlx_specstream.stream_tensors import stream_shapes
 from mlx_specstream.tensorfile import FLOATS, TensorSpec, shown
 
 Merge = Literal["none", "lower", "all"]

@@ -9,10 +9,11 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from mlx_specstream.checkpoint import load_streams, save_streams, stream_shapes
+from mlx_specstream.checkpoint import load_streams, save_streams
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import SpecStreamError, StreamsError
 from mlx_specstream.fingerprint import base_dims, fingerprint, same_base
+from mlx_specstream.stream_tensors import stream_shapes
 
 
 def tiny_base(seed=0, width=64, layers=4):

@@ -15,12 +15,12 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from ..backbone import Backbone, check_backbone
-from ..checkpoint import stream_shapes
 from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from ..decode import StreamDecoder
 from ..fingerprint import base_dims
 from ..result import StepResult
 from ..sampling import TokenChooser
+from ..stream_tensors import stream_shapes
 from ..streams import Streams
 
 TIE = 1e-3  # logits are around 1 to 10, float32 noise of a tiny model 1e-5

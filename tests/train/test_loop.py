@@ -198,8 +198,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, unbroken, monkeyp
 
 
 def test_the_paper_preset_has_the_papers_parameter_count() -> None:
-    from mlx_specstream.checkpoint import stream_shapes
     from mlx_specstream.fingerprint import BaseDims
+    from mlx_specstream.stream_tensors import stream_shapes
     from mlx_specstream.train.options import PRESETS, TrainOptions
 
     h = 4096
