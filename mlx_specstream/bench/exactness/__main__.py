@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     if arguments.cases < 1:
         raise OptionError(f"--cases must be at least 1, got {arguments.cases}.")
 
+    from .compare import Outcome
     from .draw import draw_case
     from .models import supported_families
     from .play import NotComputedError, play
@@ -57,10 +58,13 @@ def main(argv: list[str]) -> int:
         "first": arguments.first,
     }
     for number in range(arguments.first, arguments.first + arguments.cases):
+        case = draw_case(arguments.seed, number, families)
         try:
-            tally.add(play(draw_case(arguments.seed, number, families)))
+            tally.add(play(case))
         except NotComputedError:
             tally.left_out += 1
+        except Exception as error:  # whatever is raised is a finding, and the run goes on
+            tally.add(Outcome(case, "mismatch", 0, 0, f"{type(error).__name__}: {error}"))
         minutes = (time.monotonic() - started) / 60
         over = arguments.minutes is not None and minutes > arguments.minutes
         if arguments.out is not None and (tally.cases % 100 == 0 or over):
