@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from .decode_options import add_cache_options, cache_config
 from .demo import DEMO_NAME
 from .errors import OptionError
+from .gemma import GEMMA_NAME
 from .generate_cli import prompt_text
 
 
@@ -71,7 +73,9 @@ def main(argv: list[str]) -> int:
         for _ in prefill_chunks(backbone.forward, part, cache, arguments.prefill_step_size):
             print(f"\r{cache.length} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    name = arguments.model if arguments.model != DEMO_NAME else str(model_folder(DEMO_NAME))
+    name = arguments.model
+    if name == DEMO_NAME or (name == GEMMA_NAME and not Path(name).exists()):
+        name = str(model_folder(name))  # for mlx-lm, which does not know these names
     save_prompt_cache(arguments.prompt_cache_file, cache, name)
     print(f"{arguments.prompt_cache_file}: {cache.length} tokens, {cache.nbytes / 1e6:.1f} MB")
     return 0

@@ -32,8 +32,8 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         "--model",
         default=default,
         help=(
-            "model folder, hub id (owner/name, or owner/name@revision), or 'demo' for the demo "
-            "model (default: %(default)s)"
+            "model folder, hub id (owner/name, or owner/name@revision), 'demo' for the demo model, or "
+            "'gemma3-270m' for one more that needs no hub (default: %(default)s)"
         ),
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")

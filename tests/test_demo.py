@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
-from mlx_specstream import demo, wheel
+from mlx_specstream import demo, model_cache, wheel
 from mlx_specstream.errors import ModelError, OutputError, SpecStreamError
 from tests.convert.gguf import made
 
@@ -288,4 +288,4 @@ def test_where_the_cache_is(
     for name, value in {"HOME": "/h", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
-    assert demo.cache_folder() == Path(expected)
+    assert model_cache.cache_folder() == Path(expected)

@@ -6,16 +6,17 @@ and key rows are stored in another order (see `unpermute`); the others as Huggin
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlx_specstream.convert.gguf.file import GGUFFile
+from mlx_specstream.convert.gguf.gemma3 import GEMMA3_KEYS, gemma3_config
 from mlx_specstream.convert.gguf.quants import Floats
-from mlx_specstream.errors import CheckpointError
+from mlx_specstream.convert.gguf.rope import rope_scaling
+from mlx_specstream.convert.gguf.sizes import Sizes, refused, sizes_of
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,42 @@ class Architecture:
     """Queries and keys are normalised per head."""
     biases_in_config: bool = False
     """The config says whether there are biases (`attention_bias`, `mlp_bias`) and the file decides."""
+    activation: str = "silu"
+    norms_around: bool = False
+    """What attention and the feed-forward part return is normalised, too."""
+    norms_plus_one: bool = False
+    """The file has the norms' weights plus one, the model adds the one itself."""
+    own_keys: frozenset[str] = frozenset()
+    """Keys that only this family has; `own_config` reads them."""
+    own_config: Callable[[GGUFFile, Sizes], dict[str, Any]] | None = None
+    """What the family's config.json has beside the usual."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True, biases_in_config=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", projection_bias=True),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", head_norms=True),
+    "gemma3": Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        head_norms=True,
+        activation="gelu_pytorch_tanh",
+        norms_around=True,
+        norms_plus_one=True,
+        own_keys=GEMMA3_KEYS,
+        own_config=gemma3_config,
+    ),
 }
 """By `general.architecture`; Mistral files say llama. A family of the same block is a row here."""
+
+BEFORE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+AROUND = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""A layer's norms, before its two parts or around them: names in files and in Hugging Face folders."""
 
 _UNDERSTOOD = {
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
@@ -53,20 +82,6 @@ _UNDERSTOOD = {
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The dimensions of a model, as its metadata and embedding give them."""
-
-    vocabulary: int
-    width: int
-    layers: int
-    hidden: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    context: int
-
-
-@dataclass(frozen=True)
 class WantedTensor:
     """A tensor the model needs: where it is in the file, its name and shape in the folder."""
 
@@ -75,6 +90,8 @@ class WantedTensor:
     shape: tuple[int, ...]
     permuted_heads: int = 0
     """Number of heads whose rows are to be put back in order; 0: none."""
+    plus_one: bool = False
+    """The file has it plus one."""
 
 
 def architecture_of(gguf: GGUFFile) -> Architecture:
@@ -87,50 +104,19 @@ def architecture_of(gguf: GGUFFile) -> Architecture:
     row = ARCHITECTURES.get(family)
     if row is None:
         known = ", ".join(ARCHITECTURES)
-        raise _refused(
+        raise refused(
             gguf, f"the model is of the family {family!r}; those that can be converted are {known}"
         )
     prefix = f"{family}."
     keys = (key.removeprefix(prefix) for key in gguf.metadata if key.startswith(prefix))
-    unknown = sorted(key for key in keys if key not in _UNDERSTOOD)
+    unknown = sorted(key for key in keys if key not in _UNDERSTOOD | row.own_keys)
     if unknown:
-        raise _refused(
+        raise refused(
             gguf, f"it sets {prefix}{unknown[0]}, which this converter does not know how to keep"
         )
     if gguf.integer(f"{prefix}expert_count", 0) > 0:
-        raise _refused(gguf, "it is a mixture of experts, which is not converted")
+        raise refused(gguf, "it is a mixture of experts, which is not converted")
     return row
-
-
-def sizes_of(gguf: GGUFFile) -> Sizes:
-    """Return the model's dimensions.
-
-    Raises:
-        CheckpointError: a number is missing or they do not fit together.
-    """
-    family = gguf.text("general.architecture")
-    embedding = gguf.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise _refused(gguf, "it has no tensor 'token_embd.weight'")
-    heads = gguf.integer(f"{family}.attention.head_count")
-    width = gguf.integer(f"{family}.embedding_length")
-    sizes = Sizes(
-        vocabulary=embedding.shape[0],
-        width=width,
-        layers=gguf.integer(f"{family}.block_count"),
-        hidden=gguf.integer(f"{family}.feed_forward_length"),
-        heads=heads,
-        key_heads=gguf.integer(f"{family}.attention.head_count_kv", heads),
-        head_dim=gguf.integer(f"{family}.attention.key_length", width // max(heads, 1)),
-        context=gguf.integer(f"{family}.context_length"),
-    )
-    if min(vars(sizes).values()) < 1 or sizes.layers > len(gguf.tensors) or heads % sizes.key_heads:
-        raise _refused(gguf, f"its sizes do not fit together: {sizes}")
-    for key in ("attention.value_length", "rope.dimension_count"):
-        other = gguf.integer(f"{family}.{key}", sizes.head_dim)
-        if other != sizes.head_dim:
-            raise _refused(gguf, f"{family}.{key} is {other} where heads are {sizes.head_dim} wide")
-    return sizes
 
 
 def wanted_tensors(gguf: GGUFFile) -> list[WantedTensor]:
@@ -140,28 +126,28 @@ def wanted_tensors(gguf: GGUFFile) -> list[WantedTensor]:
         CheckpointError: a tensor is missing, has another shape, or means nothing to this family.
     """
     row, sizes = architecture_of(gguf), sizes_of(gguf)
-    wanted = [*_outer(gguf, sizes)]
+    wanted = [*_outer(gguf, row, sizes)]
     for layer in range(sizes.layers):
         wanted.extend(_layer(gguf, row, sizes, layer))
     for tensor in wanted:
         found = gguf.tensors.get(tensor.source)
         if found is None:
-            raise _refused(gguf, f"it has no tensor {tensor.source!r}")
+            raise refused(gguf, f"it has no tensor {tensor.source!r}")
         if found.shape != tensor.shape:
-            raise _refused(
+            raise refused(
                 gguf, f"{tensor.source!r} has the shape {found.shape}, expected {tensor.shape}"
             )
     unknown = set(gguf.tensors) - {tensor.source for tensor in wanted} - {"rope_freqs.weight"}
     if unknown:
-        raise _refused(gguf, f"the tensor {min(unknown)!r} has no place in this family")
+        raise refused(gguf, f"the tensor {min(unknown)!r} has no place in this family")
     return wanted
 
 
-def _outer(gguf: GGUFFile, sizes: Sizes) -> Iterator[WantedTensor]:
+def _outer(gguf: GGUFFile, row: Architecture, sizes: Sizes) -> Iterator[WantedTensor]:
     yield WantedTensor(
         "token_embd.weight", "model.embed_tokens.weight", (sizes.vocabulary, sizes.width)
     )
-    yield WantedTensor("output_norm.weight", "model.norm.weight", (sizes.width,))
+    yield _norm(row, "output_norm", "model.norm", sizes.width)
     if not _tied(gguf):
         yield WantedTensor("output.weight", "lm_head.weight", (sizes.vocabulary, sizes.width))
 
@@ -169,16 +155,16 @@ def _outer(gguf: GGUFFile, sizes: Sizes) -> Iterator[WantedTensor]:
 def _layer(gguf: GGUFFile, row: Architecture, sizes: Sizes, layer: int) -> Iterator[WantedTensor]:
     source, name = f"blk.{layer}.", f"model.layers.{layer}."
     queries, keys = sizes.heads * sizes.head_dim, sizes.key_heads * sizes.head_dim
-    yield WantedTensor(source + "attn_norm.weight", name + "input_layernorm.weight", (sizes.width,))
-    yield WantedTensor(
-        source + "ffn_norm.weight", name + "post_attention_layernorm.weight", (sizes.width,)
-    )
+    norms = AROUND if row.norms_around else BEFORE
+    for short, long in norms.items():
+        yield _norm(row, source + short, name + long, sizes.width)
     if row.head_norms:
-        for short in "qk":
-            yield WantedTensor(
-                f"{source}attn_{short}_norm.weight",
-                f"{name}self_attn.{short}_norm.weight",
-                (sizes.head_dim,),
+        for letter in "qk":
+            yield _norm(
+                row,
+                f"{source}attn_{letter}_norm",
+                f"{name}self_attn.{letter}_norm",
+                sizes.head_dim,
             )
     attention_bias, mlp_bias = _biases(gguf)
     permuted = {"attn_q": sizes.heads, "attn_k": sizes.key_heads} if row.permuted else {}
@@ -205,6 +191,10 @@ def _layer(gguf: GGUFFile, row: Architecture, sizes: Sizes, layer: int) -> Itera
             yield WantedTensor(f"{source}{short}.bias", f"{name}{long}.bias", (rows,), heads)
 
 
+def _norm(row: Architecture, source: str, name: str, width: int) -> WantedTensor:
+    return WantedTensor(f"{source}.weight", f"{name}.weight", (width,), plus_one=row.norms_plus_one)
+
+
 def unpermute(rows: Floats, num_heads: int) -> Floats:
     """Put the rows of a query or key projection back in the order of the two halves.
 
@@ -226,7 +216,7 @@ def model_config(gguf: GGUFFile) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [row.hf_class],
         "model_type": row.model_type,
-        "hidden_act": "silu",
+        "hidden_act": row.activation,
         "hidden_size": sizes.width,
         "intermediate_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
@@ -237,12 +227,14 @@ def model_config(gguf: GGUFFile) -> dict[str, Any]:
         "max_position_embeddings": sizes.context,
         "rms_norm_eps": _shortest(gguf.number(f"{family}.attention.layer_norm_rms_epsilon")),
         "rope_theta": gguf.number(f"{family}.rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(gguf, family, sizes),
+        "rope_scaling": rope_scaling(gguf, sizes),
         "tie_word_embeddings": _tied(gguf),
         "torch_dtype": "float32",
     }
     if row.biases_in_config:
         config["attention_bias"], config["mlp_bias"] = _biases(gguf)
+    if row.own_config is not None:
+        config |= row.own_config(gguf, sizes)
     return config
 
 
@@ -257,47 +249,3 @@ def _biases(gguf: GGUFFile) -> tuple[bool, bool]:
 def _shortest(value: float) -> float:
     """Return the shortest decimal with the same float32 value: 9.999999747378752e-06 is 1e-05."""
     return float(str(np.float32(value)))
-
-
-def _rope_scaling(gguf: GGUFFile, family: str, sizes: Sizes) -> dict[str, Any] | None:
-    kind = gguf.text(f"{family}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in gguf.tensors:
-        return _llama3_scaling(gguf, family, sizes)
-    if kind == "linear":
-        factor = gguf.number(f"{family}.rope.scaling.factor")
-        return {"rope_type": "linear", "type": "linear", "factor": factor}
-    if kind != "none":
-        raise _refused(gguf, f"its rope scaling is of the kind {kind!r}, which is not converted")
-    return None
-
-
-def _llama3_scaling(gguf: GGUFFile, family: str, sizes: Sizes) -> dict[str, Any]:
-    """Find the Llama 3 settings behind a table of frequency factors, and prove that they give this very table."""
-    table = gguf.read("rope_freqs.weight").reshape(-1)
-    factor = float(table.max())
-    settings = {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    base = gguf.number(f"{family}.rope.freq_base", 10000.0)
-    rebuilt = _llama3_factors(base, sizes.head_dim, factor)
-    if table.shape != rebuilt.shape or not np.allclose(table, rebuilt, rtol=1e-4):
-        raise _refused(
-            gguf,
-            "its table of rope frequencies is not that of Llama 3, the only one that is converted",
-        )
-    return settings
-
-
-def _llama3_factors(base: float, head_dim: int, factor: float) -> np.ndarray:
-    """Return what Llama 3.1 divides each rotation frequency by: 1 for short waves, `factor` for long ones."""
-    waves = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((8192 / waves - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    return 1 / ((1 - smooth) / factor + smooth)
-
-
-def _refused(gguf: GGUFFile, why: str) -> CheckpointError:
-    return CheckpointError(f"{gguf.path} cannot be converted: {why}.")

@@ -55,6 +55,8 @@ def read_tensor(gguf: GGUFFile, tensor: WantedTensor) -> Floats:
         raise CheckpointError(
             f"{gguf.path} is damaged: the tensor {tensor.source!r} holds values that are no numbers."
         )
+    if tensor.plus_one:  # exact for weights that had 16 bits once
+        values = values - np.float32(1)
     return unpermute(values, tensor.permuted_heads) if tensor.permuted_heads else values
 
 

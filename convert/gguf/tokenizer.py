@@ -1,7 +1,8 @@
 """The tokenizer inside a GGUF file, rebuilt as Hugging Face files: vocabulary, merges, special tokens, chat template.
 
-A GGUF file names how text is cut before merging (`tokenizer.ggml.pre`) but does not say what the name means; `CUTS`
-does, a row per name. Only byte-level BPE is rebuilt.
+Two kinds are rebuilt: byte-level BPE ("gpt2"), here, and SentencePiece BPE ("llama"), in `sentencepiece.py`. A GGUF
+file names how text is cut before byte-level merging (`tokenizer.ggml.pre`) but does not say what the name means; `CUTS`
+does, a row per name.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from tokenizers import (
 )
 
 from mlx_specstream.convert.gguf.file import GGUFFile
+from mlx_specstream.convert.gguf.sentencepiece import CONTROL, USER_DEFINED, as_pieces, piece_bpe
 from mlx_specstream.errors import CheckpointError
-
-_CONTROL, _USER_DEFINED = 3, 4
-"""Token types that stand for themselves in a text: special ones and words kept whole."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def tokenizer_files(gguf: GGUFFile) -> dict[str, str]:
     """Return the tokenizer's files as name -> text: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
     Raises:
-        CheckpointError: no tokenizer, one that is not byte-level BPE, an unknown way of cutting, or damaged tables.
+        CheckpointError: no tokenizer, one that is not BPE, an unknown way of cutting, or damaged tables.
     """
     tokenizer = build_tokenizer(gguf)
     files = {
@@ -102,20 +101,17 @@ def tokenizer_files(gguf: GGUFFile) -> dict[str, str]:
 def build_tokenizer(gguf: GGUFFile) -> Tokenizer:
     """Return the fast tokenizer the file describes."""
     kind = gguf.text("tokenizer.ggml.model", "")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise _refused(
             gguf,
-            f"it is of the kind {kind or 'none'!r}, and only byte-level BPE ('gpt2') is rebuilt",
-        )
-    cut = CUTS.get(name := gguf.text("tokenizer.ggml.pre", ""))
-    if cut is None:
-        raise _refused(
-            gguf, f"it cuts text in the way {name!r}, which is not among {', '.join(CUTS)}"
+            f"it is of the kind {kind or 'none'!r}, and only BPE is rebuilt, byte-level ('gpt2') or "
+            "SentencePiece's ('llama')",
         )
     tokens = _tokens(gguf)
-    tokenizer = _byte_level_bpe(gguf, tokens, cut)
-    tokenizer.add_special_tokens(_kept_whole(gguf, tokens, _CONTROL))
-    tokenizer.add_tokens(_kept_whole(gguf, tokens, _USER_DEFINED))
+    tokenizer = _byte_level_bpe(gguf, tokens) if kind == "gpt2" else _piece_bpe(gguf, tokens)
+    # SentencePiece finds the words it keeps whole after it has made spaces visible.
+    tokenizer.add_special_tokens(_kept_whole(gguf, tokens, CONTROL))
+    tokenizer.add_tokens(_kept_whole(gguf, tokens, USER_DEFINED, normalized=kind == "llama"))
     if tokenizer.get_vocab_size() != len(tokens):
         raise _refused(gguf, "its special tokens are not part of its vocabulary")
     return tokenizer
@@ -133,6 +129,8 @@ def token_ids(gguf: GGUFFile) -> dict[str, Any]:
 
 def _tokens(gguf: GGUFFile) -> list[str]:
     tokens: list[str] = gguf.items("tokenizer.ggml.tokens", str)
+    if gguf.text("tokenizer.ggml.model", "") == "llama":
+        tokens = as_pieces(tokens, gguf.items("tokenizer.ggml.token_type", int))
     if len(set(tokens)) != len(tokens):
         raise _refused(gguf, "a token comes twice in its vocabulary")
     embedding = gguf.tensors.get("token_embd.weight")
@@ -143,7 +141,27 @@ def _tokens(gguf: GGUFFile) -> list[str]:
     return tokens
 
 
-def _byte_level_bpe(gguf: GGUFFile, tokens: list[str], cut: Cut) -> Tokenizer:
+def _piece_bpe(gguf: GGUFFile, tokens: list[str]) -> Tokenizer:
+    if gguf.flag("tokenizer.ggml.add_space_prefix", True):
+        raise _refused(gguf, "it puts a space before every text, which is not rebuilt")
+    scores = gguf.items("tokenizer.ggml.scores", float)
+    kinds = gguf.items("tokenizer.ggml.token_type", int)
+    if not len(scores) == len(kinds) == len(tokens):
+        raise _refused(
+            gguf, f"it has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types"
+        )
+    tokenizer = piece_bpe(tokens, scores, kinds, _token_id(gguf, "unknown"))
+    if processor := _post_processor(gguf, tokens):
+        tokenizer.post_processor = processor
+    return tokenizer
+
+
+def _byte_level_bpe(gguf: GGUFFile, tokens: list[str]) -> Tokenizer:
+    cut = CUTS.get(name := gguf.text("tokenizer.ggml.pre", ""))
+    if cut is None:
+        raise _refused(
+            gguf, f"it cuts text in the way {name!r}, which is not among {', '.join(CUTS)}"
+        )
     merges = [tuple(merge.split(" ")) for merge in gguf.items("tokenizer.ggml.merges", str)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     for merge in merges:
@@ -157,11 +175,12 @@ def _byte_level_bpe(gguf: GGUFFile, tokens: list[str], cut: Cut) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = cut.pieces()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = _post_processor(gguf, tokens)
+    trim = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = _post_processor(gguf, tokens) or trim
     return tokenizer
 
 
-def _post_processor(gguf: GGUFFile, tokens: list[str]) -> processors.PostProcessor:
+def _post_processor(gguf: GGUFFile, tokens: list[str]) -> processors.PostProcessor | None:
     """Put the first and last token around a text where the file asks for it."""
     first, last = _token_id(gguf, "bos"), _token_id(gguf, "eos")
     ends = [
@@ -173,7 +192,7 @@ def _post_processor(gguf: GGUFFile, tokens: list[str]) -> processors.PostProcess
         else None,
     ]
     if ends == [None, None]:
-        return processors.ByteLevel(trim_offsets=False)
+        return None
     before, after = ([end[0]] if end else [] for end in ends)
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
@@ -189,13 +208,15 @@ def _post_processor(gguf: GGUFFile, tokens: list[str]) -> processors.PostProcess
     )
 
 
-def _kept_whole(gguf: GGUFFile, tokens: list[str], kind: int) -> list[AddedToken]:
+def _kept_whole(
+    gguf: GGUFFile, tokens: list[str], kind: int, normalized: bool = False
+) -> list[AddedToken]:
     kinds = gguf.items("tokenizer.ggml.token_type", int)
     if len(kinds) != len(tokens):
         raise _refused(gguf, f"it has {len(tokens)} tokens and {len(kinds)} token types")
-    special = kind == _CONTROL
+    special = kind == CONTROL
     return [
-        AddedToken(token, normalized=False, special=special)
+        AddedToken(token, normalized=normalized, special=special)
         for token, own_kind in zip(tokens, kinds, strict=True)
         if own_kind == kind
     ]

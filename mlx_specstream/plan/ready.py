@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_specstream.config import DecodeConfig
-from mlx_specstream.demo import cache_folder
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.files import atomic_file
+from mlx_specstream.model_cache import cache_folder
 from mlx_specstream.streams import Streams
 
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of

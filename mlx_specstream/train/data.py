@@ -196,6 +196,8 @@ def record_tokens(
 ) -> tuple[list[int], int]:
     """Return a record's tokens and how many of them are the prompt, by mlx-lm's dataset classes.
 
+    Without a chat template, which mlx-lm's classes insist on, a completion follows its bare prompt.
+
     Raises:
         DataError: the chat template refuses the record, or the tokenizer has none.
     """
@@ -207,6 +209,10 @@ def record_tokens(
         return prompt + answer, len(prompt) if mask_prompt else 0
     rows = [fields]
     try:
+        if "completion" in fields and "prompt" in fields and not tokenizer.has_chat_template:
+            said = list(tokenizer.encode(fields["prompt"]))
+            answer = tokenizer.encode(fields["completion"], add_special_tokens=False)
+            return [*said, *answer, tokenizer.eos_token_id], len(said) if mask_prompt else 0
         if "completion" in fields and "prompt" in fields:
             data = CompletionsDataset(rows, tokenizer, "prompt", "completion", mask_prompt)
         elif "messages" in fields:

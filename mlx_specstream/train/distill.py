@@ -50,7 +50,8 @@ def read_prompts(
 ) -> tuple[list[Prompt], int]:
     """Return the prompts of a file in any of mlx-lm's formats, and how many were too long.
 
-    A chat is answered at its last user turn; `{"prompt": ...}` alone will do.
+    A chat is answered at its last user turn; `{"prompt": ...}` alone will do. A tokenizer without
+    a chat template, which a model has that was never taught to chat, takes the bare text.
 
     Raises:
         DataError: unreadable data, or a record without a user's turn.
@@ -68,13 +69,16 @@ def read_prompts(
             raise DataError(f"{record.where} has no message of the user to answer.")
         messages, tools = messages[: last + 1], fields.get("tools")
         try:
-            tokens = tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, return_dict=False
-            )
+            if tokenizer.has_chat_template:
+                tokens = tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, return_dict=False
+                )
+            else:
+                tokens = tokenizer.encode("\n\n".join(turn["content"] for turn in messages))
         except Exception as error:  # templates are programs and raise what they like
             raise DataError(
                 f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's "
-                "chat template refuses it, or the tokenizer has none."
+                "chat template refuses it."
             ) from error
         if len(tokens) > max_length:
             too_long += 1

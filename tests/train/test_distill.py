@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.cache import KVCache
 from mlx_specstream.errors import OptionError, OutputError
+from mlx_specstream.loading import load
 from mlx_specstream.train import distill
 from mlx_specstream.train.answers import BatchDecoder, Waiting
+from mlx_specstream.train.data import Record, record_tokens
 from mlx_specstream.train.starter import starter_records
 from tests.engine import small_model
 
@@ -70,6 +73,20 @@ def test_a_stopped_run_continues(tiny_folder, tmp_path, capsys) -> None:
     assert "5 prompts, 2 answered already" in capsys.readouterr().out
     again = {r["index"]: r for r in map(json.loads, output.read_text().splitlines())}
     assert again == whole
+
+
+def test_a_model_without_a_chat_template_takes_the_bare_text(tiny_folder, tmp_path) -> None:
+    folder, data, output = tmp_path / "base", tmp_path / "in.jsonl", tmp_path / "own.jsonl"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    data.write_text('{"prompt": "say"}\n')
+    command = ["--model", str(folder), "--data", str(data), "--output", str(output)]
+    assert distill.main([*command, "--max-tokens", "4"]) == 0
+    (record,) = map(json.loads, output.read_text().splitlines())
+    assert record["prompt_ids"] == list(b"say")
+    _, tokenizer = load(str(folder), streams=None)
+    written = Record({"prompt": "say", "completion": "so"}, "here")
+    assert record_tokens(written, tokenizer) == ([*b"sayso", 255], 3)
+    assert record_tokens(written, tokenizer, mask_prompt=False) == ([*b"sayso", 255], 0)
 
 
 def test_bad_options_and_foreign_files(tmp_path) -> None:

@@ -112,10 +112,27 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+GEMMA: dict[str, Any] = {
+    "vocab_size": 512,
+    "num_hidden_layers": 6,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 3,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+}
+"""What sets a tiny Gemma 3 apart: five layers with a window to one without."""
+
 
 def tiny_tensors(family: str, **overrides: Any) -> dict[str, Stored]:
     """Return the tensors of `tests.tiny.tiny_model` as a GGUF file of its family has them."""
     config = tiny.tiny_config(family, **overrides)
+    names = GEMMA_NAMES if family == "gemma3_text" else NAMES
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for path, array in tree_flatten(tiny.tiny_model(family, **overrides).parameters()):
@@ -125,9 +142,13 @@ def tiny_tensors(family: str, **overrides: Any) -> dict[str, Stored]:
             _, _, number, stem = stem.split(".", 3)
             layer = f"blk.{number}."
         values = np.array(array)
-        if family == "llama" and NAMES[stem] in heads:
-            values = interleave(values, heads[NAMES[stem]])
-        tensors[f"{layer}{NAMES[stem]}.{suffix}"] = stored(values)
+        if stem == "lm_head" and family == "gemma3_text":
+            continue  # files have none: it is the embedding
+        if family == "llama" and names[stem] in heads:
+            values = interleave(values, heads[names[stem]])
+        if family == "gemma3_text" and "norm" in stem:
+            values = values + 1
+        tensors[f"{layer}{names[stem]}.{suffix}"] = stored(values)
     return tensors
 
 
@@ -171,6 +192,67 @@ def tiny_metadata(family: str, **overrides: Any) -> dict[str, Typed]:
             "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}"
         ),
     }
+
+
+def gemma_metadata(**overrides: Any) -> dict[str, Typed]:
+    """Return the metadata of a tiny Gemma 3, whose tokenizer is SentencePiece's."""
+    config = tiny.tiny_config("gemma3_text", **(GEMMA | overrides))
+    words = tiny_metadata("gemma3", **(GEMMA | overrides))
+    del (
+        words["tokenizer.ggml.pre"],
+        words["tokenizer.ggml.merges"],
+        words["tokenizer.chat_template"],
+    )
+    return words | {
+        "gemma3.attention.key_length": u32(config["head_dim"]),
+        "gemma3.attention.value_length": u32(config["head_dim"]),
+        "gemma3.attention.sliding_window": u32(config["sliding_window"]),
+        **piece_metadata(),
+    }
+
+
+PIECES: list[tuple[str, int, float]] = [
+    *((token, 3, -1000.0) for token in ("<pad>", "<eos>", "<bos>", "<unk>")),
+    ("\n", 4, -1000.0),
+    ("  ", 4, -1000.0),
+    ("<b>", 4, -1000.0),
+    *((f"<0x{byte:02X}>", 6, 0.0) for byte in range(256)),
+    ("ab", 1, -1.0),
+    ("▁a", 1, -2.0),
+    ("bc", 1, -3.0),
+    ("aa", 1, -4.0),
+    ("▁ab", 1, -5.0),
+    ("abc", 1, -6.0),
+    ("aaaa", 1, -7.0),
+    ("cd", 1, -8.0),
+    ("▁▁a", 1, -9.0),
+    *((letter, 1, -20.0 - number) for number, letter in enumerate("▁abcdefgh")),
+]
+"""Tokens with their types and scores."""
+
+
+def piece_metadata() -> dict[str, Typed]:
+    """Return the tables of a tiny SentencePiece tokenizer, filled up to 512 tokens."""
+    rest = [(f"<unused{number}>", 3, -1000.0) for number in range(512 - len(PIECES))]
+    tokens, kinds, scores = zip(*PIECES, *rest, strict=True)
+    return {
+        "tokenizer.ggml.model": text("llama"),
+        "tokenizer.ggml.tokens": texts(list(tokens)),
+        "tokenizer.ggml.token_type": i32s(list(kinds)),
+        "tokenizer.ggml.scores": Typed(9, list(scores), 6),
+        "tokenizer.ggml.padding_token_id": u32(0),
+        "tokenizer.ggml.eos_token_id": u32(1),
+        "tokenizer.ggml.bos_token_id": u32(2),
+        "tokenizer.ggml.unknown_token_id": u32(3),
+        "tokenizer.ggml.add_bos_token": flag(True),
+        "tokenizer.ggml.add_space_prefix": flag(False),
+    }
+
+
+def write_tiny_gemma(path: Path) -> Path:
+    """Write a tiny Gemma 3 as a GGUF file."""
+    path.write_bytes(gguf_bytes(gemma_metadata(), tiny_tensors("gemma3_text", **GEMMA)))
+    return path
 
 
 def write_tiny_gguf(path: Path, family: str = "llama", **overrides: Any) -> Path:

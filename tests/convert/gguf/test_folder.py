@@ -77,6 +77,43 @@ def test_logits_of_transformers_reading_the_same_file(
     np.testing.assert_allclose(np.array(model(mx.array(ids))), expected, atol=1e-4)
 
 
+def test_gemma3_in_mlx_lm(tmp_path: Path) -> None:
+    folder = converted(made.write_tiny_gemma(tmp_path / "x.gguf"), tmp_path / "model")
+    model, tokenizer = mlx_lm.load(str(folder))
+    ids = mx.array([[5, 3, 250, 7, 7, 90]])
+    assert mx.allclose(model(ids), tiny_gemma()(ids), atol=1e-4)
+    assert not mx.allclose(model(ids), tiny_gemma(sliding_window=5)(ids), atol=1e-4)
+    assert tokenizer.eos_token_ids == {1}
+    assert tokenizer.encode("ab") == [2, made.PIECES.index(("ab", 1, -1.0))]
+
+
+def tiny_gemma(**overrides: Any) -> Any:
+    model = tiny.tiny_model("gemma3_text", **(made.GEMMA | overrides))
+    model.sanitize({})  # where mlx-lm ties the head to the embedding
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gemma3_in_transformers(tmp_path: Path) -> None:
+    """On the folder, which both read; transformers reads no windows from such files itself."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = converted(made.write_tiny_gemma(tmp_path / "x.gguf"), tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, _ = mlx_lm.load(str(folder))
+    ids = [[5, 3, 250, 7, 7, 90, 12, 13]]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(np.array(model(mx.array(ids))), expected, atol=1e-4)
+
+
+def test_gemma3_of_27b_scales_queries_by_its_width(tmp_path: Path) -> None:
+    words = made.gemma_metadata() | {"gemma3.block_count": made.u32(62)}
+    path = tmp_path / "x.gguf"
+    path.write_bytes(made.gguf_bytes(words, MANY))
+    assert architecture.model_config(open_gguf(path))["query_pre_attn_scalar"] == 64 // 4
+
+
 def test_progress_counts_bytes(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     gguf = open_gguf(made.write_tiny_gguf(tmp_path / "x.gguf"))
@@ -167,6 +204,28 @@ REFUSED = [
     ({"llama.feed_forward_length": made.u32(97)}, "expected"),
     ({"llama.attention.layer_norm_rms_epsilon": made.f32(float("nan"))}, "no use"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": made.u32(1)}, "pattern is 1"),
+        ({"gemma3.attention.key_length_swa": made.u32(64)}, "key_length_swa differs"),
+        ({"gemma3.final_logit_softcapping": made.f32(30)}, "final_logit_softcapping"),
+    ],
+)
+def test_what_is_refused_of_gemma3(
+    tmp_path: Path, changes: dict[str, made.Typed], said: str
+) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(made.gguf_bytes(made.gemma_metadata() | changes, MANY))
+    with pytest.raises(CheckpointError, match=said):
+        architecture.model_config(open_gguf(path))
+
+
+MANY = {f"{number}.weight": made.stored(np.ones(1)) for number in range(70)}
+MANY["token_embd.weight"] = made.stored(np.ones((512, 64)))
+"""Enough tensors for any number of layers."""
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED)

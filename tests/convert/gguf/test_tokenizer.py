@@ -133,7 +133,7 @@ def test_files_are_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": made.text("llama")}, "of the kind 'llama'"),
+        ({"model": made.text("bert")}, "of the kind 'bert'"),
         ({"pre": made.text("tekken")}, "'tekken'"),
         ({"tokens": made.texts(["a", "a"])}, "comes twice"),
         ({"tokens": made.i32s([1, 2])}, "list of str"),
