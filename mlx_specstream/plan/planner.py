@@ -14,7 +14,7 @@ is drawn next. The planner holds no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ from .choose import MARGIN, Forecast, forecasts
 from .curve import CostCurve
 from .live import LiveAcceptance
 from .outlook import Outlook
+from .pace import Pace
 from .plans import Plan
 
 REVISE_AFTER = 4  # steps between two plans
@@ -43,8 +44,8 @@ SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the n
 class Planner:
     """A governor (`auto.py`) for one model, its streams and the machine; lives across answers.
 
-    plans: those to choose from, all of the curve's if None. margin: by how much verifying a tree
-    must beat plain decoding for the look of it alone.
+    plans: those to choose from, all of the curve's if None. margin: by how much speculation must
+    beat plain decoding at best. clock: seconds, to hold the curve against; None trusts it.
     """
 
     curve: CostCurve
@@ -53,6 +54,8 @@ class Planner:
     margin: float = MARGIN
     live: LiveAcceptance = field(default_factory=LiveAcceptance)
     outlook: Outlook = field(default_factory=Outlook)
+    pace: Pace = field(default_factory=Pace)
+    clock: Callable[[], float] | None = None
     plan: Plan | None = None
     parked: int = 0  # plain tokens since the last step
     context: int = 0
@@ -61,11 +64,13 @@ class Planner:
     _due: int | None = None  # plain tokens until the next look, None for never
     _tree: mx.array | None = None  # what the tree at hand expects
     _seen: bool = False  # whether the outlook has taken that in
+    _then: float | None = None  # when the last step was done, None if this one is not to be timed
 
     def begin(self, length: int) -> Plan | None:
         """Return the plan for an answer that follows `length` committed tokens."""
         self.live.fade(REMEMBERED)
         self.context, self._tree, self.plan, self._due = length, None, None, None
+        self._then = None
         if self.hopeless:
             return None
         best = self._best()
@@ -80,6 +85,7 @@ class Planner:
     def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
         """Take in a step and return the plan to go on with."""
         self.context = length
+        self._time(drafted_by)
         if self.plan is None:
             self.parked += 1
             if self._due is not None and self.parked >= self._due:
@@ -114,6 +120,20 @@ class Planner:
         G = self.curve.num_streams
         plans = self.curve.steps if self.plans is None else self.plans
         return all(1 + p.depth(G) < (1 + self.margin) * self._cost(p) for p in plans)
+
+    def _time(self, drafted_by: Plan | None) -> None:
+        """Hold the seconds since the last step against what they should be, if it was of the same kind."""
+        if self.clock is None:
+            return
+        then, self._then = self._then, self.clock()
+        expected = self.curve.seconds(drafted_by, self.context)
+        if drafted_by is not None:
+            if then is not None:
+                self.pace.step(self._then - then, expected)
+        elif self.plan is not None:  # a look, which has a price of its own
+            return
+        elif then is not None and self.parked:  # the first token waits for the pipeline to fill
+            self.pace.plain(self._then - then, expected)
 
     def _judge(self, accepted: int) -> None:
         """Compare what the verified tree expected with what was accepted of it."""
@@ -162,7 +182,8 @@ class Planner:
         return max(1.0, (self.curve.restart() - 1) / LOOK_SHARE)
 
     def _cost(self, plan: Plan) -> float:
-        return self.curve.relative(plan, self.context or None)
+        """Return a step's price in plain tokens."""
+        return self.pace.factor * self.curve.relative(plan, self.context or None)
 
     def _best(self) -> Forecast:
         """Return the best plan, however little it promises."""

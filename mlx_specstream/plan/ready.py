@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +72,7 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
         plans = [plan for plan in curve.steps if plan in allowed]
         if not plans:
             return None
-        known[key] = Planner(curve, acceptance(model), plans)
+        known[key] = Planner(curve, acceptance(model), plans, clock=time.perf_counter)
     return known[key]
 
 

@@ -21,6 +21,7 @@ from mlx_specstream.plan import (
 )
 from mlx_specstream.plan.live import LiveAcceptance
 from mlx_specstream.plan.outlook import Outlook
+from mlx_specstream.plan.pace import Pace
 from mlx_specstream.result import StepResult
 
 P = Plan.parse
@@ -245,6 +246,39 @@ def test_expectations_are_corrected_by_what_comes_of_them() -> None:
     assert outlook.level == pytest.approx(1.0, rel=0.1)
     outlook.begin(0.0)
     assert 0 < outlook.level < 0.5
+
+
+def test_the_clock_corrects_a_curve_that_was_measured_wrongly() -> None:
+    """Steps that cost half as much again as measured are not taken any more where that does not pay."""
+    now = 0.0
+    planner = Planner(curve(r8=2.0), profile(0.3), clock=lambda: now)
+    fair = mx.array(1.3)  # corrected 1.17: worth a price of 2.0, not of 3.0
+    plan, drafted, steps = planner.begin(10), None, []
+    for _ in range(400):
+        now += 1.0 if plan is None else 1.7 if drafted is None else 3.0
+        accepted = 1 if drafted is not None else 0
+        result = StepResult([1] * (1 + accepted), 0, NOTHING, expected=fair if plan else None)
+        following = planner.after(result, drafted if plan is not None else None, 10)
+        drafted = plan if plan is not None and following is not None else None
+        steps.append(plan)
+        plan = following
+    assert planner.pace.factor == pytest.approx(1.5, rel=0.15)
+    assert steps[-150:].count(None) > 140
+    trusting = Planner(curve(r8=2.0), profile(0.3))
+    trusting.begin(10)
+    assert trusting.after(StepResult([1], 0, NOTHING, expected=fair), None, 11) is not None
+
+
+def test_a_pause_is_no_price() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.plain(0.01, 0.01)
+        pace.step(0.02, 0.02)
+    pace.step(60.0, 0.02)
+    assert pace.factor == pytest.approx(1.0, abs=0.06)
+    for _ in range(500):
+        pace.step(0.5, 0.02)
+    assert pace.factor <= 1.5
 
 
 def test_nothing_is_probed_where_nothing_can_pay() -> None:
