@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget",
         type=float,
-        help="seconds that measuring may take (default: SPECSTREAM_PLAN_SECONDS, else 5)",
+        help="seconds that measuring may take (default: SPECSTREAM_PLAN_SECONDS, else 8)",
     )
     parser.add_argument(
         "--context", type=int, help="forecast for this many tokens of context (default: 256)"

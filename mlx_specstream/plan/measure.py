@@ -29,12 +29,12 @@ from mlx_specstream.tree import DraftTree, root_only
 from .curve import CostCurve, StepCost
 from .plans import Plan
 
-BUDGET_S = 5.0
+BUDGET_S = 8.0
 CONTEXT = 256
 LONG_CONTEXT = 2048
 MAX_ROUNDS = 7
 STEPS = 2  # of a plan per sample
-TOKENS = 5  # of plain decoding per sample
+TOKENS = 3  # of plain decoding per sample
 GROUP = 3  # plans between two samples of plain decoding
 HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
 _EXPLORING = 0.6  # share of the budget in which plans are still begun

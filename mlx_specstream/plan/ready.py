@@ -114,7 +114,7 @@ def costs(
     None if measuring is turned off (a budget of 0), or the model computes NaN.
 
     Args:
-        budget_s: seconds that measuring may take; None for SPECSTREAM_PLAN_SECONDS, else 5.
+        budget_s: seconds that measuring may take; None for SPECSTREAM_PLAN_SECONDS, else 8.
         refresh: measure even if the cache has it.
         announce: told in a sentence that measuring begins; None logs it.
 
