@@ -132,7 +132,7 @@ class Endpoints:
 
     def _reader(self, wanted: Sampling) -> CallReader | None:
         """Return what finds calls in an answer, where tools were offered and the model knows how."""
-        form = self.service.tools
+        form = self.service.encoder.tools
         if form is None or not isinstance(wanted, ChatRequest):
             return None
         if not wanted.tools or wanted.tool_choice == "none":

@@ -18,7 +18,9 @@ from mlx_specstream.grammar import Grammar
 from mlx_specstream.hub import first_line
 
 from .errors import ApiError, invalid
+from .forced_calls import forced_calls
 from .schema import ChatRequest, CompletionRequest, Message, PlainFormat, SchemaFormat
+from .tool_calls import ToolFormat
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -38,6 +40,7 @@ class PromptEncoder:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
+        self.tools = ToolFormat.of(self.tokenizer)
 
     def chat(self, request: ChatRequest) -> list[int]:
         """Return the ids that ask for a conversation's next answer.
@@ -90,11 +93,15 @@ class PromptEncoder:
         """Return what the answer must fit, None if it may be any text.
 
         Raises:
-            ApiError: the schema cannot be used, or the server cannot use any.
+            ApiError: the schema or the tool choice cannot be used, or the server cannot use any.
         """
+        try:
+            calls = forced_calls(request, self.tokenizer, self.tools, self.vocab_size)
+        except SpecStreamError as error:
+            raise invalid(str(error), "tool_choice") from error
         wanted = request.response_format
-        if wanted is None or isinstance(wanted, PlainFormat):
-            return None
+        if calls is not None or wanted is None or isinstance(wanted, PlainFormat):
+            return calls
         schema: dict[str, Any] = {"type": "object"}
         if isinstance(wanted, SchemaFormat):
             schema = wanted.json_schema.schema_

@@ -74,6 +74,19 @@ class Tool(Strict):
     function: FunctionDescription
 
 
+class NamedFunction(Strict):
+    """One of the tools' functions."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class FunctionChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class StreamOptions(Strict):
     """What a stream holds beside the answer."""
 
@@ -176,8 +189,15 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = Field(
-        None, description="Calls cannot be forced: only `auto` and `none`."
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(
+        None,
+        description=(
+            "`required` and a named function need the extra `grammar` and a model that writes "
+            "arguments as JSON."
+        ),
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="False: at most one call where calls are `required`."
     )
     response_format: ResponseFormat | None = None
     chat_template_kwargs: (
