@@ -7,11 +7,13 @@ verb's module has `build_parser() -> argparse.ArgumentParser` and `main(argv) ->
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 from mlx_specstream import __version__
 from mlx_specstream.errors import SpecStreamError
@@ -90,6 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
 
 
+def run() -> NoReturn:
+    """Be the `specstream` command: run `main` and end the process with its status, at once.
+
+    Python would take every module apart first, which takes seconds where transformers found PyTorch
+    to import, and aborts where another thread still computes, as at Ctrl-C while a server loads.
+    """
+    status = main()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 def _dispatch(arguments: list[str]) -> int:
     parser = build_parser()
     verb = parser.parse_args(arguments[:1]).verb
@@ -107,4 +123,4 @@ def _complain(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

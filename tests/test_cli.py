@@ -124,6 +124,25 @@ def python(code: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
 
 
+def test_the_command_ends_without_taking_python_apart() -> None:
+    code = (
+        "import atexit, sys, types\nfrom mlx_specstream import cli\n"
+        "class Slow:\n"
+        "    def __del__(self): sys.stderr.write('taken apart')\n"
+        "slow = sys.slow = Slow()\n"
+        "def main(argv):\n"
+        "    atexit.register(print, 'tidied up')\n"
+        "    print('done', end=' ')\n"
+        "    return 7\n"
+        "sys.modules['slow_verb'] = types.SimpleNamespace(main=main)\n"
+        "cli.VERBS['slow'] = cli.Verb('slow_verb', '')\n"
+        "sys.argv = ['specstream', 'slow']\n"
+        "cli.run()\n"
+    )
+    ended = python(code, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "done tidied up\n", "")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom mlx_specstream import cli\n"
