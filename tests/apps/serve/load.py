@@ -5,7 +5,8 @@
 Polite clients ask greedily or with a seed, whole or streamed, and compare what they get with what
 one client alone had got before. Others leave in the middle, or send nonsense or far too much. In the
 end the server must live, owe nobody anything, have grown by no more than its caches, and give
-the same answers as in the beginning. Prints the figures; exits 1 if anything is amiss.
+the same answers as in the beginning. Prints the figures, as JSON and as the table in
+docs/server.md; exits 1 if anything is amiss.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Tally:
     first: list[float] = field(default_factory=list)
     tokens: int = 0
     left: int = 0
+    nonsense: int = 0
+    oversized: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
@@ -139,11 +142,13 @@ async def client_loop(
             nonsense = dice.choice(NONSENSE)
             response = await client.post(CHAT, content=nonsense, headers=headers)
             note(tally, response.status_code)
+            tally.nonsense += 1
             if response.status_code not in (400, 404):
                 tally.wrong.append(f"nonsense got {response.status_code}: {response.text[:200]}")
         elif throw < 0.22:
             response = await oversized(client)
             note(tally, response)
+            tally.oversized += 1
             if response != 413:
                 tally.wrong.append(f"an oversized request got {response}")
         else:
@@ -210,8 +215,11 @@ async def crowd(url: str, process: psutil.Process, options: argparse.Namespace) 
         "clients": options.clients,
         "seconds": round(took, 1),
         "statuses": dict(sorted(tally.statuses.items())),
-        "left_early": tally.left,
         "answers": len(tally.waits),
+        "left_early": tally.left,
+        "nonsense": tally.nonsense,
+        "oversized": tally.oversized,
+        "turned_away": tally.statuses["429"],
         "tokens_per_s": round(tally.tokens / took, 1),
         "alone_tokens_per_s": round(counted.tokens / alone_s, 1),
         "answer_s": spread(tally.waits),
@@ -274,6 +282,39 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+
+    def seconds(name: str) -> str:
+        found = figures[name]
+        return f"{found['median']} / {found['p95']} / {found['max']} s" if found else "none"
+
+    memory = figures["rss_mb"]
+    rows = (
+        ("clients, seconds", f"{figures['clients']}, {figures['seconds']:g}"),
+        ("answers, each as one client alone got it", figures["answers"]),
+        ("answers that differed", len(figures["wrong"])),
+        ("turned away with 429", figures["turned_away"]),
+        ("left in the middle", figures["left_early"]),
+        ("nonsense refused (400, 404)", figures["nonsense"]),
+        ("too large, refused (413)", figures["oversized"]),
+        ("to the first token: median / 95th percentile / longest", seconds("first_token_s")),
+        ("to the end of the answer: the same", seconds("answer_s")),
+        (
+            "tokens per second, all clients; one client alone",
+            f"{figures['tokens_per_s']}; {figures['alone_tokens_per_s']}",
+        ),
+        ("tokens per pass", figures["tokens_per_pass"]),
+        ("prompt tokens that a cache held", f"{figures['prompt_tokens_from_cache']:.0%}"),
+        (
+            "memory of the process after a third of the time, at the end",
+            f"{memory['after_a_third']}, {memory['end']} MiB",
+        ),
+        ("told to stop, ended after", f"{figures['stopped_s']} s"),
+    )
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.apps.serve.load")
     parser.add_argument("--model", default="demo")
@@ -301,6 +342,7 @@ def main(argv: list[str]) -> int:
     finally:
         server.kill()
     print(json.dumps(figures, indent=2, ensure_ascii=False))
+    print(table(figures))
     return 1 if figures["faults"] else 0
 
 
