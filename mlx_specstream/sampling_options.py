@@ -22,14 +22,21 @@ if TYPE_CHECKING:
 PENALTY_CONTEXT = 20  # mlx-lm's
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of mlx-lm's samplers and logits processors."""
+def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that also a server's requests have words for; return their group."""
     group = parser.add_argument_group("sampling")
     add = group.add_argument
     add("--temp", type=float, default=0.0, help="temperature; 0 takes the likeliest token")
     add("--top-p", type=float, default=1.0, help="nucleus sampling (1: off)")
     add("--min-p", type=float, default=0.0, help="min-p sampling (0: off)")
     add("--top-k", type=int, default=0, help="top-k sampling (0: off)")
+    add("--seed", type=int, help="seed of the random generator")
+    return group
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of mlx-lm's samplers and logits processors."""
+    add = add_sampler_options(parser).add_argument
     add("--min-tokens-to-keep", type=int, default=1, help="tokens that min-p leaves at least")
     add("--xtc-probability", type=float, default=0.0, help="how often XTC is applied (0: off)")
     add(
@@ -38,7 +45,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="XTC cuts all tokens above this probability but the least likely of them",
     )
-    add("--seed", type=int, help="seed of the random generator")
     group = parser.add_argument_group("logits processors")
     add = group.add_argument
     add(
@@ -98,8 +104,8 @@ def check_sampling(arguments: argparse.Namespace) -> None:
         ("penalty_context_size", lambda x: x >= 1, "at least 1"),
     )
     for name, right, wanted in checks:
-        value = getattr(arguments, name)
-        if not right(value):
+        value = getattr(arguments, name, None)  # not every verb has every flag
+        if value is not None and not right(value):
             raise OptionError(f"--{name.replace('_', '-')} must be {wanted}, got {value}.")
 
 

@@ -6,14 +6,17 @@ import argparse
 import os
 from dataclasses import fields
 
+from mlx_specstream.config import CacheConfig
 from mlx_specstream.decode_options import (
+    add_cache_options,
     add_decode_options,
     add_model_options,
+    cache_config,
     decode_config,
     load_options,
 )
 from mlx_specstream.errors import OptionError
-from mlx_specstream.generate_cli import add_sampling_options, check_sampling
+from mlx_specstream.sampling_options import add_sampler_options, check_sampling
 
 from .limits import Access, Limits
 
@@ -68,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
         help="web page elsewhere that may ask, like https://chat.example",
     )
-    add_sampling_options(parser)
+    add_sampler_options(parser)
     limits = parser.add_argument_group("limits")
     defaults = Limits()
     for name, kind, meaning in _LIMITS:
@@ -80,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             default=value,
             help=meaning if value is None else f"{meaning} (default: %(default)s)",
         )
+    add_cache_options(parser)
     add_decode_options(parser)
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
@@ -96,6 +100,8 @@ def main(argv: list[str]) -> int:
     check_sampling(arguments)
     config = decode_config(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
+    caching = cache_config(arguments)
+    check_caching(caching, limits)
     access = Access(
         arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
         tuple(arguments.allowed_host),
@@ -123,7 +129,12 @@ def main(argv: list[str]) -> int:
         arguments.temp, arguments.top_p, arguments.top_k, arguments.min_p, arguments.seed
     )
     service = start_service(
-        loaded, limits, defaults, config=config, speculative=not arguments.no_speculation
+        loaded,
+        limits,
+        defaults,
+        config=config,
+        speculative=not arguments.no_speculation,
+        caching=caching,
     )
     streams = f" with {service.num_streams} streams" if service.num_streams else ""
     key = "" if access.api_key is None else "; clients must send the API key"
@@ -132,3 +143,16 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     return serve(create_app(service, access), service, listening, arguments.log_level.lower())
+
+
+def check_caching(caching: CacheConfig, limits: Limits) -> None:
+    """Refuse to keep KV caches that are no beginning of another answer's.
+
+    Raises:
+        OptionError: with what to add.
+    """
+    if not caching.keeps_all and limits.prompt_cache_bytes:
+        raise OptionError(
+            "--max-kv-size and --kv-bits do not go with a prompt cache, because an answer would "
+            "then depend on which requests came before it; add --prompt-cache-bytes 0."
+        )

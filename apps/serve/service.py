@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlx_specstream import DecodeConfig, StreamModel
+from mlx_specstream.cache.kinds import check_quantised
+from mlx_specstream.config import CacheConfig
 from mlx_specstream.grammar import Grammar
 
 from .engine import Engine
@@ -23,7 +25,6 @@ from .prefixes import PrefixStore
 from .prompt import PromptEncoder
 from .schema import ChatRequest, Sampling
 from .settings import Settings
-from .tool_calls import ToolFormat
 from .turns import Turns
 from .work import Decoding
 
@@ -60,7 +61,6 @@ class Service:
     defaults: Defaults
     engine: Engine
     encoder: PromptEncoder
-    tools: ToolFormat | None
     metrics: Metrics
     vocab_size: int
     created: int = field(default_factory=lambda: int(time.time()))
@@ -151,8 +151,11 @@ def start_service(
     *,
     config: DecodeConfig | None = None,
     speculative: bool = True,
+    caching: CacheConfig | None = None,
 ) -> Service:
     """Load a model in the engine's thread and return the service that answers with it.
+
+    caching: how KV caches hold rows; unless all of them as computed, answers take turns.
 
     Raises:
         SpecStreamError: it cannot be loaded.
@@ -164,6 +167,8 @@ def start_service(
         from mlx_lm.generate import wired_limit
 
         model, tokenizer = load()
+        backbone = model.backbone
+        check_quantised(backbone.forward, backbone.windows, caching or CacheConfig())
         with wired_limit(model.model):
             turns = Turns(
                 model,
@@ -172,6 +177,7 @@ def start_service(
                 config=config,
                 speculative=speculative,
                 prefill_step_size=limits.prefill_step_size,
+                caching=caching,
             )
             turns.warm_up()
             found.append((model, tokenizer, turns.prefixes))
@@ -200,7 +206,6 @@ def start_service(
         defaults=defaults or Defaults(),
         engine=engine,
         encoder=PromptEncoder(tokenizer, model.backbone.vocab_size, limit),
-        tools=ToolFormat.of(tokenizer),
         metrics=metrics,
         vocab_size=model.backbone.vocab_size,
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from mlx_specstream import DecodeConfig, StreamModel
 from mlx_specstream.batch import BatchDecoder, Slot
+from mlx_specstream.config import CacheConfig
 from mlx_specstream.errors import SpecStreamError
 from mlx_specstream.generation import decoder_for
 from mlx_specstream.result import StepResult
@@ -49,15 +50,18 @@ class Turns:
         config: DecodeConfig | None = None,
         speculative: bool = True,
         prefill_step_size: int = 512,
+        caching: CacheConfig | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.speculative = speculative
+        self.caching = caching
         self.prefill_step_size = prefill_step_size
-        self.batch = make_batch(model, config, speculative)
-        kind = model.backbone if self.batch is None else self.batch
-        self.prefixes = PrefixStore(kind.new_cache, prompt_cache_bytes)
+        self.batch = make_batch(model, config, speculative, caching)
+        own = partial(model.backbone.new_cache, caching)
+        new_cache = own if self.batch is None else self.batch.new_cache
+        self.prefixes = PrefixStore(new_cache, prompt_cache_bytes)
         self.reading: deque[Generating] = deque()  # whose turn is next comes first
         self.writing: deque[Generating] = deque()
         self.slots: dict[Slot, Generating] = {}
@@ -151,7 +155,7 @@ class Turns:
         except Exception as error:  # of all, such as no memory: nothing in the batch can be trusted
             lost = [self._failed(answer, error) for answer in self.slots.values()]
             self.slots.clear()
-            self.batch = make_batch(self.model, self.config, self.speculative)
+            self.batch = make_batch(self.model, self.config, self.speculative, self.caching)
             return lost
         for slot, result, raised in results:
             answer = self.slots[slot]
@@ -177,9 +181,14 @@ class Turns:
 
 
 def make_batch(
-    model: StreamModel, config: DecodeConfig | None, speculative: bool
+    model: StreamModel,
+    config: DecodeConfig | None,
+    speculative: bool,
+    caching: CacheConfig | None = None,
 ) -> BatchDecoder | None:
     """Return what decodes several answers in one pass, None where that cannot be done."""
+    if caching is not None and not caching.keeps_all:
+        return None
     try:
         return BatchDecoder(model, config, speculative)
     except SpecStreamError as error:

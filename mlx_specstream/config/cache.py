@@ -42,3 +42,8 @@ class CacheConfig:
                 "max_kv_size and kv_bits cannot be used together: mlx-lm does not quantise "
                 "rotating caches; leave one of them out."
             )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Tell whether layers without a sliding window hold every row, as it was computed."""
+        return self.max_kv_size is None and self.kv_bits is None

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx2
@@ -26,6 +27,9 @@ from tests.apps.serve.conftest import ask
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["--time-limit", "0"], "--time-limit must be more than 0"),
         (["--temp", "-1"], "--temp must be"),
+        (["--kv-bits", "8"], "add --prompt-cache-bytes 0"),
+        (["--max-kv-size", "512"], "add --prompt-cache-bytes 0"),
+        (["--kv-bits", "7", "--prompt-cache-bytes", "0"], "kv_bits must be"),
         (["--host", "no.such.host.invalid"], "no host"),
     ],
 )
@@ -80,8 +84,29 @@ def test_it_serves_until_told_to_stop(parrot_folder: Path, number: signal.Signal
         ).json()
         assert reply["choices"][0]["message"]["content"] == ANSWER
         server.send_signal(number)
+        told = time.monotonic()
         _, errors = server.communicate(timeout=60)
     finally:
         server.kill()
     assert server.returncode == 0
     assert "Traceback" not in errors
+    assert time.monotonic() - told < 3, "nothing was left to do"
+
+
+def test_ctrl_c_while_the_model_is_loaded(parrot_folder: Path) -> None:
+    command = [sys.executable, "-m", "mlx_specstream", "serve", "--port", "0"]
+    loading = subprocess.Popen(
+        [*command, "--model", str(parrot_folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert loading.stdout is not None
+    try:
+        assert next(loading.stdout).startswith("loading")
+        loading.send_signal(signal.SIGINT)
+        _, errors = loading.communicate(timeout=60)
+    finally:
+        loading.kill()
+    assert (loading.returncode, errors) == (130, "specstream: interrupted.\n")

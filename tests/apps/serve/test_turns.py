@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_specstream import StreamModel
+from mlx_specstream import StreamModel, stream_generate
 from mlx_specstream.apps.serve import turns as turns_module
 from mlx_specstream.apps.serve.settings import Settings
 from mlx_specstream.apps.serve.turns import Turns
 from mlx_specstream.apps.serve.work import Failure, Work
+from mlx_specstream.config import CacheConfig
 from mlx_specstream.errors import ModelError
 from tests.apps.serve.conftest import TREE
 from tests.engine import examples
-from tests.scripted import assert_holds
-from tests.tiny import byte_tokenizer
+from tests.scripted import assert_holds, with_streams
+from tests.tiny import byte_tokenizer, tiny_model
 
 KINDS = (
     Settings(12),
@@ -183,3 +184,34 @@ def test_when_a_shared_pass_fails_the_next_answers_start_afresh(
         {},
     )
     assert list(again.values()) == list(fresh.values())
+
+
+@pytest.mark.parametrize(
+    "caching",
+    [CacheConfig(max_kv_size=12), CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=6)],
+)
+def test_caches_that_do_not_keep_all_rows_are_each_answers_own(caching: CacheConfig) -> None:
+    """What one prompt gives does not depend on the others, nor on how often it was asked."""
+    model = with_streams(tiny_model("llama", head_dim=32))
+    prompts = [list(b"one question"), list(b"one questioN"), list(b"two")]
+    expected = [
+        "".join(
+            response.text
+            for response in stream_generate(
+                model,
+                byte_tokenizer(),
+                prompt,
+                max_tokens=20,
+                config=TREE,
+                prompt_cache=model.backbone.new_cache(caching),
+                prefill_step_size=4,
+            )
+        )
+        for prompt in prompts
+    ]
+    turns = make_turns(model, caching=caching, prompt_cache_bytes=0)
+    assert turns.batch is None
+    works = [make_work(prompt, Settings(20)) for prompt in prompts * 2]
+    found = run(turns, {0: works[:2], 3: works[2:4], 9: works[4:]}, {})
+    assert [found[work] for work in works] == expected * 2
+    assert not turns.prefixes.entries
