@@ -40,11 +40,18 @@ class Position:
     """One token's tree: order and rank of each following token in turn, until one is missing.
 
     pruned: for trees of some numbers of rows, the order that the early exit gives the same nodes.
+    chances: the path probabilities of the best nodes by the streams' own word, the root's first; they are
+    not written to files.
     """
 
     orders: tuple[int, ...] = ()
     ranks: tuple[int, ...] = ()
     pruned: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    chances: tuple[float, ...] = field(default=(), compare=False)
+
+    def expected(self, rows: int) -> float:
+        """Return how many drafts of the best-first tree of `rows` rows should be accepted."""
+        return sum(self.chances[1:rows])
 
     def accepted(self, plan: Plan, num_streams: int) -> int:
         """Return how many drafts a step with this plan accepts here."""

@@ -24,6 +24,7 @@ from mlx_specstream.tree import DraftTree, build
 from .acceptance import RECORDED_ROWS, AnswerTrace, Position
 
 CHUNK = 16  # tokens per pass
+KEPT_CHANCES = 32  # of the tree's nodes
 
 
 def record_answer(
@@ -85,7 +86,8 @@ def looked_up(tree: DraftTree, following: Sequence[int]) -> Position:
         node = int(right[0])
         orders.append(int((scores > scores[node]).sum()))
         ranks.append(1 + int((scores[children] > scores[node]).sum()))
-    return Position(tuple(orders), tuple(ranks))
+    chances = np.exp(np.sort(scores)[::-1][:KEPT_CHANCES])
+    return Position(tuple(orders), tuple(ranks), chances=tuple(map(float, chances)))
 
 
 def _answer(
