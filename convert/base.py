@@ -8,7 +8,6 @@ flow through one at a time, so memory holds one tensor and its result, not the m
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_specstream.convert.names import Named, Shape, fit_base, nearest
+from mlx_specstream.convert.quantise import Quantisation, give_quantised_layers, quantise
 from mlx_specstream.convert.steps import Delta, Step, materialise, plain_dtype
 from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.errors import CheckpointError
 from mlx_specstream.fingerprint import (
     BaseDims,
     base_dims,
@@ -43,16 +43,6 @@ from mlx_specstream.tensorfile import (
 )
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How to quantise: mlx-lm's settings. `None`: the mode's own default."""
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    predicate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ def plan_base(
     model.load_weights([(name, mx.zeros(wanted[name], MLX_TYPES[casts[name]])) for name in wanted])
     plain = dict(model.named_modules())
     if quantisation is not None:
-        model, config = _quantised(model, config, quantisation)
+        model, config = quantise(model, config, quantisation)
     if target is not None:
         config = {**config, "torch_dtype": target, "dtype": target}
     steps = _steps(model, plain, sources, casts, deltas or {})
@@ -168,29 +158,8 @@ def build_model(config: dict[str, Any], where: Path) -> nn.Module:
             f"{where}: config.json does not describe a {config['model_type']} model ({error})."
         ) from None
     if "quantization" in config:
-        _make_quantised(model, config, where)
+        give_quantised_layers(model, config, where)
     return model
-
-
-def _make_quantised(model: nn.Module, config: dict[str, Any], where: Path) -> None:
-    """Give a model the quantised layers that its config (an mlx-lm folder's) lists."""
-    settings = config["quantization"]
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: config.json's quantization must be an object.")
-    default = {name: settings[name] for name in ("group_size", "bits", "mode") if name in settings}
-
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        own = settings.get(path, True)
-        return {**default, **own} if isinstance(own, dict) else bool(own)
-
-    try:
-        nn.quantize(model, **default, class_predicate=choose)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{where}: config.json's quantization does not fit: {error}."
-        ) from None
 
 
 def _with_tying(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
@@ -272,43 +241,6 @@ def _casts(
         own = plain_dtype(value) if isinstance(value, Named) else dtype_name(value.dtype)
         casts[name] = DTYPES[target] if target and own in FLOATS and may_cast(name) else own
     return casts
-
-
-def _quantised(
-    model: nn.Module, config: dict[str, Any], wanted: Quantisation
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Let mlx-lm choose which layers become quantised, on the placeholders."""
-    from mlx_lm.utils import quantize_model
-
-    if "quantization" in config:
-        raise OptionError("the base is quantised already; leave out -q, or give full weights.")
-    predicate = None
-    try:
-        if wanted.predicate:
-            if wanted.mode != "affine":
-                raise OptionError("--quant-predicate works with --q-mode affine only.")
-            builder = importlib.import_module("mlx_lm.convert").mixed_quant_predicate_builder
-            predicate = builder(wanted.predicate, model, wanted.group_size or 64)
-        with contextlib.redirect_stdout(io.StringIO()):
-            made, config = quantize_model(
-                model,
-                config,
-                wanted.group_size,
-                wanted.bits,
-                wanted.mode,
-                quant_predicate=predicate,
-            )
-    except (ValueError, RuntimeError, KeyError) as error:
-        if isinstance(error, OptionError):
-            raise
-        reason = shown(str(error), 200)
-        raise OptionError(f"this quantisation is not possible: {reason}.") from None
-    if not any(hasattr(module, "scales") for _, module in made.named_modules()):
-        raise OptionError(
-            f"no layer can be quantised in groups of {config['quantization']['group_size']}: "
-            "no width is a multiple of it; give a smaller --q-group-size."
-        )
-    return made, config
 
 
 def _steps(

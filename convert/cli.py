@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_specstream.convert.base import DTYPES, Quantisation
+from mlx_specstream.convert.base import DTYPES
 from mlx_specstream.convert.plan import Options, Plan
+from mlx_specstream.convert.quantise import Quantisation
 from mlx_specstream.errors import OptionError
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.base import DTYPES, BasePlan, Quantisation, plan_base
+from mlx_specstream.convert.base import DTYPES, BasePlan, plan_base
 from mlx_specstream.convert.configs import base_config, base_name, peft_adapter, stream_config
 from mlx_specstream.convert.hub import locate
 from mlx_specstream.convert.names import Named, nearest, read_rules, sort_names
+from mlx_specstream.convert.quantise import Quantisation
 from mlx_specstream.convert.reader import CONFIG, STREAMS, Checkpoint, open_checkpoint
 from mlx_specstream.convert.steps import Delta, Step, plain_dtype
 from mlx_specstream.convert.tensors import SourceTensor

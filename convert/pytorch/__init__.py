@@ -6,6 +6,7 @@
 * `checkpoint`: schema 1, read and written
 * `distill`, `batched`, `states`: the model's own answers, and what the frozen base computes for them
 * `data`, `packed`, `loss`: texts and batches, the fast forward of stream rows, a vocabulary subset
-* `objectives`, `workers`, `trainer`, `train`: what is minimised, several processes at one step, the loop
+* `objectives`, `start`, `workers`, `trainer`, `train`: what is minimised and trained, several processes at one step,
+  the loop
 * `measure`, `evaluate`: tokens per step
 """

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mlx_specstream.config import StreamConfig
 from mlx_specstream.convert.pytorch import workers
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters, grow
 from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint, save_checkpoint
+from mlx_specstream.convert.pytorch.checkpoint import save_checkpoint
 from mlx_specstream.convert.pytorch.data import (
     Example,
     Selection,
@@ -26,15 +24,9 @@ from mlx_specstream.convert.pytorch.data import (
     split_held_out,
 )
 from mlx_specstream.convert.pytorch.loss import VocabularySampler
-from mlx_specstream.convert.pytorch.objectives import (
-    Common,
-    LosslessObjective,
-    Objective,
-    PrunerObjective,
-    SharedObjective,
-)
+from mlx_specstream.convert.pytorch.objectives import Common
+from mlx_specstream.convert.pytorch.start import make_adapters, make_objective, parameter_groups
 from mlx_specstream.convert.pytorch.states import StateReader, States, compute_states
-from mlx_specstream.errors import OptionError
 from mlx_specstream.files import atomic_file
 
 
@@ -61,9 +53,9 @@ class Trainer:
         self.work = self.output.with_name(self.output.name + ".partial-train")
         self.work.mkdir(parents=True, exist_ok=True)
         self.backbone = Backbone.load(args.model, getattr(torch, args.dtype))
-        self.adapters = self._adapters()
+        self.adapters = make_adapters(args, self.backbone)
         self.optimizer = torch.optim.AdamW(
-            self._groups(), betas=(0.9, args.beta2), weight_decay=0.0
+            parameter_groups(args, self.adapters), betas=(0.9, args.beta2), weight_decay=0.0
         )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
@@ -73,85 +65,12 @@ class Trainer:
         sampler = VocabularySampler(
             self.backbone.vocab_size, answers, args.num_frequent, args.num_random
         )
-        self.objective = self._objective(
-            Common(self.backbone, self.adapters, sampler, self._states, args.alpha_decay)
+        self.objective = make_objective(
+            args, Common(self.backbone, self.adapters, sampler, self._states, args.alpha_decay)
         )
         self.state_file = self.work / "state.pt"
         if self.state_file.exists():
             self._resume()
-
-    def _adapters(self) -> StreamAdapters:
-        """Make new adapters, or take those of `--start-from` and give them what they lack."""
-        args = self.args
-        if args.start_from:
-            adapters = load_checkpoint(args.start_from, self.backbone)
-            wanted = {
-                "num_streams": max(args.num_streams, adapters.config.num_streams),
-                "mode": args.mode,
-            }
-            if args.train == "pruner":
-                wanted["pruner_rank"] = args.pruner_rank
-            if args.resize_rank:
-                wanted["lora_rank"] = args.resize_rank
-            grown = grow(adapters, self.backbone, **wanted)
-            if args.mode == "shared" and adapters.config.mode == "lossless":
-                grown.scale_lora(args.start_scale)
-            return grown
-        if args.train == "pruner":
-            raise OptionError(
-                "--train pruner needs --start-from with the streams that the pruner is for"
-            )
-        modules = tuple(args.target_modules or self.backbone.layers[-1].linear_modules())
-        config = StreamConfig(
-            num_streams=args.num_streams,
-            num_msa_layers=args.num_msa_layers,
-            mode=args.mode,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            target_modules=modules if args.lora_rank else (),
-            conditioner_rank=args.conditioner_rank,
-            conditioner_hidden=args.conditioner_hidden,
-        )
-        return StreamAdapters(config, self.backbone, args.embedding_std)
-
-    def _objective(self, common: Common) -> Objective:
-        if self.args.train == "pruner":
-            return PrunerObjective(common)
-        if self.args.mode == "shared":
-            return SharedObjective(
-                common,
-                self.args.main_weight,
-                self.args.stream_weight,
-                gate_start=self.args.gate_start,
-                streams=self.args.train != "plain",
-            )
-        return LosslessObjective(common)
-
-    def _groups(self) -> list[dict[str, object]]:
-        """Return the trained parameters with their learning rates; others are frozen."""
-        embeddings: list[torch.Tensor] = []
-        conditioner: list[torch.Tensor] = []
-        rest: list[torch.Tensor] = []
-        for name, parameter in self.adapters.named_parameters():
-            part = name.split(".")[0]
-            trained = {"pruner": part == "pruner", "plain": part == "lora"}
-            if not trained.get(self.args.train, part != "pruner"):
-                parameter.requires_grad_(False)
-                continue
-            home = (
-                embeddings
-                if name == "stream_embeddings"
-                else conditioner
-                if "conditioner" in name
-                else rest
-            )
-            home.append(parameter)
-        pairs = (
-            (embeddings, self.args.embedding_lr),
-            (rest, self.args.lr),
-            (conditioner, self.args.conditioner_lr),
-        )
-        return [{"params": parameters, "lr": lr} for parameters, lr in pairs if parameters]
 
     def _texts(self) -> tuple[list[Example], list[Example]]:
         from transformers import AutoTokenizer
@@ -177,6 +96,16 @@ class Trainer:
             return compute_states(
                 self.backbone, example.prompt, example.answer, self.adapters.config.num_msa_layers
             )
+
+    def _batches(self, epoch: int) -> Iterable[list[Selection]]:
+        return epoch_batches(
+            self.train,
+            num_positions=self.args.positions,
+            fraction=self.args.fraction,
+            seed=self.args.seed,
+            epoch=epoch,
+            group_size=self.args.group_size,
+        )
 
     def rate(self) -> float:
         """Return the learning rate's factor: linear warm-up, then linear decay until the budget is spent."""
@@ -239,15 +168,7 @@ class Trainer:
         while self.fraction() < 1:
             if progress.epoch and not progress.batch:
                 self._refresh()
-            batches = epoch_batches(
-                self.train,
-                num_positions=args.positions,
-                fraction=args.fraction,
-                seed=args.seed,
-                epoch=progress.epoch,
-                group_size=args.group_size,
-            )
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(self._batches(progress.epoch)):
                 if number < progress.batch:
                     continue
                 record = self.step(batch)
@@ -289,15 +210,7 @@ class Trainer:
             f"{len(self.held_out)} held out; {trained:,} parameters; budget {budget}, step {self.progress.step} done",
             flush=True,
         )
-        batches = epoch_batches(
-            self.train,
-            num_positions=self.args.positions,
-            fraction=self.args.fraction,
-            seed=self.args.seed,
-            epoch=0,
-            group_size=self.args.group_size,
-        )
-        trial = next(iter(batches))
+        trial = next(iter(self._batches(0)))
         started = time.monotonic()
         with torch.no_grad():
             self.objective.loss([trial[0]], 0)

@@ -487,7 +487,7 @@ def test_an_existing_folder_is_left_alone(tmp_path, base):
 
 
 def test_a_quantised_mlx_base_is_passed_through(tmp_path, base, streams):
-    from mlx_specstream.convert.base import Quantisation
+    from mlx_specstream.convert.quantise import Quantisation
 
     convert(base, tmp_path / "small", quantisation=Quantisation(4, 32))
     made.edit_json(streams / "speculative_streaming.json")
@@ -594,7 +594,7 @@ def test_options_that_contradict_are_refused(base, arguments):
     ("bits", "group_size", "mode"), [(7, 32, "affine"), (4, 48, "affine"), (4, 128, "affine")]
 )
 def test_impossible_quantisations_are_refused(base, bits, group_size, mode):
-    from mlx_specstream.convert.base import Quantisation
+    from mlx_specstream.convert.quantise import Quantisation
 
     with pytest.raises(OptionError):
         make_plan(Options(str(base), quantisation=Quantisation(bits, group_size, mode)))
