@@ -25,10 +25,9 @@ from .cache import GROWTH, SLACK, KVCache, PassCache, Span, StateLayer, new_cach
 from .config import CacheConfig
 from .errors import ModelError, OptionError
 from .families import LayerCall, keep_states, refusal, take_apart, uniform
+from .masks import Mask, RowMask, causal_mask
 
-Mask = mx.array | str | None
 SMALL = 2.0**-10  # a logit that no soft-cap changes
-PROBE_TOLERANCE = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.5}
 
 
 class RowRope:
@@ -206,75 +205,6 @@ class Backbone:
         return self.head(self.norm(hidden))[0]
 
 
-class RowMask:
-    """The masks of one pass: who sees whom, and per sliding window who is near enough.
-
-    seen: (R, S) bool, "causal" or None (all); (B, 1, R, S) in a batch. positions: the rows' (R,)
-    and the keys' (S,) int32, needed only where a layer has a window; in a batch (B, 1, R) and
-    (B, 1, S). own_streams: as `seen`, which of the keys are streams (shared mode with gates);
-    None for the last columns.
-    """
-
-    def __init__(
-        self,
-        seen: Mask,
-        positions: Callable[[], tuple[mx.array, mx.array]],
-        own_streams: mx.array | None = None,
-    ) -> None:
-        self.seen = seen
-        self.positions = positions
-        self.own_streams = own_streams
-        self._windowed: dict[int, Mask] = {}
-        self._rotating: dict[Span, Mask] = {}
-
-    def of(self, window: int | None, span: Span | None = None) -> Mask:
-        """Return the mask of a layer with this sliding window (None: it sees everything).
-
-        With a `span`, over the columns that a rotating cache shows; if the layer has a window
-        as well, it is the cache's size.
-        """
-        if span is not None:
-            if span not in self._rotating:
-                self._rotating[span] = self._in_sight(span)
-            return self._rotating[span]
-        if window is None:
-            return self.seen
-        if window not in self._windowed:
-            rows, keys = self.positions()
-            near = keys[..., None, :] > rows[..., None] - window
-            seen = self.as_array()
-            self._windowed[window] = near if seen is None else near & seen
-        return self._windowed[window]
-
-    def as_array(self) -> mx.array | None:
-        """Return who sees whom as an array, (R, S) or (B, 1, R, S) bool, or None (all)."""
-        if isinstance(self.seen, str):
-            rows, keys = self.positions()
-            return keys[..., None, :] <= rows[..., None]
-        return self.seen
-
-    def _in_sight(self, span: Span) -> Mask:
-        """Return who sees whom where rows leave the cache in turn."""
-        if self.seen is None:
-            return None  # one row, and the span shows what it sees
-        rows, keys = self.positions()
-        if not isinstance(self.seen, str):
-            return span.columns(self.seen & span.near(rows, keys))
-        if keys.shape[0] <= span.size:
-            return self.seen
-        return span.columns(span.near_in_chunk(rows, keys) & (keys[None] <= rows[:, None]))
-
-
-def causal_mask(length: int, rows: int) -> RowMask:
-    """Return the masks for `rows` consecutive tokens after `length` committed ones."""
-
-    def positions() -> tuple[mx.array, mx.array]:
-        keys = mx.arange(length + rows, dtype=mx.int32)
-        return keys[length:], keys
-
-    return RowMask(None if rows == 1 else "causal", positions)
-
-
 def view_layer(layer: nn.Module) -> nn.Module:
     """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows."""
     view = copy.copy(layer)
@@ -294,71 +224,3 @@ def _is_rope(name: str, module: Any) -> bool:
         return False
     words = f"{name} {type(module).__name__}".lower()
     return ("rope" in words or "rotary" in words) and "offset" in signature(module).parameters
-
-
-def check_backbone(backbone: Backbone) -> None:
-    """Compare the view with mlx-lm's own forward on a probe: prefill, then rows out of order.
-
-    Seven tokens run through mlx-lm; the view computes the first three as a prefill and the
-    others as rows with positions and a mask of their own, in two orders.
-
-    Raises:
-        ModelError: the logits differ by more than rounding.
-    """
-    vocab = min(backbone.vocab_size, 997)
-    tokens = mx.array([(7 * i * i + 3 * i + 1) % vocab for i in range(7)], dtype=mx.int32)
-    expected = backbone.model(tokens[None])[0, 3:].astype(mx.float32)
-    try:
-        probe = _probe_states if backbone.is_recurrent else _probe_rows
-        error = cast(float, mx.abs(probe(backbone, tokens) - expected).max().item())
-    except Exception as failed:  # a layer that cannot take rows fails in its own way
-        raise refusal(backbone.family, failed) from failed
-    if mx.any(mx.isnan(expected)).item():
-        raise ModelError(
-            "the model's output is not a number (NaN): its weights are damaged, or overflow in this "
-            "precision; check the files or use another dtype."
-        )
-    scale = max(1.0, cast(float, mx.abs(expected).max().item()))
-    tolerance = PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale
-    if backbone.is_recurrent and not error <= tolerance:
-        reason = ModelError("its layers' states cannot be kept after every row of a draft")
-        raise refusal(backbone.family, reason)
-    if not error <= tolerance:
-        raise ModelError(
-            f"this model (type {backbone.family}) does not compute the same through "
-            f"mlx-specstream as in mlx-lm (logits differ by {error:.2g}, allowed {tolerance:.2g}), "
-            "so it cannot be decoded exactly; please report it with the model's name."
-        )
-
-
-def _probe_rows(backbone: Backbone, tokens: mx.array) -> mx.array:
-    """Return float32 logits (4, V) of the last four tokens, computed as rows out of order."""
-    order = mx.array([2, 0, 3, 1], dtype=mx.int32)
-    cache = backbone.new_cache()
-    backbone.forward(tokens[:3], cache)
-    cache.advance(3)
-    logits = _row_logits(backbone, tokens[3 + order], 3 + order, cache)
-    return mx.take(logits, mx.argsort(order), axis=0)
-
-
-def _probe_states(backbone: Backbone, tokens: mx.array) -> mx.array:
-    """Return float32 logits (4, V) of the last four tokens, two of them after wrong drafts."""
-    cache = backbone.new_cache()
-    backbone.forward(tokens[:3], cache)
-    cache.advance(3)
-    positions = mx.arange(3, 7, dtype=mx.int32)
-    drafts = mx.concatenate([tokens[3:5], tokens[:2]])
-    first = _row_logits(backbone, drafts, positions, cache)[:2]
-    cache.advance(2)
-    return mx.concatenate([first, _row_logits(backbone, tokens[5:], positions[2:], cache)])
-
-
-def _row_logits(
-    backbone: Backbone, tokens: mx.array, positions: mx.array, cache: KVCache
-) -> mx.array:
-    """Return float32 logits (R, V) of rows with positions of their own, a chain in some order."""
-    keys = mx.concatenate([mx.arange(cache.length, dtype=mx.int32), positions])
-    mask = RowMask(keys[None] <= positions[:, None], lambda: (positions, keys))
-    every = range(backbone.num_layers)
-    hidden = backbone.run(backbone.embed(tokens), every, cache, cache.length, positions, mask)
-    return backbone.logits(hidden).astype(mx.float32)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backbone import Backbone, check_backbone
+from .backbone import Backbone
 from .cache import KVCache
 from .demo import DEMO_NAME, resolve_demo
 from .errors import ModelError, OptionError
 from .gemma import GEMMA_NAME, resolve_gemma
 from .hub import fetch, first_line, refuse_revision
 from .prefill import PREFILL_CHUNK, prefill_chunks
+from .probe import check_backbone
 from .shipped import AUTO, find_streams
 from .streams import Streams
 

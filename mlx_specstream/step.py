@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .accept import accept
-from .backbone import RowMask
 from .cache import KVCache
 from .condition import (
     NUM_CANDIDATES,
@@ -30,6 +29,7 @@ from .condition import (
     top_candidates,
 )
 from .config import PruneSpec, TreeSpec
+from .masks import RowMask
 from .prune import Pruner, prune
 from .sampling import TokenChooser
 from .streams import Streams, pass_mask

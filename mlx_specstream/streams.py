@@ -27,10 +27,11 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from .backbone import Backbone, Mask, RowMask, causal_mask, view_layer
+from .backbone import Backbone, view_layer
 from .cache import KVCache, PassCache
 from .config import StreamConfig
 from .errors import StreamsError
+from .masks import Mask, RowMask, causal_mask
 
 
 class RowSplit:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
-from mlx_specstream.backbone import Backbone, RowRope, check_backbone
+from mlx_specstream.backbone import Backbone, RowRope
 from mlx_specstream.cache import KVCache
 from mlx_specstream.errors import ModelError
+from mlx_specstream.probe import check_backbone
 from tests import tiny
 from tests.engine import (
     mlx_lm_tokens,

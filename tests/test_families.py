@@ -13,11 +13,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_specstream.backbone import Backbone, check_backbone
+from mlx_specstream.backbone import Backbone
 from mlx_specstream.bench.against_mlx_lm import compare_with_mlx_lm
 from mlx_specstream.bench.tiny_models import WINDOW, tiny_random_model
 from mlx_specstream.errors import ModelError
 from mlx_specstream.families import may_be_decoded
+from mlx_specstream.probe import check_backbone
 
 PROMPT = [3, 7, 1, 9, 4, 2, 8]
 

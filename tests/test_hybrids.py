@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_specstream.backbone import Backbone, RowMask, check_backbone
+from mlx_specstream.backbone import Backbone
 from mlx_specstream.bench.against_mlx_lm import compare_with_mlx_lm, random_streams
 from mlx_specstream.bench.tiny_models import tiny_random_model
 from mlx_specstream.cache import KVCache, StateLayer, from_mlx_lm, to_mlx_lm
@@ -20,6 +20,8 @@ from mlx_specstream.decode import StreamDecoder, chains_only
 from mlx_specstream.errors import ModelError, OptionError, StreamsError
 from mlx_specstream.generation import stream_generate
 from mlx_specstream.loading import StreamModel
+from mlx_specstream.masks import RowMask
+from mlx_specstream.probe import check_backbone
 from mlx_specstream.sampling import TokenChooser
 from tests import tiny
 from tests.engine import mlx_lm_tokens

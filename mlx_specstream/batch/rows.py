@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..backbone import RowMask
+from ..masks import RowMask
 from ..streams import Streams
 from .cache import BatchKVCache, BatchPass
 

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
-from ..backbone import Backbone, check_backbone
+from ..backbone import Backbone
 from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from ..decode import StreamDecoder
 from ..fingerprint import base_dims
+from ..probe import check_backbone
 from ..result import StepResult
 from ..sampling import TokenChooser
 from ..stream_tensors import stream_shapes

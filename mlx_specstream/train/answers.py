@@ -16,8 +16,9 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone, Mask, RowMask, causal_mask
+from mlx_specstream.backbone import Backbone
 from mlx_specstream.cache import GROWTH, KVCache, LayerKV, Span
+from mlx_specstream.masks import Mask, RowMask, causal_mask
 
 from .base import embed_texts, kept_rows, pad_texts
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_specstream.backbone import causal_mask
+from mlx_specstream.masks import causal_mask
 from mlx_specstream.streams import Streams
 
 from .base import base_states, embed_texts, kept_rows, pad_texts

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import causal_mask
 from mlx_specstream.cache import LayerKV
+from mlx_specstream.masks import causal_mask
 from mlx_specstream.streams import Streams
 
 from .base import embed_texts, kept_rows, pad_texts

@@ -7,11 +7,12 @@ from functools import cache, lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_specstream.backbone import Backbone, check_backbone
+from mlx_specstream.backbone import Backbone
 from mlx_specstream.bench.random_streams import linear_modules, random_tensors
 from mlx_specstream.bench.tiny_models import family_modules, tiny_random_model
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import ModelError
+from mlx_specstream.probe import check_backbone
 from mlx_specstream.streams import Streams
 
 NUM_STREAMS = 3
