@@ -7,10 +7,12 @@
 | `check.py` | which models can be batched exactly |
 | `choose.py` | every sequence's own sampler and processors |
 | `step.py` | one pass: verify every chain, draft the next ones |
+| `slot.py` | a request, from waiting to finished |
 | `decode.py` | the loop that requests join and leave |
 | `generation.py` | texts in, texts out: `batch_generate` |
 """
 
-from .decode import BatchDecoder, BatchEvent, Slot
+from .decode import BatchDecoder
+from .slot import BatchEvent, Slot
 
 __all__ = ["BatchDecoder", "BatchEvent", "Slot"]

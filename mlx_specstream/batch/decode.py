@@ -20,58 +20,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
 from ..cache import KVCache
-from ..config import DecodeConfig, TreeSpec
-from ..decode import StreamDecoder
+from ..config import DecodeConfig
 from ..errors import OptionError
 from ..loading import StreamModel
 from ..result import DraftRecord, StepResult, not_a_number
 from ..sampling import TokenChooser
 from .cache import BatchKVCache, check_cache
 from .check import check_model
+from .slot import BatchEvent, Slot
 from .step import BatchStep, BatchStepper
 
 PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
-
-State = Literal["waiting", "running", "finished", "failed", "removed"]
-
-
-@dataclass(eq=False)
-class Slot:
-    """A request in the batch: what `BatchDecoder.add` returns, to be used as a handle.
-
-    state: `waiting` (prompt being computed), `running`, `finished` (its `more` said no),
-    `failed` or `removed`. cache: its text while it is not in the batch. rest: prompt tokens to
-    come, the last of which is the first step's root. row: its row in the batch while it runs.
-    drafted: its row among the drafts of the last step, None before its first one.
-    """
-
-    chooser: TokenChooser
-    cache: KVCache
-    rest: list[int]
-    more: Callable[[StepResult], bool]
-    prompt_tokens: int
-    state: State = "waiting"
-    row: int = -1
-    drafted: int | None = None
-
-    @property
-    def prefilled(self) -> int:
-        """Return how many prompt tokens have been computed; the last one is in the first step."""
-        return self.prompt_tokens - len(self.rest)
-
-
-class BatchEvent(NamedTuple):
-    """What a step brought for one slot: a result, or the error that ended the slot."""
-
-    slot: Slot
-    result: StepResult | None
-    error: Exception | None
 
 
 @dataclass
@@ -119,7 +84,7 @@ class BatchDecoder:
         if self.prefill_budget < 1:
             raise OptionError(f"prefill_budget must be at least 1, got {self.prefill_budget}.")
         check_model(self.model.backbone)
-        self.stepper = make_stepper(self.model, self.config or DecodeConfig(), self.speculative)
+        self.stepper = BatchStepper.of(self.model, self.config or DecodeConfig(), self.speculative)
         self.cache = BatchKVCache(self.model.backbone.num_layers)
 
     @property
@@ -333,23 +298,3 @@ class BatchDecoder:
         if order != list(range(chains.shape[0])):
             chains = mx.take(chains, mx.array(order, dtype=mx.int32), axis=0)
         return chains, num_drafts
-
-
-def make_stepper(model: StreamModel, config: DecodeConfig, speculative: bool) -> BatchStepper:
-    """Return the parts of a batched step for a model and a configuration.
-
-    Raises:
-        OptionError, StreamsError: as `BatchDecoder`.
-    """
-    streams = model.streams
-    if streams is None or not (speculative or streams.shared):
-        return BatchStepper(model.backbone, None, depth=0, inline=False, conditioner=None)
-    if config.prune is not None or config.stream_nodes:
-        raise OptionError(
-            "a batch decodes in chains, which are not pruned and have streams at every node; "
-            "leave out prune and stream_nodes."
-        )
-    depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
-    chain = TreeSpec(kind="chain", branching=1, depth=depth)
-    parts = StreamDecoder(streams, replace(config, tree=chain), TokenChooser()).stepper
-    return BatchStepper(model.backbone, streams, depth, parts.inline, parts.conditioner)

@@ -23,7 +23,8 @@ from ..loading import StreamModel
 from ..result import StepResult
 from ..sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
 from ..statistics import SpeculationStats
-from .decode import PREFILL_BUDGET, BatchDecoder, Slot
+from .decode import PREFILL_BUDGET, BatchDecoder
+from .slot import Slot
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

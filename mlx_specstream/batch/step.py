@@ -8,12 +8,16 @@ one report for all sequences, whatever each of them accepts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..backbone import Backbone
 from ..condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
+from ..config import DecodeConfig, TreeSpec
+from ..decode import StreamDecoder
+from ..errors import OptionError
+from ..loading import StreamModel
 from ..sampling import TokenChooser
 from ..streams import Streams
 from .cache import BatchKVCache
@@ -52,6 +56,26 @@ class BatchStepper:
     depth: int
     inline: bool
     conditioner: Conditioner | None
+
+    @classmethod
+    def of(cls, model: StreamModel, config: DecodeConfig, speculative: bool) -> BatchStepper:
+        """Return the parts of a batched step for a model and a configuration.
+
+        Raises:
+            OptionError, StreamsError: as `BatchDecoder`.
+        """
+        streams = model.streams
+        if streams is None or not (speculative or streams.shared):
+            return cls(model.backbone, None, depth=0, inline=False, conditioner=None)
+        if config.prune is not None or config.stream_nodes:
+            raise OptionError(
+                "a batch decodes in chains, which are not pruned and have streams at every node; "
+                "leave out prune and stream_nodes."
+            )
+        depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
+        chain = TreeSpec(kind="chain", branching=1, depth=depth)
+        parts = StreamDecoder(streams, replace(config, tree=chain), TokenChooser()).stepper
+        return cls(model.backbone, streams, depth, parts.inline, parts.conditioner)
 
     @property
     def scratch(self) -> int:

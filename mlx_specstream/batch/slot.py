@@ -1,0 +1,52 @@
+"""A request in a batch, from waiting for its prompt to the cache it leaves with.
+
+    waiting ──► running ──► finished (its `more` said no)
+                   └──────► failed   (NaN, or what its chooser or `more` raised)
+
+In whatever state it is, `BatchDecoder.remove` takes it out, which makes it `removed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ..cache import KVCache
+from ..result import StepResult
+from ..sampling import TokenChooser
+
+State = Literal["waiting", "running", "finished", "failed", "removed"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A request in the batch: what `BatchDecoder.add` returns, to be used as a handle.
+
+    state: `waiting` (prompt being computed), `running`, `finished` (its `more` said no),
+    `failed` or `removed`. cache: its text while it is not in the batch. rest: prompt tokens to
+    come, the last of which is the first step's root. row: its row in the batch while it runs.
+    drafted: its row among the drafts of the last step, None before its first one.
+    """
+
+    chooser: TokenChooser
+    cache: KVCache
+    rest: list[int]
+    more: Callable[[StepResult], bool]
+    prompt_tokens: int
+    state: State = "waiting"
+    row: int = -1
+    drafted: int | None = None
+
+    @property
+    def prefilled(self) -> int:
+        """Return how many prompt tokens have been computed; the last one is in the first step."""
+        return self.prompt_tokens - len(self.rest)
+
+
+class BatchEvent(NamedTuple):
+    """What a step brought for one slot: a result, or the error that ended the slot."""
+
+    slot: Slot
+    result: StepResult | None
+    error: Exception | None
