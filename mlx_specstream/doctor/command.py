@@ -15,7 +15,8 @@ from mlx_specstream.errors import DataError
 from mlx_specstream.machine import Machine
 
 from .expected import LABEL, Expectation, expected
-from .findings import Finding, findings
+from .finding import Finding, problem
+from .findings import findings
 from .sizes import CONTEXT, TYPICAL, Shape, read_shape, supported, usable_bytes
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def model_findings(machine: Machine, shape: Shape) -> list[Finding]:
     found = []
     if not supported(shape):
         found.append(
-            Finding(
-                "problem",
+            problem(
                 f"models of type {shape.family or '?'} are not supported yet",
                 "their layers have not been shown to compute the same through our view",
                 "decode it with mlx-lm itself",
@@ -95,8 +95,7 @@ def model_findings(machine: Machine, shape: Shape) -> list[Finding]:
     if room and shape.needed_bytes(bits) > room:
         smaller = [b for b in BITS if b < bits and shape.needed_bytes(b) <= room]
         found.append(
-            Finding(
-                "problem",
+            problem(
                 f"{shape.name} in {bits} bits takes {_gb(shape.needed_bytes(bits))} with {CONTEXT} "
                 f"tokens of context, and {_gb(room)} can be used here",
                 "what does not fit is paged out, and decoding becomes many times slower",

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_specstream.doctor.findings import findings, older, version
+from mlx_specstream.doctor.finding import older, version
+from mlx_specstream.doctor.findings import findings
 from mlx_specstream.machine import Machine
 
 M4_PRO = Machine(

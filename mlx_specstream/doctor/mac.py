@@ -1,0 +1,149 @@
+"""What is known of Macs: their processors and systems, versions their GPUs need, and what rows cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlx_specstream.machine import Machine
+
+from .finding import Finding, advice, fact, older, problem, version
+
+WIRED = "https://github.com/ml-explore/mlx-lm#large-models"
+
+
+def system(m: Machine) -> Iterator[Finding]:
+    """Yield what keeps MLX from the GPU, or slows it down, whatever the chip."""
+    if m.system != "Darwin":
+        return
+    if m.translated:
+        yield problem(
+            "this Python runs under Rosetta, as an Intel program",
+            "MLX has no Metal there, so nothing runs on the GPU",
+            "install a native (arm64) Python and make the environment anew; "
+            "`python -c 'import platform; print(platform.machine())'` must say arm64",
+            "https://github.com/ml-explore/mlx/issues/200",
+        )
+    elif m.arch == "x86_64":
+        yield problem(
+            "this is a Mac with an Intel processor",
+            "MLX computes on Apple silicon GPUs; on Intel there is only the CPU, if it installs",
+            "use a Mac with Apple silicon",
+        )
+    elif m.backend == "cpu":
+        conda = " This environment is conda's." if m.conda else ""
+        yield problem(
+            "MLX does not use the GPU here",
+            f"it was built without Metal, or its device was set to the CPU.{conda}",
+            "install the wheel: pip install --force-reinstall mlx mlx-metal",
+            "https://github.com/ml-explore/mlx-examples/issues/1306",
+        )
+    if older(m.os_version, "14.0"):
+        yield problem(
+            f"macOS {m.os_version} is older than 14",
+            "MLX is no longer built for it",
+            "update macOS",
+            "https://github.com/ml-explore/mlx/pull/2731",
+        )
+    elif older(m.os_version, "15.0"):
+        yield advice(
+            f"macOS {m.os_version} cannot keep weights in memory (wire them)",
+            "models that fill most of the memory are paged out and become many times slower",
+            "update to macOS 15 or newer for models over half the memory",
+            WIRED,
+        )
+    if m.low_power:
+        yield advice(
+            "Low Power Mode is on",
+            "the GPU runs slower, and measured costs are not those of normal use",
+            "turn it off in System Settings, Battery",
+        )
+
+
+def versions(m: Machine) -> Iterator[Finding]:
+    """Yield what versions of macOS and MLX lack on this generation of the GPU."""
+    gen = m.gpu_generation
+    if not gen or m.backend != "metal":
+        return
+    if gen >= 17 and version(m.os_version)[:1] == (26,) and older(m.os_version, "26.2"):
+        yield problem(
+            f"macOS {m.os_version} on an M5 has no neural accelerators for MLX, which assumes them",
+            "the wheel for macOS 26 is built for 26.2 and picks kernels this system does not have",
+            "update to macOS 26.2 or newer",
+            "https://github.com/ml-explore/mlx/issues/4525",
+        )
+    elif gen >= 17 and older(m.os_version, "26.2"):
+        yield advice(
+            "the M5's neural accelerators are not used",
+            "MLX needs macOS 26.2 for them; reading prompts is slower without",
+            "update to macOS 26.2 or newer",
+            "https://github.com/ml-explore/mlx/pull/3622",
+        )
+    if gen >= 15 and older(m.mlx, "0.32.0"):
+        yield advice(
+            f"MLX {m.mlx} reads 4-bit weights once for every row",
+            "verifying four rows costs twice what it costs since 0.32.0",
+            "pip install -U mlx",
+            "https://github.com/ml-explore/mlx/pull/3764",
+        )
+    if gen >= 15 and older(m.mlx, "0.32.1"):
+        yield advice(
+            f"MLX {m.mlx} is slow at a few rows in 16 bits",
+            "since 0.32.1 up to five rows cost about as much as one",
+            "pip install -U mlx",
+            "https://github.com/ml-explore/mlx/pull/3888",
+        )
+
+
+def rows(m: Machine) -> Iterator[Finding]:
+    """Yield what the GPU charges for several rows, and so which trees can pay."""
+    gen = m.gpu_generation
+    if not gen or m.backend != "metal":
+        return
+    if gen >= 15:
+        yield fact(
+            "16-bit models gain most: up to 5 rows cost about as much as one, 15 at most twice",
+            "4-bit weights cost about half as much again at 4 rows and 2.7 times at 8 (M4 Pro)",
+            "leave the tree to --tree auto; with 4 bits expect chains, with 16 bits trees",
+            "https://github.com/ml-explore/mlx/issues/3839",
+        )
+    else:
+        yield fact(
+            "4-bit models gain little: each row up to five reads all weights again",
+            "the GPUs of M1 and M2 lack the kernels that share one reading among rows",
+            "leave the tree to --tree auto, which decodes plainly where nothing is gained; "
+            "16-bit models with wide trees gain most",
+            "https://github.com/lablup/mlxcel/issues/1187",
+        )
+        yield advice(
+            "models in bfloat16 are slower than in float16",
+            "M1 and M2 have no arithmetic for bfloat16",
+            "convert with --dtype float16 (also the scales of quantised models are then float16)",
+            "https://github.com/ml-explore/mlx/pull/4216",
+        )
+    yield fact(
+        "attention takes at most 8 rows at once, fewer with many query heads per key head",
+        "rows x group must be at most 32: 8 rows for groups up to 4 (Llama 3, Qwen3-4B), 4 for "
+        "groups of 7 and 8 (Qwen2.5-7B, Qwen3-32B); above that and up to 8 it is slow",
+        "nothing: --tree auto leaves these sizes out",
+        "https://github.com/ml-explore/mlx/pull/3838",
+    )
+    if m.gpu.endswith("d") and gen >= 15:
+        yield fact(
+            "on an Ultra reports disagree about 4-bit weights",
+            "one has rows nearly linear in cost up to 8, another has them shared",
+            "measure: specstream bench --quick",
+            "https://github.com/ml-explore/mlx/issues/4265",
+        )
+
+
+def memory(m: Machine) -> Iterator[Finding]:
+    """Yield what generating does to a small memory."""
+    if not m.gpu_generation or m.backend != "metal":
+        return
+    if m.memory_bytes and m.memory_bytes <= 17 << 30:
+        yield fact(
+            "mlx-lm keeps two thirds of the memory wired while it generates, however small the model",
+            "with 16 GB and Apple Intelligence switched on, other programs may stall",
+            "close large programs while generating",
+            "https://github.com/exo-explore/exo/pull/1672",
+        )
