@@ -9,9 +9,9 @@ from mlx_specstream.config import DecodeConfig
 from mlx_specstream.loading import StreamModel
 from mlx_specstream.plan.check import check, scaled, small_trees
 from mlx_specstream.plan.choose import chosen
-from mlx_specstream.plan.command import check_json
 from mlx_specstream.plan.measure import measure
 from mlx_specstream.plan.ready import costs, planner_for
+from mlx_specstream.plan.report import check_json
 from mlx_specstream.prompts import encode_prompt
 
 from .cases import Case

@@ -18,11 +18,6 @@ from mlx_specstream.decode_options import add_model_options, streams_option
 from mlx_specstream.errors import DataError, ModelError, OptionError, StreamsError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from .acceptance import AcceptanceProfile
-    from .check import Verdict
-    from .choose import Forecast
     from .curve import CostCurve
 
 
@@ -110,6 +105,7 @@ def main(argv: list[str]) -> int:
     allowed = set(model_plans(model, DecodeConfig(schedule=arguments.schedule)))
     plans = [plan for plan in curve.steps if plan in allowed]
     from .choose import forecasts
+    from .report import as_json, show
 
     found = forecasts(curve, profile, plans=plans, context=arguments.context)
     if arguments.json:
@@ -119,83 +115,6 @@ def main(argv: list[str]) -> int:
 
     show(Console(), curve, profile, found)
     return 0
-
-
-def as_json(
-    curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]
-) -> dict[str, object]:
-    """Return curve, forecasts and choice in the form of JSON."""
-    from .choose import MARGIN, chosen
-
-    return {
-        "costs": curve.to_dict(),
-        "acceptance": {"source": profile.source, "tasks": profile.tasks},
-        "forecasts": [
-            {
-                "plan": forecast.name,
-                "tokens_per_step": round(forecast.tokens_per_step, 3),
-                "ms_per_step": round(1e3 * forecast.seconds_per_step, 3),
-                "tokens_per_s": round(forecast.tokens_per_s, 2),
-                "speedup": round(forecast.speedup, 3),
-            }
-            for forecast in found
-        ],
-        "margin": MARGIN,
-        "choice": chosen(found).name,
-    }
-
-
-def show(
-    console: Console, curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]
-) -> None:
-    """Print a table of plans, fastest first, and the choice with its reason."""
-    from rich.table import Table
-
-    from .choose import chosen
-
-    choice = chosen(found)
-    table = Table(title="Plans, the fastest first")
-    for heading in ("plan", "rows", "ms per step", "in tokens", "tokens per step", "speed-up"):
-        table.add_column(heading, justify="left" if heading == "plan" else "right")
-    for forecast in found:
-        cost = curve.plain if forecast.plan is None else curve.steps[forecast.plan]
-        rows = 1 if forecast.plan is None else forecast.plan.rows(curve.num_streams)
-        mark = " <" if forecast == choice else ""
-        table.add_row(
-            forecast.name + mark,
-            str(rows),
-            f"{1e3 * forecast.seconds_per_step:.1f} ± {100 * cost.spread:.0f} %",
-            f"{forecast.seconds_per_step / curve.seconds(None, curve.context):.2f}",
-            f"{forecast.tokens_per_step:.2f}",
-            f"{forecast.speedup:.2f}",
-            style="bold" if forecast == choice else None,
-        )
-    console.print(table)
-    console.print(reason(curve, profile, found), soft_wrap=True, highlight=False)
-
-
-def reason(curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]) -> str:
-    """Say in a line or two what is chosen and why."""
-    from .choose import MARGIN, chosen
-
-    choice = chosen(found)
-    best = next(forecast for forecast in found if forecast.plan is not None)
-    price = best.seconds_per_step / found_plain(found).seconds_per_step
-    facts = (
-        f"a step costs {price:.2f} plain tokens and yields {best.tokens_per_step:.2f} "
-        f"(acceptance: {profile.source or 'recorded'}; costs: {curve.source})"
-    )
-    if choice.plan is None:
-        return (
-            f"Chosen: plain decoding. The best tree, {best.name}, promises {best.speedup:.2f}x, less "
-            f"than the {1 + MARGIN:.2f}x at which speculation begins: {facts}."
-        )
-    return f"Chosen: {choice.name}, {choice.speedup:.2f}x plain decoding: {facts}."
-
-
-def found_plain(found: list[Forecast]) -> Forecast:
-    """Return the forecast of plain decoding."""
-    return next(forecast for forecast in found if forecast.plan is None)
 
 
 def _record(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> int:
@@ -234,6 +153,7 @@ def _checked(arguments: argparse.Namespace, model: Any, tokenizer: Any, curve: C
 
     from .check import check, scaled, small_trees
     from .measure import measure
+    from .report import check_json, show_check
 
     prompts = (
         read_prompts(arguments.prompts, arguments.num_prompts)
@@ -251,59 +171,11 @@ def _checked(arguments: argparse.Namespace, model: Any, tokenizer: Any, curve: C
         found = scaled(check(model, tokenizer, ids, arguments.max_tokens, curve, plans, bar.update))
     if arguments.json:
         print(json.dumps(check_json(found)))
-    else:
-        _print_check(found)
-    return 0
-
-
-def check_json(found: Verdict) -> dict[str, object]:
-    """Return the findings of a check in the form of JSON."""
-    return {
-        "choice": "plain" if found.choice is None else found.choice.name,
-        "best": "plain" if found.best.plan is None else found.best.plan.name,
-        "choice_of_best": round(found.of_best, 4),
-        "rows": [
-            {
-                "plan": "plain" if row.plan is None else row.plan.name,
-                "measured_tokens_per_s": round(row.measured, 3),
-                "predicted_tokens_per_s": round(row.predicted, 3),
-                "error": round(row.error, 4),
-                "tokens_per_step": round(row.yielded, 3),
-                "expected_tokens_per_step": round(row.expected, 3),
-                "identical": row.identical,
-            }
-            for row in found.rows
-        ],
-    }
-
-
-def _print_check(found: Verdict) -> None:
+        return 0
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="Tokens per second")
-    for heading in ("plan", "measured", "predicted", "error", "per step", "expected", "same text"):
-        table.add_column(heading, justify="left" if heading == "plan" else "right")
-    for row in sorted(found.rows, key=lambda row: -row.measured):
-        table.add_row(
-            "plain" if row.plan is None else row.plan.name,
-            f"{row.measured:.2f}",
-            f"{row.predicted:.2f}",
-            f"{row.error:+.1%}",
-            f"{row.yielded:.2f}",
-            f"{row.expected:.2f}",
-            "yes" if row.identical else "no",
-        )
-    console = Console()
-    console.print(table)
-    within = sum(abs(row.error) <= 0.1 for row in found.rows)
-    name = "plain" if found.choice is None else found.choice.name
-    console.print(
-        f"{within} of {len(found.rows)} predictions within 10 %. The planner takes {name}: "
-        f"{found.of_best:.1%} of the fastest that was measured.",
-        soft_wrap=True,
-        highlight=False,
-    )
+    show_check(Console(), found)
+    return 0
 
 
 def _task_and_file(text: str) -> tuple[str, str]:
