@@ -23,7 +23,7 @@ from mlx_specstream.convert.names import Named, Shape, fit_base, nearest
 from mlx_specstream.convert.quantise import Quantisation, give_quantised_layers, quantise
 from mlx_specstream.convert.steps import Delta, Step, materialise, plain_dtype
 from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError
+from mlx_specstream.errors import CheckpointError, shown
 from mlx_specstream.fingerprint import (
     BaseDims,
     base_dims,
@@ -32,15 +32,7 @@ from mlx_specstream.fingerprint import (
     make_fingerprint,
     sketch_rows,
 )
-from mlx_specstream.tensorfile import (
-    FLOATS,
-    MLX_TYPES,
-    TensorSpec,
-    cast_bits,
-    dtype_name,
-    shown,
-    to_mlx,
-)
+from mlx_specstream.tensorfile import FLOATS, MLX_TYPES, TensorSpec, cast_bits, dtype_name, to_mlx
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 

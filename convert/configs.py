@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_specstream.config import FORMAT_VERSION, StreamConfig
-from mlx_specstream.errors import CheckpointError, StreamsError
-from mlx_specstream.tensorfile import brief, shown
+from mlx_specstream.errors import CheckpointError, StreamsError, brief, shown
 
 SCHEMA = 1
 MAX_LAYERS = 4096

@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.errors import CheckpointError, OptionError, shown
 from mlx_specstream.hub import fetch, first_line
-from mlx_specstream.tensorfile import shown
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]

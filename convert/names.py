@@ -22,8 +22,7 @@ from typing import TypeVar
 
 from mlx_specstream.convert.reader import read_json
 from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import shown
+from mlx_specstream.errors import CheckpointError, shown
 
 Shape = tuple[int, ...]
 T = TypeVar("T")

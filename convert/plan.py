@@ -25,10 +25,10 @@ from mlx_specstream.convert.reader import CONFIG, STREAMS, Checkpoint, open_chec
 from mlx_specstream.convert.steps import Delta, Step, plain_dtype
 from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.convert.tokenizers import tokenizer_files
-from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.errors import CheckpointError, OptionError, shown
 from mlx_specstream.fingerprint import BaseDims
 from mlx_specstream.stream_tensors import stream_shapes
-from mlx_specstream.tensorfile import FLOATS, TensorSpec, shown
+from mlx_specstream.tensorfile import FLOATS, TensorSpec
 
 Merge = Literal["none", "lower", "all"]
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")

@@ -14,8 +14,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_specstream.errors import CheckpointError, OptionError
-from mlx_specstream.tensorfile import shown
+from mlx_specstream.errors import CheckpointError, OptionError, shown
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from typing import Any
 from mlx_specstream.convert.hub import WEIGHT_SUFFIXES
 from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.convert.torchfile import read_torch_file
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import TensorFile, open_tensors, shown
+from mlx_specstream.errors import CheckpointError, shown
+from mlx_specstream.tensorfile import TensorFile, open_tensors
 
 MAX_JSON_BYTES = 64 << 20
 CONFIG, STREAMS, ADAPTER = "config.json", "speculative_streaming.json", "adapter_config.json"

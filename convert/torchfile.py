@@ -30,8 +30,8 @@ from mlx_specstream.convert.pickles import (
     unpickle,
 )
 from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import NUMPY_TYPES, read_exactly, shown
+from mlx_specstream.errors import CheckpointError, shown
+from mlx_specstream.tensorfile import NUMPY_TYPES, read_exactly
 
 MAX_ZIP_MEMBERS = 1_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -20,9 +20,9 @@ from mlx_specstream.checkpoint import save_streams
 from mlx_specstream.convert.card import model_card
 from mlx_specstream.convert.plan import Plan
 from mlx_specstream.convert.steps import Step
-from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.errors import CheckpointError, OptionError, shown
 from mlx_specstream.files import atomic_folder
-from mlx_specstream.tensorfile import FLOATS, TensorWriter, shown, to_mlx
+from mlx_specstream.tensorfile import FLOATS, TensorWriter, to_mlx
 
 MAX_SHARD_BYTES = 5 << 30
 Progress = Callable[[int], None]

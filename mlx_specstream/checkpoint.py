@@ -22,17 +22,15 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.errors import StreamsError
+from mlx_specstream.errors import StreamsError, brief, shown
 from mlx_specstream.files import atomic_file, atomic_folder
 from mlx_specstream.fingerprint import base_dims, fingerprint, same_base
 from mlx_specstream.stream_tensors import check_tensors, stream_shapes
 from mlx_specstream.tensorfile import (
     TensorSpec,
     TensorWriter,
-    brief,
     dtype_name,
     open_tensors,
-    shown,
     to_bits,
     to_mlx,
 )

@@ -31,3 +31,19 @@ class DataError(SpecStreamError):
 
 class OutputError(SpecStreamError):
     """A result cannot be written: it exists already, the disk is full, or permission is missing."""
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """Return a value from a file as an error message may show it: quoted, one line, not endless."""
+    text = (
+        ascii(value)
+        if not isinstance(value, int) or abs(value) < 1 << 200
+        else "a number far too large"
+    )
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def brief(error: Exception, limit: int = 500) -> str:
+    """Return what an error says, shortened: values from a file may be endless."""
+    text = str(error)
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

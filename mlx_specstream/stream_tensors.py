@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 
 from .config import StreamConfig
-from .errors import StreamsError
+from .errors import StreamsError, shown
 from .fingerprint import BaseDims
-from .tensorfile import shown
 
 MAX_LAYERS = 4096
 _LAYER = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(.+)")

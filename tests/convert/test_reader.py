@@ -321,10 +321,11 @@ def test_nothing_is_left_open(tmp_path):
 
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_bytes_are_copied_from_file_to_file(tmp_path, in_kernel, monkeypatch):
-    import mlx_specstream.tensorfile as tensorfile
+    from mlx_specstream import tensorfile
+    from mlx_specstream.tensorfile import write
 
     if not in_kernel:
-        monkeypatch.delattr(tensorfile.os, "copy_file_range", raising=False)
+        monkeypatch.delattr(write.os, "copy_file_range", raising=False)
     values = {name: np.random.default_rng(i).standard_normal(size) for i, (name, size) in
               enumerate({"a": 3, "b": 700_000, "c": 0, "d": 17}.items())}  # fmt: skip
     specs = [TensorSpec(name, "F64", value.shape) for name, value in values.items()]
