@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_specstream.demo import resolve_demo
 from mlx_specstream.errors import SpecStreamError
 from tests import tiny
+from tests.scripted import save_random_streams
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -54,6 +55,13 @@ def byte_tokenizer() -> TokenizerWrapper:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny llama and the byte tokenizer that `mlx_lm.load` reads."""
     return tiny.save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny llama, the byte tokenizer and random streams, which `load` finds there."""
+    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("with-streams") / "tiny")
+    return str(save_random_streams(folder, tiny_llama))
 
 
 @pytest.fixture(scope="session")

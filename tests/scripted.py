@@ -2,6 +2,7 @@
 
 `script` is a logits processor that makes any model write given tokens. `right_drafts` replaces
 every draft by the tokens that will come, so that each step accepts as many as there are streams.
+`accept_one_draft` makes an engine that is wrong, for those who are to notice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_specstream import step
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.cache import KVCache
 from mlx_specstream.checkpoint import fingerprint, save_streams
@@ -84,3 +86,15 @@ def assert_holds(cache: KVCache, model: StreamModel, tokens: Sequence[int]) -> N
     for found, expected in zip(committed_rows(cache), committed_rows(fresh), strict=True):
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def accept_one_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the engine: the first draft of every step counts as right."""
+    original = step.accept
+
+    def credulous(tree: DraftTree, seen: mx.array, drawn: mx.array) -> Any:
+        if tree.num_nodes > 1:
+            drawn = mx.concatenate([tree.tokens[1:2], drawn[1:]])
+        return original(tree, seen, drawn)
+
+    monkeypatch.setattr(step, "accept", credulous)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
-from mlx_specstream import cli, step
+from mlx_specstream import cli
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.demo_run import verdict
 from mlx_specstream.statistics import SpeculationStats
 from mlx_specstream.verify import Comparison, Replayed
-from tests import tiny
-from tests.scripted import save_random_streams
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("with-streams") / "tiny")
-    return str(save_random_streams(folder, tiny_llama))
+from tests.scripted import accept_one_draft
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
@@ -41,14 +31,7 @@ def test_both_ways(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_different_text_fails(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = step.accept
-
-    def credulous(tree: Any, seen: mx.array, drawn: mx.array) -> Any:
-        if tree.num_nodes > 1:
-            drawn = mx.concatenate([tree.tokens[1:2], drawn[1:]])
-        return original(tree, seen, drawn)
-
-    monkeypatch.setattr(step, "accept", credulous)
+    accept_one_draft(monkeypatch)
     out = shown(capsys, "--model", folder, "--tree", "chain", status=1)
     assert "✗ DIFFERENT" in out
     assert "a real mismatch" in out

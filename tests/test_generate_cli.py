@@ -7,22 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 import mlx_lm
 import pytest
 
 from mlx_specstream import answering, cli
 from tests import tiny
-from tests.scripted import save_random_streams
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tiny_folder: Path, tiny_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """A model folder that holds its streams."""
-    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("with-streams") / "tiny")
-    return str(save_random_streams(folder, tiny_llama))
 
 
 def spoken(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:

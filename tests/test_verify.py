@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_specstream import cli, step
+from mlx_specstream import cli
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import DataError
 from mlx_specstream.loading import StreamModel
@@ -27,32 +27,14 @@ from mlx_specstream.verify import (
     rounding_bound,
 )
 from tests import tiny
-from tests.scripted import save_random_streams, with_streams
+from tests.scripted import accept_one_draft, with_streams
 
 WORDS = ["--num-prompts", "3", "--max-tokens", "12"]
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tiny.save_tiny_model(tmp_path_factory.mktemp("with-streams") / "tiny")
-    return str(save_random_streams(folder, tiny_llama))
 
 
 def verified(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
     assert cli.main(["verify", *words]) == status
     return capsys.readouterr().out
-
-
-def accept_one_draft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break the engine: the first draft of every step counts as right."""
-    original = step.accept
-
-    def credulous(tree: Any, seen: mx.array, drawn: mx.array) -> Any:
-        if tree.num_nodes > 1:
-            drawn = mx.concatenate([tree.tokens[1:2], drawn[1:]])
-        return original(tree, seen, drawn)
-
-    monkeypatch.setattr(step, "accept", credulous)
 
 
 def test_identical(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

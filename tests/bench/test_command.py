@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
-from mlx_specstream import cli, step
+from mlx_specstream import cli
 from mlx_specstream.bench import run as bench_run
 from mlx_specstream.bench.result import Result
 from tests.bench.conftest import TREES, WORDS
+from tests.scripted import accept_one_draft
+
+pytestmark = pytest.mark.usefixtures("quick_ceilings")
 
 
 def bench(*words: str) -> int:
@@ -64,7 +66,6 @@ def test_the_report_can_be_made_again(
 def test_an_interrupted_run_goes_on(
     bench_model: str,
     tmp_path: Path,
-    quick_ceilings: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -95,18 +96,10 @@ def test_an_interrupted_run_goes_on(
 def test_a_different_output_fails(
     bench_model: str,
     tmp_path: Path,
-    quick_ceilings: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = step.accept
-
-    def credulous(tree: Any, seen: mx.array, drawn: mx.array) -> Any:
-        if tree.num_nodes > 1:
-            drawn = mx.concatenate([tree.tokens[1:2], drawn[1:]])
-        return original(tree, seen, drawn)
-
-    monkeypatch.setattr(step, "accept", credulous)
+    accept_one_draft(monkeypatch)
     words = ("--model", bench_model, "--categories", "chat", "--num-prompts", "1", "-m", "8")
     assert bench(*words, "--tree", "chain", "--output", str(tmp_path)) == 1
     out = capsys.readouterr().out
@@ -116,9 +109,7 @@ def test_a_different_output_fails(
     assert failed[0][1].position >= 0
 
 
-def test_again_with_the_same_settings(
-    bench_folder: Path, result: Result, tmp_path: Path, quick_ceilings: None
-) -> None:
+def test_again_with_the_same_settings(bench_folder: Path, result: Result, tmp_path: Path) -> None:
     assert bench("--rerun", str(bench_folder), "--output", str(tmp_path)) == 0
     again = Result.load(tmp_path / "result.json")
     assert again.settings == result.settings
@@ -129,7 +120,6 @@ def test_again_with_the_same_settings(
 def test_again_needs_the_same_prompts(
     bench_model: str,
     tmp_path: Path,
-    quick_ceilings: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = tmp_path / "mine.jsonl"
@@ -144,7 +134,6 @@ def test_again_needs_the_same_prompts(
 def test_quick_says_what_it_leaves_out(
     bench_model: str,
     tmp_path: Path,
-    quick_ceilings: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -212,7 +201,6 @@ def test_no_prompt_fits(
 def test_planned_trees(
     bench_model: str,
     tmp_path: Path,
-    quick_ceilings: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
