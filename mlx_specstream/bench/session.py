@@ -20,6 +20,7 @@ from .trees import CHECKED_PROMPTS, MEASURE_S, exhaustive, num_answers, plan_cos
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 def measured(
@@ -31,14 +32,6 @@ def measured(
         ModelError, StreamsError, OptionError: something cannot be loaded or used.
         OutputError: the result cannot be written.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     begun, settings = time.perf_counter(), result.settings
     machine = Machine.read()
     notes = warnings_for(machine, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
@@ -89,15 +82,7 @@ def measured(
         + (" As many as fit are asked." if limit and estimate > limit else ""),
         soft_wrap=not console.is_terminal,
     )
-    with Progress(
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("", total=left)
 
         def on_prompt(asked: Sequence[Asked]) -> None:
@@ -120,14 +105,6 @@ def measured(
 
 def compare_trees(bench: Bench, console: Console) -> None:
     """Answer some prompts of each category with every small tree, and keep what came of it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     result, contest = bench.result, bench.contest
     settings = result.settings
     count = settings.num_prompts or CHECKED_PROMPTS
@@ -145,15 +122,7 @@ def compare_trees(bench: Bench, console: Console) -> None:
     console.print(
         f"Every tree of up to {settings.exhaustive} rows: {sum(answers.values())} answers, about {told}."
     )
-    with Progress(
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
+    with _progress(console) as progress:
         for name, cases in groups.items():
             task = progress.add_task(name, total=answers[name])
             found = exhaustive(
@@ -169,6 +138,27 @@ def compare_trees(bench: Bench, console: Console) -> None:
             console.print(
                 f"{name}: chosen {found['choice']}, fastest {found['best']}", markup=False
             )
+
+
+def _progress(console: Console) -> Progress:
+    """Return a bar with a count and the time left, for terminals; nothing of it stays behind."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def prompt_line(asked: Sequence[Asked]) -> str:
