@@ -6,105 +6,22 @@ and plots. Exit status 1 if an answer of ours is not mlx-lm's (beyond rounding i
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_specstream.config import DecodeConfig
-from mlx_specstream.decode_options import add_decode_options
-from mlx_specstream.demo import DEMO_NAME
 from mlx_specstream.errors import DataError, OptionError, OutputError
 from mlx_specstream.machine import Machine
-from mlx_specstream.shipped import AUTO
 
-from .cases import BUILT_IN, Case, chosen_cases
-from .methods import MLX_LM, Method, named, parse_setting, parse_streams
+from .cases import Case, chosen_cases
+from .options import build_parser, settings_of
 from .result import RESULT_FILE, Result, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-QUICK_LIMIT_S = 105.0
-QUICK_CATEGORIES = ("chat", "code", "summarize", "sql")
-QUICK_TOKENS = 48
 REPORT_FILE = "report.md"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `specstream bench`."""
-    parser = argparse.ArgumentParser(
-        prog="specstream bench",
-        description=(
-            "Answer prompts with mlx-lm, with our plain loop and speculatively, in turns, and "
-            "compare speed, memory and output. Exits 1 if an output differs."
-        ),
-    )
-    what = parser.add_argument_group("what to decode with")
-    what.add_argument(
-        "--model", default=DEMO_NAME, help="model folder, hub id, or 'demo' (default)"
-    )
-    what.add_argument("--adapter-path", help="LoRA adapters of mlx-lm to load with the model")
-    what.add_argument(
-        "--streams",
-        action="append",
-        help=(
-            "streams for all categories, and after commas for single ones: "
-            "'demo-chat,sql=demo-sql'; repeat to compare sets; 'none' leaves speculation out "
-            "(default: what fits the model)"
-        ),
-    )
-    add_decode_options(what, several_trees=True)
-    what.add_argument(
-        "--setting",
-        action="append",
-        default=[],
-        metavar="WORDS",
-        help="a further setting: 'tree=16 prune=8 schedule=inline conditioning=no streams=NAME'",
-    )
-    what.add_argument("--draft-model", help="let mlx-lm's own speculative decoding compete with it")
-    what.add_argument(
-        "--prompt-lookup", action="store_true", help="and drafts looked up in the text"
-    )
-    what.add_argument(
-        "--num-draft-tokens", type=int, default=3, help="drafts a pass of these two (default: 3)"
-    )
-    asked = parser.add_argument_group("what to ask")
-    asked.add_argument(
-        "--prompts",
-        action="append",
-        metavar="[CATEGORY=]FILE",
-        help="Spec-Bench or mlx-lm JSONL, or a prompt per line; repeatable (default: 64 built-in prompts)",
-    )
-    asked.add_argument("--categories", help="only these, separated by commas")
-    asked.add_argument("--num-prompts", type=int, help="prompts per category, drawn by --seed")
-    asked.add_argument("--max-tokens", "-m", type=int, help="most tokens per answer (default: 128)")
-    asked.add_argument("--repeats", type=int, default=1, help="times to ask each (default: 1)")
-    asked.add_argument("--seed", type=int, default=0, help="which prompts are drawn (default: 0)")
-    asked.add_argument(
-        "--quick", action="store_true", help="be done within two minutes, and say what is left out"
-    )
-    asked.add_argument(
-        "--exhaustive",
-        type=int,
-        nargs="?",
-        const=16,
-        default=0,
-        metavar="ROWS",
-        help="then compare every tree of up to ROWS (16) rows with the planner's prediction",
-    )
-    files = parser.add_argument_group("results")
-    files.add_argument(
-        "--output", metavar="FOLDER", help="where to write (default: specstream-bench/...)"
-    )
-    files.add_argument("--resume", metavar="RESULT", help="go on with an interrupted benchmark")
-    files.add_argument("--rerun", metavar="RESULT", help="measure again with a result's settings")
-    files.add_argument(
-        "--from", dest="source", metavar="RESULT", help="only write the report again"
-    )
-    files.add_argument("--no-plots", action="store_true", help="write no plots")
-    return parser
 
 
 def main(argv: list[str]) -> int:
@@ -154,22 +71,23 @@ def finish(result: Result, folder: Path, console: Console, *, plots: bool) -> in
     """Write report and plots, print the figures, and return the exit status."""
     from mlx_specstream.files import atomic_file
 
-    from . import plots as drawing
+    from .figure import MISSING, available
+    from .plots import write_plots
     from .report import headline, markdown, show
 
     if not result.asked:
         raise DataError("the result holds no prompt yet; measure first.")
     written: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
-    if plots and drawing.available():
-        written = drawing.write_plots(result, folder)
+    if plots and available():
+        written = write_plots(result, folder)
     with atomic_file(folder / REPORT_FILE, if_exists="replace") as partial:
         partial.write_text(markdown(result, written), encoding="utf-8")
     show(result, console)
     if line := headline(result):
         console.print(f"\n{line}", soft_wrap=not console.is_terminal)
-    if plots and not drawing.available():
-        console.print(drawing.MISSING, soft_wrap=not console.is_terminal, markup=False)
+    if plots and not available():
+        console.print(MISSING, soft_wrap=not console.is_terminal, markup=False)
     if result.left_out:
         console.print(
             "Left out: " + "; ".join(result.left_out),
@@ -181,78 +99,6 @@ def finish(result: Result, folder: Path, console: Console, *, plots: bool) -> in
         soft_wrap=not console.is_terminal,
     )
     return 1 if result.failures else 0
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Return what the options describe.
-
-    Raises:
-        OptionError: a value is out of range or cannot be read.
-    """
-    for name in ("num_prompts", "max_tokens", "repeats", "num_draft_tokens"):
-        value, least = getattr(arguments, name), 2 if name == "max_tokens" else 1
-        if value is not None and value < least:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
-    if arguments.exhaustive and not 2 <= arguments.exhaustive <= 64:
-        raise OptionError(f"--exhaustive takes 2 to 64 rows, got {arguments.exhaustive}.")
-    quick = arguments.quick
-    sources = [absolute(source) for source in arguments.prompts or [BUILT_IN]]
-    categories = [word.strip() for word in (arguments.categories or "").split(",") if word.strip()]
-    if quick and not categories and sources == [BUILT_IN]:
-        categories = list(QUICK_CATEGORIES)
-    methods = methods_of(arguments)
-    named(methods)
-    return Settings(
-        model=arguments.model,
-        adapter_path=arguments.adapter_path,
-        sources=sources,
-        categories=categories,
-        num_prompts=arguments.num_prompts,
-        max_tokens=arguments.max_tokens or (QUICK_TOKENS if quick else 128),
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-        draft_model=arguments.draft_model,
-        limit_s=QUICK_LIMIT_S if quick else 0.0,
-        exhaustive=arguments.exhaustive,
-        methods=methods,
-    )
-
-
-def methods_of(arguments: argparse.Namespace) -> list[Method]:
-    """Return the methods that the options name, mlx-lm first.
-
-    Raises:
-        OptionError: a setting cannot be read.
-    """
-    from .contest import setting_config
-
-    found = [MLX_LM, Method("plain")]
-    sets = arguments.streams or [AUTO]
-    for streams in sets:
-        if streams.lower() == "none":
-            continue
-        parse_streams(streams)
-        trees = arguments.tree or ([] if arguments.setting else [str(DecodeConfig().tree)])
-        found += [
-            Method(
-                "streams",
-                tree=tree,
-                prune=arguments.prune,
-                schedule=arguments.schedule,
-                conditioning=not arguments.no_conditioning,
-                streams=streams,
-            )
-            for tree in trees
-        ]
-    found += [parse_setting(text, sets[0]) for text in arguments.setting]
-    if arguments.draft_model:
-        found.append(Method("draft-model", num_draft_tokens=arguments.num_draft_tokens))
-    if arguments.prompt_lookup:
-        found.append(Method("look-up", num_draft_tokens=arguments.num_draft_tokens))
-    for method in found:
-        if method.kind == "streams":
-            setting_config(method)
-    return found
 
 
 def cases_of(settings: Settings) -> list[Case]:
@@ -307,13 +153,3 @@ def result_path(text: str) -> Path:
     """Return the result's file, which may be named by its folder."""
     path = Path(text).expanduser()
     return path / RESULT_FILE if path.is_dir() else path
-
-
-def absolute(source: str) -> str:
-    """Return a source of prompts so that it can be found again from another folder."""
-    if source == BUILT_IN:
-        return source
-    category, equals, name = source.partition("=")
-    if equals and not Path(source).expanduser().exists():
-        return f"{category}={Path(name).expanduser().absolute()}"
-    return str(Path(source).expanduser().absolute())

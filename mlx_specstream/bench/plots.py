@@ -5,30 +5,17 @@ They need matplotlib, an extra of the package (`plots`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlx_specstream.files import atomic_file
-
+from .figure import add_legend, look, new_figure, save_figure
 from .methods import MLX_LM
 from .result import Result
 from .summary import ALL, summarised
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, told apart by colour-blind people too.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
-MISSING = "plots are left out: matplotlib is not installed (pip install 'mlx-specstream[plots]')."
-
-
-def available() -> bool:
-    """Tell whether matplotlib is there."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_plots(result: Result, folder: Path) -> list[str]:
@@ -47,26 +34,6 @@ def write_plots(result: Result, folder: Path) -> list[str]:
             save_figure(figure, folder / name)
             written.append(name)
     return written
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with atomic_file(path, if_exists="replace") as partial:
-        figure.savefig(partial, dpi=160)
-
-
-def new_figure(width: float, height: float, title: str, below: str) -> tuple[Figure, Axes]:
-    """Return an empty figure of that size in inches, with a title and a small line under it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold")
-    axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=8, color="#555555")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
 
 
 def subtitle(result: Result) -> str:
@@ -134,7 +101,7 @@ def speedup(result: Result) -> Figure | None:
     axes.set_xlim(low, high + 0.06 * (high - low))  # medians stand at the right edge
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("times as fast as mlx-lm (median and middle half of the prompts; 1 = equal)")
-    _legend(figure, axes, len(methods))
+    add_legend(figure, axes, len(methods))
     return figure
 
 
@@ -158,7 +125,7 @@ def acceptance(result: Result) -> Figure | None:
     axes.set_xticks(range(deepest + 1))
     axes.set_xlabel("drafts accepted, at least (thin lines: single categories)")
     axes.set_ylabel("share of drafting passes")
-    _legend(figure, axes, len(whole))
+    add_legend(figure, axes, len(whole))
     return figure
 
 
@@ -212,7 +179,7 @@ def roofline(result: Result) -> Figure | None:
     axes.set_ylim(top=ceilings.flop_s / 1e9 * 3)
     axes.set_xlabel("FLOP per byte of weights read")
     axes.set_ylabel("GFLOP per second")
-    _legend(figure, axes, len(found))
+    add_legend(figure, axes, len(found))
     return figure
 
 
@@ -230,7 +197,7 @@ def cost(result: Result) -> Figure | None:
     kinds = list(dict.fromkeys(f["kind"] for f in forecasts if f["kind"] != "plain"))
     for index, kind in enumerate(kinds):
         own = sorted((f for f in forecasts if f["kind"] == kind), key=lambda f: f["rows"])
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        color, marker = look(index)
         rows = [f["rows"] for f in own]
         axes.plot(
             rows,
@@ -264,7 +231,7 @@ def cost(result: Result) -> Figure | None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows that a step verifies (it gains where the dotted line is above the solid)")
     axes.set_ylabel("plain tokens")
-    _legend(figure, axes, 2)
+    add_legend(figure, axes, 2)
     return figure
 
 
@@ -282,10 +249,8 @@ def trees(result: Result) -> Figure | None:
         xs = [row["measured_tokens_per_s"] / base_s for row in found["rows"]]
         ys = [row["predicted_tokens_per_s"] / base_s for row in found["rows"]]
         top = max(top, *xs, *ys)
-        color = COLORS[index % len(COLORS)]
-        axes.plot(
-            xs, ys, MARKERS[index % len(MARKERS)], color=color, markersize=4.5, label=category
-        )
+        color, marker = look(index)
+        axes.plot(xs, ys, marker, color=color, markersize=4.5, label=category)
         for x, y, row in zip(xs, ys, found["rows"], strict=True):
             if row["plan"] == found["choice"]:
                 axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
@@ -296,18 +261,10 @@ def trees(result: Result) -> Figure | None:
     axes.set_ylim(0, top)
     axes.set_xlabel("measured, times plain decoding (rings: the planner's choice)")
     axes.set_ylabel("predicted (band: 10 %)")
-    _legend(figure, axes, len(result.trees))
+    add_legend(figure, axes, len(result.trees))
     return figure
-
-
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    handles: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
-    figure.legend(
-        *handles, loc="outside lower left", ncols=2 if count > 1 else 1, fontsize=8, frameon=False
-    )
 
 
 def style(result: Result, method: str) -> tuple[str, str]:
     """Return a method's colour and marker, the same in all plots of a result."""
-    index = list(result.named_methods).index(method)
-    return COLORS[(index - 1) % len(COLORS)], MARKERS[(index - 1) % len(MARKERS)]
+    return look(list(result.named_methods).index(method) - 1)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_specstream.machine import Machine
 
-from . import plots as drawing
 from .endurance import growth_bytes
+from .figure import available, look, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,15 +77,13 @@ def _table(name: str, grows: str, points: list[dict[str, Any]]) -> str:
 
 def write_plots(record: dict[str, Any], folder: Path) -> list[str]:
     """Draw a plot per study if matplotlib is there; return the file names."""
-    if not drawing.available():
+    if not available():
         return []
     written = []
     for name, study in record["studies"].items():
         points = [point for point in study["points"] if not point.get("left_out")]
         if points:
-            drawing.save_figure(
-                _figure(record, name, study["grows"], points), folder / f"{name}.png"
-            )
+            save_figure(_figure(record, name, study["grows"], points), folder / f"{name}.png")
             written.append(f"{name}.png")
     return written
 
@@ -99,7 +97,7 @@ def _figure(record: dict[str, Any], name: str, grows: str, points: list[dict[str
         "yield": f"Tokens per pass against {grows}",
         "step": f"Price of a step against {grows}",
     }[kind]
-    figure, axes = drawing.new_figure(7.5, 4.4, title, below)
+    figure, axes = new_figure(7.5, 4.4, title, below)
     if kind == LONG:
         x = [p["x"] for p in points]
         parts = [
@@ -117,8 +115,7 @@ def _figure(record: dict[str, Any], name: str, grows: str, points: list[dict[str
             ys.append(p["tokens_per_pass"] if kind == "yield" else p["ratio"])
         axes.set_ylabel("tokens per pass" if kind == "yield" else "a step, in plain steps")
     for index, (label, (xs, ys)) in enumerate(series.items()):
-        color = drawing.COLORS[index % len(drawing.COLORS)]
-        marker = drawing.MARKERS[index % len(drawing.MARKERS)]
+        color, marker = look(index)
         axes.plot(xs, ys, color=color, marker=marker, markersize=4, linewidth=1.8, label=label)
     values = sorted({x for xs, _ in series.values() for x in xs})
     if kind != LONG and len(values) > 1 and values[-1] >= 8 * values[0]:

@@ -137,7 +137,7 @@ def test_quick_says_what_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlx_specstream.bench.command.QUICK_LIMIT_S", 1e-6)
+    monkeypatch.setattr("mlx_specstream.bench.options.QUICK_LIMIT_S", 1e-6)
     words = ("--model", bench_model, "--quick", "-m", "4", "--tree", "2")
     assert bench(*words, "--output", str(tmp_path)) == 0
     out = capsys.readouterr().out
