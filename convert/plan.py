@@ -13,26 +13,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.base import DTYPES, BasePlan, plan_base
-from mlx_specstream.convert.configs import base_config, base_name, peft_adapter, stream_config
+from mlx_specstream.convert.adapters import LAYER, Merge, lora_deltas, read_adapters, stream_steps
+from mlx_specstream.convert.base import BasePlan, plan_base
+from mlx_specstream.convert.configs import base_config, base_name
 from mlx_specstream.convert.hub import locate
-from mlx_specstream.convert.names import Named, nearest, read_rules, sort_names
+from mlx_specstream.convert.names import Named, read_rules, sort_names
 from mlx_specstream.convert.quantise import Quantisation
-from mlx_specstream.convert.reader import CONFIG, STREAMS, Checkpoint, open_checkpoint
-from mlx_specstream.convert.steps import Delta, Step, plain_dtype
+from mlx_specstream.convert.reader import CONFIG, Checkpoint, open_checkpoint
+from mlx_specstream.convert.steps import Delta, Step
 from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.convert.tokenizers import tokenizer_files
-from mlx_specstream.errors import CheckpointError, OptionError, shown
-from mlx_specstream.fingerprint import BaseDims
-from mlx_specstream.stream_tensors import stream_shapes
-from mlx_specstream.tensorfile import FLOATS, TensorSpec
+from mlx_specstream.errors import CheckpointError, OptionError
+from mlx_specstream.tensorfile import FLOATS
 
-Merge = Literal["none", "lower", "all"]
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.lora_([ab])")
 
 
 @dataclass(frozen=True)
@@ -103,14 +99,14 @@ def make_plan(options: Options) -> Plan:
     rules = read_rules(options.rules)
     everything = [*checkpoint.tensors.values(), *checkpoint.side.values()]
     own_base, named = sort_names(everything, rules)
-    config, deltas = _adapters(checkpoint, named, options)
+    config, deltas = read_adapters(checkpoint, named, options.merge_lora)
     if options.adapter_only and (config is None or deltas):
         raise OptionError("--adapter-only needs streams, and adapters that are not merged.")
     name = base_name(checkpoint.stream_fields, checkpoint.adapter_fields)
     base_checkpoint = _find_base(checkpoint, own_base, options.base or name, options)
     if base_checkpoint is None:
         assert config is not None
-        steps = _stream_steps(config, named, None, path, options)
+        steps = stream_steps(config, named, None, path, options.stream_dtype)
         note = "the base model was not at hand: the streams carry no fingerprint of it"
         return Plan(options, path, None, name, StreamPlan(config, steps), notes=(note,))
     tensors = own_base
@@ -123,7 +119,9 @@ def make_plan(options: Options) -> Plan:
     trained = (config, named) if config is not None else None
     if config is not None:
         config, named, base = _merge_shared(config, named, base, base_checkpoint, tensors, options)
-        streams = StreamPlan(config, _stream_steps(config, named, base.dims(), path, options))
+        streams = StreamPlan(
+            config, stream_steps(config, named, base.dims(), path, options.stream_dtype)
+        )
     files = tokenizer_files(base_checkpoint)
     name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
     notes = _notes(base, streams, files)
@@ -137,36 +135,6 @@ def _name_of(base: Checkpoint, options: Options) -> str:
         if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
             return name
     return base.folder.resolve().name
-
-
-def _adapters(
-    checkpoint: Checkpoint, named: dict[str, Named], options: Options
-) -> tuple[StreamConfig | None, dict[str, Delta]]:
-    """Say what the adapter tensors are: streams with a config, or a plain LoRA to merge."""
-    folder = checkpoint.folder
-    if checkpoint.stream_fields is not None:
-        shapes = {name: each.shape for name, each in named.items()}
-        config = stream_config(checkpoint.stream_fields, shapes, folder / STREAMS)
-        if checkpoint.adapter_fields is not None:
-            scale = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json").scale
-            if abs(scale - config.lora_scale) > 1e-6 * abs(scale):
-                raise CheckpointError(
-                    f"{folder}: adapter_config.json scales LoRA by {scale:g}, {STREAMS} by "
-                    f"{config.lora_scale:g}; they must agree."
-                )
-        return config, {}
-    if checkpoint.adapter_fields is not None and "stream_embeddings" not in named:
-        adapter = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json")
-        if options.merge_lora == "lower":
-            raise OptionError("--merge-lora lower is for shared streams; this is a plain adapter.")
-        return None, _deltas(named, adapter.scale)
-    if named:
-        first = next(iter(named.values())).sources[0]
-        raise CheckpointError(
-            f"{folder} holds {shown(first.name)} but no {STREAMS} that says what the streams are; "
-            "write one as docs/checkpoint-format.md describes."
-        )
-    return None, {}
 
 
 def _find_base(
@@ -242,75 +210,13 @@ def _merge_shared(
     merged = {
         name: each
         for name, each in named.items()
-        if (match := _LAYER.fullmatch(name))
+        if (match := LAYER.fullmatch(name))
         and (options.merge_lora == "all" or int(match[1]) < start)
     }
-    base = _plan_base(checkpoint, tensors, _deltas(merged, config.lora_scale), options)
+    base = _plan_base(checkpoint, tensors, lora_deltas(merged, config.lora_scale), options)
     if options.merge_lora == "all":
         config = dataclasses.replace(config, lora_rank=0, lora_alpha=0.0, target_modules=())
     return config, {name: each for name, each in named.items() if name not in merged}, base
-
-
-def _deltas(named: Mapping[str, Named], scale: float) -> dict[str, Delta]:
-    """Pair A and B of every adapted module, under the name of the weight they change."""
-    deltas = {}
-    for name, each in named.items():
-        match = _LAYER.fullmatch(name)
-        other = named.get(f"{name[:-1]}{'b' if name.endswith('a') else 'a'}")
-        if not match or other is None:
-            raise CheckpointError(f"the adapter tensor {shown(each.sources[0].name)} stands alone.")
-        if match[3] == "a":
-            a, b = (dataclasses.replace(half, transpose=False) for half in (each, other))
-            deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = Delta(a, b, scale)
-    return deltas
-
-
-def _stream_steps(
-    config: StreamConfig,
-    named: Mapping[str, Named],
-    dims: BaseDims | None,
-    where: Path,
-    options: Options,
-) -> tuple[Step, ...]:
-    """Check the stream tensors against their config (and base) and plan each."""
-    for name, each in named.items():
-        if plain_dtype(each) not in FLOATS:
-            raise CheckpointError(f"{where}: {name} is {each.sources[0].dtype}, expected floats.")
-    if dims is not None:
-        layers = [int(match[1]) for name in named if (match := _LAYER.fullmatch(name))]
-        shared = config.mode == "shared"
-        lower = shared and bool(layers) and min(layers) < dims.num_layers - config.num_msa_layers
-        gates = shared and any(name.endswith(".stream_gate") for name in named)
-        _compare(named, stream_shapes(config, dims, all_layers=lower, gates=gates), where)
-    target = DTYPES[options.stream_dtype] if options.stream_dtype else None
-    steps = []
-    for name in sorted(named):
-        dtype = target or plain_dtype(named[name])
-        spec = TensorSpec(name, dtype, named[name].shape)
-        steps.append(Step.of((spec,), named[name], dtype))
-    return tuple(steps)
-
-
-def _compare(
-    named: Mapping[str, Named], expected: Mapping[str, tuple[int, ...]], where: Path
-) -> None:
-    for name, each in named.items():
-        given = each.sources[0]
-        if name not in expected:
-            raise CheckpointError(
-                f"{where}: {shown(given.name)} means {nearest(name, each.shape, expected)}; check "
-                f"{STREAMS}, or drop it with --rules."
-            )
-        if each.shape != expected[name]:
-            raise CheckpointError(
-                f"{where}: {shown(given.name)} {given.shape} means {name} {each.shape}, expected "
-                f"{expected[name]}; check {STREAMS} and the base model."
-            )
-    for name, shape in expected.items():
-        if name not in named:
-            raise CheckpointError(
-                f"{where}: no tensor means {name} {shape}, which {STREAMS} asks for."
-            )
 
 
 def _notes(

@@ -7,6 +7,7 @@ misshapen one is an error and never silent nonsense later. Knows names and shape
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .config import StreamConfig
 from .errors import StreamsError, shown
@@ -66,6 +67,25 @@ def stream_shapes(
     return shapes
 
 
+def shapes_by_names(
+    config: StreamConfig, names: Iterable[str], dims: BaseDims
+) -> dict[str, tuple[int, ...]]:
+    """Return `stream_shapes` of streams that have tensors of these names.
+
+    Shared streams may adapt layers below the MSA layers, and may have gates: the names say so.
+
+    Raises:
+        StreamsError: as `stream_shapes`.
+    """
+    lower = gates = False
+    if config.mode == "shared":
+        names = list(names)
+        layers = [int(match[1]) for name in names if (match := _LAYER.fullmatch(name))]
+        lower = bool(layers) and min(layers) < dims.num_layers - config.num_msa_layers
+        gates = any(name.endswith(".stream_gate") for name in names)
+    return stream_shapes(config, dims, all_layers=lower, gates=gates)
+
+
 def check_tensors(
     config: StreamConfig,
     found: dict[str, tuple[int, ...]],
@@ -79,14 +99,7 @@ def check_tensors(
     """
     if dims is None:
         dims = _dims_from_tensors(config, found, where)
-    layers = [int(match[1]) for name in found if (match := _LAYER.fullmatch(name))]
-    lower = (
-        config.mode == "shared"
-        and bool(layers)
-        and min(layers) < dims.num_layers - config.num_msa_layers
-    )
-    gates = config.mode == "shared" and any(name.endswith(".stream_gate") for name in found)
-    expected = stream_shapes(config, dims, all_layers=lower, gates=gates)
+    expected = shapes_by_names(config, found, dims)
     for name, shape in expected.items():
         if name not in found:
             raise StreamsError(f"{where}: the tensor {name} {shape} is missing.")
