@@ -106,11 +106,6 @@ class Machine:
         return int(match[1]) if match else 0
 
     @property
-    def apple_silicon(self) -> bool:
-        """Tell whether it is a Mac with Apple's own chip, however Python runs on it."""
-        return self.system == "Darwin" and (self.arch == "arm64" or self.translated)
-
-    @property
     def summary(self) -> str:
         """Return system, chip and what computes, in a few words."""
         name = "macOS" if self.system == "Darwin" else self.system or "an unknown system"

@@ -117,12 +117,6 @@ class StreamAdapters(nn.Module):
             offsets = torch.zeros_like(offsets)
         return main.unsqueeze(-1) + offsets
 
-    def early_exit(self, backbone: Backbone, main: Tensor) -> Tensor:
-        """Return early-exit logits z = H(norm(o(M))) (..., V) of M (..., h) at the first MSA layer [SS §3.1.3]."""
-        if self.pruner is not None:
-            main = main + self.pruner(main)
-        return backbone.head(backbone.norm(main))
-
 
 def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
     """Return adapters of a changed config that hold everything the given ones have learned.

@@ -18,8 +18,8 @@ from mlx_specstream.machine import Machine
 
 # The modules a step is made of: when they change, so may its cost.
 _ENGINE = (
-    *("accept", "backbone", "baseline", "cache", "condition", "decode"),
-    *("prune", "result", "sampling", "step", "streams", "tree"),
+    *("accept", "backbone", "baseline", "cache", "condition", "decode", "families", "masks"),
+    *("prune", "randomness", "result", "sampling", "step", "streams", "tree"),
 )
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -73,8 +73,8 @@ def _engine() -> str:
     """Return a checksum of the sources that a step runs through."""
     here, sum_ = Path(__file__).parent.parent, 0
     for name in _ENGINE:
-        path = here / f"{name}.py"
-        sum_ = zlib.crc32(path.read_bytes() if path.is_file() else b"", sum_)
+        for path in [here / f"{name}.py", *sorted((here / name).glob("*.py"))]:
+            sum_ = zlib.crc32(path.read_bytes() if path.is_file() else b"", sum_)
     return f"{sum_:08x}"
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import mlx_specstream
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading import StreamModel
 from mlx_specstream.plan import CostCurve, Plan, StepCost, planner_for, ready
 from mlx_specstream.plan.auto import AutoDecoder
-from mlx_specstream.plan.identity import identity, weight_bits
+from mlx_specstream.plan.identity import _ENGINE, identity, weight_bits
 from mlx_specstream.plan.measure import _PlainTokens, _Steps, measure
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
@@ -237,3 +238,9 @@ def test_what_is_fixed_is_not_planned(
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "soon")
     with pytest.raises(OptionError, match="SPECSTREAM_PLAN_SECONDS must be"):
         planner_for(joined)
+
+
+def test_costs_hold_for_the_sources_a_step_runs_through() -> None:
+    package = Path(mlx_specstream.__file__).parent
+    for name in _ENGINE:
+        assert (package / f"{name}.py").is_file() or (package / name / "__init__.py").is_file()
