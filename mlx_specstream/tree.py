@@ -78,6 +78,13 @@ def root_only(token: mx.array) -> DraftTree:
     return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0)
 
 
+def chain(tokens: mx.array) -> DraftTree:
+    """Return root and drafts in a row, (T,) integers, as a tree."""
+    T = tokens.shape[0]
+    nodes = mx.arange(T, dtype=mx.int32)
+    return DraftTree(tokens.astype(mx.int32), mx.maximum(nodes - 1, 0), nodes, depth=T - 1)
+
+
 def ancestors(parents: mx.array, depth: int) -> mx.array:
     """Return the mask (T, T) bool in which node i sees itself and every node above it.
 

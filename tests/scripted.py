@@ -23,7 +23,7 @@ from mlx_specstream.checkpoint import fingerprint, save_streams
 from mlx_specstream.loading import StreamModel
 from mlx_specstream.sampling import LogitsProcessor
 from mlx_specstream.step import Step, Stepper
-from mlx_specstream.tree import DraftTree
+from mlx_specstream.tree import DraftTree, chain
 from tests.engine import committed_rows, random_streams, random_tensors, stream_config
 
 NUM_STREAMS = 4
@@ -65,13 +65,8 @@ def right_drafts(
         done = cache.length - (len(prompt) - 1)
         drafts = [*tokens, *[0] * NUM_STREAMS][done : done + NUM_STREAMS]
         steps.append(cache.length)
-        chain = DraftTree(
-            mx.concatenate([tree.tokens[:1], mx.array(drafts, dtype=mx.int32)]),
-            mx.array([0, *range(NUM_STREAMS)], dtype=mx.int32),
-            mx.arange(NUM_STREAMS + 1, dtype=mx.int32),
-            depth=NUM_STREAMS,
-        )
-        return original(self, chain, cache)
+        drafted = mx.concatenate([tree.tokens[:1], mx.array(drafts, dtype=mx.int32)])
+        return original(self, chain(drafted), cache)
 
     monkeypatch.setattr(Stepper, "step", step)
     return steps

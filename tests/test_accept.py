@@ -10,7 +10,7 @@ from mlx_specstream.accept import accept, typical_choice
 from mlx_specstream.config import TypicalSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.tree import DraftTree, ancestors, root_only
+from mlx_specstream.tree import DraftTree, ancestors, chain, root_only
 from tests.engine import examples
 from tests.reference import tree as reference
 
@@ -66,18 +66,13 @@ def test_accept_against_a_walk(
 
 def test_long_paths_are_walked_to_the_end() -> None:
     n = 33
-    chain = DraftTree(
-        mx.arange(n, dtype=mx.int32),
-        mx.array([0, *range(n - 1)], dtype=mx.int32),
-        mx.arange(n, dtype=mx.int32),
-        depth=n - 1,
-    )
-    seen = ancestors(chain.parents, chain.depth)
-    path = accept(chain, seen, mx.arange(1, n + 1))
+    tree = chain(mx.arange(n))
+    seen = ancestors(tree.parents, tree.depth)
+    path = accept(tree, seen, mx.arange(1, n + 1))
     assert path.tokens.tolist() == list(range(1, n + 1))
     right = np.arange(1, n + 1)
     right[4] = 0
-    path = accept(chain, seen, mx.array(right))
+    path = accept(tree, seen, mx.array(right))
     assert path.length.item() == 4
     assert path.next_root.item() == 0
 

@@ -104,15 +104,10 @@ def test_streams_continue_from_the_accepted_row_and_leave_nothing() -> None:
     stepper = decoder.stepper
 
     def states(text: list[int], drafts: list[int], node: int) -> np.ndarray:
-        from mlx_specstream.tree import DraftTree
-
         cache = backbone.new_cache()
         backbone.forward(mx.array(text), cache)
         cache.advance(len(text))
-        n = len(drafts)
-        order = mx.arange(n, dtype=mx.int32)
-        tree = DraftTree(mx.array(drafts), mx.maximum(order - 1, 0), order, n - 1)
-        verified = stepper.verify(tree, cache)
+        verified = stepper.verify(chain(mx.array(drafts)), cache)
         before = arrays_in(cache, len(text) + 1)
         found = np.array(stepper.stream_states(verified, mx.array(node), cache))
         for old, new in zip(before, arrays_in(cache, len(text) + 1), strict=True):

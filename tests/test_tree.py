@@ -16,6 +16,7 @@ from mlx_specstream.tree import (
     ancestors,
     best_nodes,
     build,
+    chain,
     likely_ends,
     root_only,
     select,
@@ -222,3 +223,14 @@ def test_likely_ends_are_where_probability_stays() -> None:
     assert likely_ends(tree, 2).tolist() == [2, 3]
     dead = replace(tree, alive=mx.array([True, True, True, False]))
     assert likely_ends(dead, 1).tolist() == [1]
+
+
+def test_a_chain_is_a_tree() -> None:
+    tree = chain(mx.array([7, 8, 9]))
+    assert [a.tolist() for a in (tree.tokens, tree.parents, tree.depths)] == [
+        [7, 8, 9],
+        [0, 0, 1],
+        [0, 1, 2],
+    ]
+    assert (tree.depth, tree.num_nodes) == (2, 3)
+    assert chain(mx.array([7])).parents.tolist() == root_only(mx.array(7)).parents.tolist() == [0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..sampling import TokenChooser
-from ..tree import DraftTree
+from ..tree import chain
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,6 @@ def draw(
         rows.append(drawn)
         flags.append(flag.reshape(1))
     return Drawn(mx.stack(rows), mx.concatenate(flags), errors)
-
-
-def chain(tokens: mx.array) -> DraftTree:
-    """Return the chain of root and drafts (T,) as a tree."""
-    T = tokens.shape[0]
-    nodes = mx.arange(T, dtype=mx.int32)
-    return DraftTree(tokens, mx.maximum(nodes - 1, 0), nodes, depth=T - 1)
 
 
 def _takes_likeliest(chooser: TokenChooser) -> bool:

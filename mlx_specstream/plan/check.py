@@ -66,8 +66,9 @@ class Verdict:
 
 
 def small_trees(num_streams: int, most_rows: int, *, shared: bool) -> list[Plan]:
-    """Return every tree of up to `most_rows` rows that `TreeSpec` can describe: chains, best-first
-    trees of every size, and full products of two levels and more.
+    """Return every tree of up to `most_rows` rows that `TreeSpec` can describe.
+
+    Chains, best-first trees of every size, and full products of two levels and more.
     """
     trees = [TreeSpec("chain", branching=1, depth=d) for d in range(1, num_streams + 1)]
     trees += [TreeSpec("best", rows=rows) for rows in range(3, most_rows + 1)]

@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     if curve is None:
         raise ModelError(
             "costs were not measured: measuring is turned off, or the model computes NaN; give "
-            "--budget 5, or check the model with specstream verify."
+            "--budget 8, or check the model with specstream verify."
         )
     if arguments.check:
         return _checked(arguments, model, tokenizer, curve)

@@ -19,7 +19,7 @@ from mlx_specstream.decode import StreamDecoder
 from mlx_specstream.result import StepResult
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
-from mlx_specstream.tree import DraftTree, build
+from mlx_specstream.tree import DraftTree, build, chain
 
 from .acceptance import RECORDED_ROWS, AnswerTrace, Position
 
@@ -56,7 +56,7 @@ def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -
     positions: list[Position] = []
     for first in range(0, len(text), CHUNK):
         nodes = before[first : first + CHUNK]
-        verified = stepper.verify(_chain(nodes), cache)
+        verified = stepper.verify(chain(mx.array(nodes)), cache)
         assert verified.streams is not None
         trees = []
         for place in range(len(nodes)):
@@ -109,14 +109,3 @@ def _answer(
     for _ in decoder.steps(prompt[-1], cache, more):
         pass
     return text
-
-
-def _chain(tokens: Sequence[int]) -> DraftTree:
-    """Return tokens in a row as a tree."""
-    T = len(tokens)
-    return DraftTree(
-        mx.array(list(tokens), dtype=mx.int32),
-        mx.array([0, *range(T - 1)], dtype=mx.int32),
-        mx.arange(T, dtype=mx.int32),
-        depth=T - 1,
-    )
