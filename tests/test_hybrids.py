@@ -99,8 +99,8 @@ def test_streams_continue_from_the_accepted_row_and_leave_nothing() -> None:
     """The streams of row i after a chain: what they are if the text ends there."""
     backbone = backbone_of("qwen3_5")
     streams = random_streams(backbone)
-    chain = TreeSpec(kind="chain", branching=1, depth=3)
-    decoder = StreamDecoder(streams, DecodeConfig(chain), TokenChooser())
+    chains = TreeSpec(kind="chain", branching=1, depth=3)
+    decoder = StreamDecoder(streams, DecodeConfig(chains), TokenChooser())
     stepper = decoder.stepper
 
     def states(text: list[int], drafts: list[int], node: int) -> np.ndarray:

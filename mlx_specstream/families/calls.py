@@ -191,17 +191,18 @@ def uniform(layer: nn.Module, call: LayerCall, extras: Extras) -> nn.Module:
 
     def run(self: nn.Module, hidden: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         found = extras(hidden.shape[1], cache.offset) if call.extras else {}
+        given = {
+            Kind.HIDDEN: hidden,
+            Kind.MASK: mask,
+            Kind.CACHE: cache,
+            Kind.OFFSET: getattr(cache, "offset", 0),
+        }
         args, kwargs = [], {}
         for key, slot in call.arguments:
-            value = {
-                Kind.HIDDEN: hidden,
-                Kind.MASK: mask,
-                Kind.CACHE: cache,
-                Kind.OFFSET: getattr(cache, "offset", 0),
-                Kind.CONSTANT: slot.value,
-            }.get(slot.kind)
             if slot.kind is Kind.EXTRA:
                 value = found[key]
+            else:
+                value = slot.value if slot.kind is Kind.CONSTANT else given[slot.kind]
             if isinstance(key, int):
                 args.append(value)
             else:

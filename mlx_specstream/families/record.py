@@ -2,7 +2,7 @@
 
 Seven tokens go through the model's own forward, in two pieces, with mlx-lm's own caches. Layers,
 embeddings, norms and heads are spied on; arrays are told apart by identity, so nothing is
-computed and no weight is read. `slots.py` draws the conclusions.
+computed and no weight is read. `calls.py` draws the conclusions.
 """
 
 from __future__ import annotations
