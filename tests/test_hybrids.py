@@ -23,6 +23,7 @@ from mlx_specstream.loading import StreamModel
 from mlx_specstream.masks import RowMask
 from mlx_specstream.probe import check_backbone
 from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.tree import chain
 from tests import tiny
 from tests.engine import mlx_lm_tokens
 

@@ -555,7 +555,7 @@ def test_a_bad_base_is_one_sentence(tmp_path, change, message):
         ({"num_msa_layers": 4}, "4 MSA layers"),
         ({"lora_rank": 5}, "expected"),
         ({"target_modules": ["self_attn.q_proj"]}, "has no place"),
-        ({"target_modules": ["self_attn.zzz"]}, "do not have"),
+        ({"target_modules": ["self_attn.zzz"]}, "does not have"),
         ({"stream_init": "odd"}, "stream_init"),
         ({"pruner_rank": 0}, "pruner.* has no place"),
         ({"conditioner_rank": 0, "conditioner_hidden": 0}, "conditioner.* has no place"),
