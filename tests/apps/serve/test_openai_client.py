@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,6 +90,33 @@ def test_tools(connect: Connect, caller: Any) -> None:
     ]
     again = client.chat.completions.create(model="caller", messages=messages, tools=[TOOL])
     assert again.choices[0].message.tool_calls
+
+
+def test_a_forced_call(connect: Connect, caller: Any) -> None:
+    pytest.importorskip("llguidance")
+    client = connect(caller, max_tokens=200)
+    parameters = {
+        "type": "object",
+        "properties": {"way": {"enum": ["left", "right"]}},
+        "required": ["way"],
+        "additionalProperties": False,
+    }
+    turn: Any = {"type": "function", "function": {"name": "turn", "parameters": parameters}}
+    for choice in ("required", {"type": "function", "function": {"name": "turn"}}):
+        reply = client.chat.completions.create(
+            model="caller",
+            messages=HELLO,
+            tools=[turn] if choice == "required" else [TOOL, turn],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+        )
+        message = reply.choices[0].message
+        assert message.content is None
+        (call,) = message.tool_calls
+        assert call.function.name == "turn"
+        assert json.loads(call.function.arguments)["way"] in ("left", "right")
+    with pytest.raises(openai.BadRequestError, match="no tools"):
+        client.chat.completions.create(model="caller", messages=HELLO, tool_choice="required")
 
 
 def test_logprobs(connect: Connect) -> None:
