@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from starlette.testclient import TestClient
 
 from mlx_specstream import StreamModel, TreeSpec, load
@@ -21,7 +23,7 @@ from mlx_specstream.apps.serve.turns import Turns
 from mlx_specstream.config import DecodeConfig
 from tests.apps.parrot import save_parrot
 from tests.scripted import with_streams
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, hf_byte_tokenizer
 
 TREE = DecodeConfig(tree=TreeSpec(rows=5))
 MakeService = Callable[..., Service]
@@ -94,6 +96,23 @@ def caller_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def caller(caller_folder: Path) -> Callable[[], Any]:
     """What loads that model, with mlx-lm's parser of JSON calls."""
     return lambda: load(str(caller_folder), tokenizer_config={"tool_parser_type": "json_tools"})
+
+
+@pytest.fixture
+def tiny_caller(tiny_llama: nn.Module) -> Callable[[], Any]:
+    """What loads the tiny model, which writes noise, with a tokenizer that reads calls."""
+
+    def loading() -> Any:
+        tokenizer = TokenizerWrapper(
+            hf_byte_tokenizer(),
+            BPEStreamingDetokenizer,
+            tool_call_start=json_tools.tool_call_start,
+            tool_call_end=json_tools.tool_call_end,
+            tool_parser=json_tools.parse_tool_call,
+        )
+        return with_streams(tiny_llama), tokenizer
+
+    return loading
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,8 @@ import copy
 import json
 from typing import Any
 
-import mlx.nn as nn
 import pytest
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools, mistral, qwen3_coder
 from tokenizers import AddedToken
 
@@ -19,7 +18,6 @@ from mlx_specstream.apps.serve.tool_calls import ToolFormat
 from mlx_specstream.errors import SpecStreamError
 from tests import tiny
 from tests.apps.serve.conftest import MakeService, ask, client_of
-from tests.scripted import with_streams
 
 pytest.importorskip("llguidance")
 
@@ -153,21 +151,11 @@ def test_calls_that_cannot_be_forced_are_refused() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_would_talk_calls(
-    make_service: MakeService, tiny_llama: nn.Module, stream: bool
+    make_service: MakeService, tiny_caller: Any, stream: bool
 ) -> None:
     """A model of noise, which alone would never write a call."""
 
-    def loading() -> Any:
-        caller = TokenizerWrapper(
-            tiny.hf_byte_tokenizer(),
-            BPEStreamingDetokenizer,
-            tool_call_start="<tool_call>",
-            tool_call_end="</tool_call>",
-            tool_parser=json_tools.parse_tool_call,
-        )
-        return with_streams(tiny_llama), caller
-
-    client = client_of(make_service(loading, max_tokens=200))
+    client = client_of(make_service(tiny_caller, max_tokens=200))
     choice = {"type": "function", "function": {"name": "add"}}
     body = ask(tools=[ADD, SAY], tool_choice=choice, stream=stream)
     response = client.post(CHAT, json=body)

@@ -34,8 +34,8 @@ CHECKS = [
 
 
 @pytest.fixture
-def live(make_service: MakeService, go_live: Callable[..., Live]) -> Live:
-    return go_live(make_service(max_tokens=2, max_tokens_limit=2))
+def live(make_service: MakeService, tiny_caller: Any, go_live: Callable[..., Live]) -> Live:
+    return go_live(make_service(tiny_caller, max_tokens=2, max_tokens_limit=2))
 
 
 @pytest.mark.slow
