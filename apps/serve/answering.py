@@ -48,15 +48,15 @@ class Answering:
         self.works: list[Work] = []
         n = len(reply.choices) // len(prompts)
         for place, choice in enumerate(reply.choices):
-            first = place % n == 0
+            number = place % n  # of the answers to one prompt
             self.works.append(
                 Work(
                     prompt=prompts[place // n],
                     settings=settings[place],
                     deliver=partial(self._deliver, choice),
                     deadline=deadline,
-                    after=None if first else self.works[place - place % n],
-                    shared=first and n > 1,
+                    after=self.works[-1] if number else None,
+                    shared=number < n - 1,
                 )
             )
         service.engine.submit(self.works)
