@@ -31,7 +31,8 @@ class CostCurve:
     """Costs of plain decoding and of plans, for one model with its streams on one machine.
 
     context: committed tokens at which it holds. plain_growth_s, step_growth_s: seconds more per
-    token of context. source: `measured`, or where the figures come from. key: what they hold
+    token of context. restart_s: seconds of a step of the root alone, which drafts anew; 0 if not
+    measured. source: `measured`, or where the figures come from. key: what they hold
     for (`identity.py`). complete: False if time was up before every plan that matters was begun.
     """
 
@@ -41,6 +42,7 @@ class CostCurve:
     steps: Mapping[Plan, StepCost]
     plain_growth_s: float = 0.0
     step_growth_s: float = 0.0
+    restart_s: float = 0.0
     source: str = "measured"
     key: Mapping[str, object] = field(default_factory=dict)
     complete: bool = True
@@ -57,9 +59,12 @@ class CostCurve:
         return self.seconds(plan, context) / self.seconds(None, context)
 
     def restart(self) -> float:
-        """Return what a step of the root alone costs in plain tokens: it drafts anew."""
+        """Return what a step of the root alone costs in plain tokens: it drafts anew.
+
+        At most what the cheapest step costs, if it was not measured.
+        """
         cheapest = min((cost.seconds for cost in self.steps.values()), default=0.0)
-        return max(1.0, cheapest / self.plain.seconds)
+        return max(1.0, (self.restart_s or cheapest) / self.plain.seconds)
 
     def _base(self, plan: Plan) -> float:
         """Return the cost of a plan, between those of its neighbours if it was not measured."""
@@ -94,6 +99,7 @@ class CostCurve:
             "plain": _cost(self.plain),
             "plain_growth_s": self.plain_growth_s,
             "step_growth_s": self.step_growth_s,
+            "restart_s": self.restart_s,
             "steps": {plan.name: _cost(cost) for plan, cost in self.steps.items()},
         }
 
@@ -114,6 +120,7 @@ class CostCurve:
             steps={Plan.parse(str(name)): _read_cost(cost) for name, cost in steps.items()},
             plain_growth_s=_number(values["plain_growth_s"]),
             step_growth_s=_number(values["step_growth_s"]),
+            restart_s=_number(values.get("restart_s", 0.0)),
             source=str(values["source"]),
             key=key,
             complete=values.get("complete", True) is True,

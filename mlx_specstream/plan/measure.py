@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -35,6 +35,7 @@ LONG_CONTEXT = 2048
 MAX_ROUNDS = 7
 STEPS = 2  # of a plan per sample
 TOKENS = 3  # of plain decoding per sample
+RESTARTS = 3  # samples of a step of the root alone
 GROUP = 3  # plans between two samples of plain decoding
 HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
 _EXPLORING = 0.6  # share of the budget in which plans are still begun
@@ -64,11 +65,15 @@ def measure(
     session = _Session(streams, clock, context, clock() + budget_s, tokens_per_step)
     try:
         session.explore(plans, clock() + _EXPLORING * budget_s)
+        restart = session.restart()
         session.refine()
         growth = session.growth() if budget_s >= 1 else (0.0, 0.0)
     except ModelError:
         return None
-    return session.curve(*growth) if session.ratios else None
+    if not session.ratios:
+        return None
+    curve = session.curve(*growth)
+    return replace(curve, restart_s=restart * curve.plain.seconds)
 
 
 @dataclass
@@ -120,6 +125,18 @@ class _Session:
                 if self.clock() > self.until:
                     return
                 before = self._sample(alive[first : first + GROUP], before)
+
+    def restart(self) -> float:
+        """Return what a step of the root alone costs in plain tokens, 0 if time is up."""
+        if not self.ratios or self.clock() > self.until:
+            return 0.0
+        steps, ratios = next(iter(self.steps.values())), []
+        for _ in range(RESTARTS):
+            seconds = steps.restart(self.context)
+            after = self.token.sample(self.context)
+            ratios.append(seconds / (0.5 * (self.plain[-1] + after)))
+            self.plain.append(after)
+        return statistics.median(ratios)
 
     def growth(self) -> tuple[float, float]:
         """Return the seconds that a plain token and a step cost more per token of context."""
@@ -254,6 +271,13 @@ class _Steps:
         # Only now is the last step's draft complete; in a loop the next step would wait for it.
         mx.eval(self.tree.arrays)
         return (self.clock() - begin) / number
+
+    def restart(self, context: int) -> float:
+        """Return the seconds of a step of the root alone."""
+        cache = self.caches.at(context)
+        begin = self.clock()
+        mx.eval(self._step(root_only(mx.array([_TOKEN])), cache).arrays)
+        return self.clock() - begin
 
     def _step(self, tree: DraftTree, cache: KVCache) -> DraftTree:
         self.decoder.chooser.history.clear()
