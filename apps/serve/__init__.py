@@ -10,5 +10,6 @@ guard ──► endpoints ──► body, schema      who may ask; JSON that is 
               └──► tool_calls
 
 `forced_calls` is the grammar of answers that must call a tool. `app` puts it together, `run` starts
-and stops it, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a conversation's KV cache is, is in `apps/`, as for the chat.
+and stops it, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a
+conversation's KV cache is, is in `apps/`, as for the chat.
 """

@@ -51,7 +51,7 @@ class Generating:
         )
         # To the chooser the text begins with the prompt's last token, whatever came from a cache.
         self.chooser = TokenChooser(
-            settings.sampler(model.backbone.vocab_size),
+            settings.sampler(model.backbone.vocab_size, tokenizer),
             settings.processors(work.prompt[:-1]),
             work.prompt[-1:],
             seed=settings.seed,

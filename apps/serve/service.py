@@ -111,6 +111,8 @@ class Service:
             top_p=_given(request.top_p, defaults.top_p),
             top_k=_given(request.top_k, defaults.top_k),
             min_p=_given(request.min_p, defaults.min_p),
+            xtc_probability=_given(request.xtc_probability, 0.0),
+            xtc_threshold=_given(request.xtc_threshold, 0.1),
             seed=(seed + choice) % 2**63,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             repetition_penalty=_given(request.repetition_penalty, 1.0),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_specstream.grammar import Grammar
 from mlx_specstream.sampling import LogitsProcessor, Sampler
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 GREEDY_BELOW = 1e-3  # temperatures below this overflow when logits are divided by them
 
@@ -26,6 +30,8 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     repetition_penalty: float = 1.0
@@ -38,14 +44,28 @@ class Settings:
     logprobs: int | None = None
     grammar: Grammar | None = None
 
-    def sampler(self, vocab_size: int) -> Sampler | None:
-        """Return what draws tokens; None takes the likeliest."""
+    def sampler(self, vocab_size: int, tokenizer: TokenizerWrapper) -> Sampler | None:
+        """Return what draws tokens; None takes the likeliest.
+
+        Like mlx-lm's server, XTC spares line breaks and the tokens that end an answer.
+        """
         if self.temperature < GREEDY_BELOW or self.top_p <= 0 or self.top_k == 1:
             return None
         from mlx_lm.sample_utils import make_sampler
 
         top_k = self.top_k if self.top_k < vocab_size else 0
-        sampler: Sampler = make_sampler(self.temperature, self.top_p, self.min_p, top_k=top_k)
+        spared: list[int] = []
+        if self.xtc_probability:
+            spared = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+        sampler: Sampler = make_sampler(
+            self.temperature,
+            self.top_p,
+            self.min_p,
+            top_k=top_k,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=spared,
+        )
         return sampler
 
     def processors(self, before: Sequence[int]) -> list[LogitsProcessor]:

@@ -143,6 +143,20 @@ def test_logit_bias_and_penalties_change_the_answer(client: TestClient) -> None:
     assert other["choices"][0]["message"]["content"] != plain
 
 
+def test_xtc_cuts_the_likeliest_tokens(client: TestClient) -> None:
+    """Where two tokens reach the threshold, and XTC is certain, the likeliest is not drawn."""
+    body = ask(temperature=1.0, seed=1, max_tokens=12)
+    plain = client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    drawn = {**body, "logprobs": True, "top_logprobs": 1, "xtc_threshold": 0.01}
+    cut = client.post(CHAT, json={**drawn, "xtc_probability": 1.0}).json()["choices"][0]
+    assert cut["message"]["content"] != plain
+    for token in cut["logprobs"]["content"]:
+        (likeliest,) = token["top_logprobs"]
+        assert likeliest["logprob"] > token["logprob"], "the likeliest is never drawn"
+    again = client.post(CHAT, json={**drawn, "xtc_probability": 0.0}).json()["choices"][0]
+    assert again["message"]["content"] == plain
+
+
 def test_penalties_do_not_depend_on_what_the_cache_holds(client: TestClient) -> None:
     body = ask("abcabcabc", repetition_penalty=1.5, repetition_context_size=200)
     first = client.post(CHAT, json=body).json()
