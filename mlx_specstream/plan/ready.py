@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_specstream")
 
 VERSION = 1
-ENOUGH = 4
+ENOUGH = 2
 BUDGET = "SPECSTREAM_PLAN_SECONDS"
 """Environment variable: seconds that measuring may take; 0 turns planning off."""
 
@@ -143,7 +143,7 @@ def costs(
     if curve is None:
         return None
     curve = replace(curve, key=key)
-    # Of a machine that was too busy for more than a plan or two, nothing is kept.
+    # Of a machine that was too busy for more than one plan, nothing is kept.
     if curve.complete or len(curve.steps) >= ENOUGH:
         write_curve(path, curve)
     return curve
