@@ -72,24 +72,28 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 the verb's own no, 2 what the user gave is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _dispatch(arguments))
+
+
+def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
+    """Return the status of `work`, or that of the error that ended it, told on one line of stderr."""
     try:
-        status = _dispatch(arguments)
+        status = work()
         sys.stdout.flush()
         return status
     except SpecStreamError as error:
-        return _complain(str(error), EXIT_USER_ERROR)
+        return _complain(name, str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        return _complain("interrupted.", EXIT_INTERRUPTED)
+        return _complain(name, "interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last
         # flush quiet as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (
-        OSError
-    ) as error:  # a file that is not there, may not be read, or does not fit on the disk
+    except OSError as error:
+        # A file that is not there, may not be read, or does not fit on the disk.
         place = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
+        return _complain(name, f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
 
 
 def run() -> NoReturn:
@@ -117,8 +121,8 @@ def _dispatch(arguments: list[str]) -> int:
     return run(arguments[1:])
 
 
-def _complain(message: str, status: int) -> int:
-    print(f"specstream: {' '.join(message.split())}", file=sys.stderr)
+def _complain(name: str, message: str, status: int) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

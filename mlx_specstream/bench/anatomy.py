@@ -21,10 +21,11 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_specstream.cache import KVCache
+from mlx_specstream.cli import exit_status
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.decode import StreamDecoder
 from mlx_specstream.decode_options import parse_schedule
-from mlx_specstream.errors import SpecStreamError, StreamsError
+from mlx_specstream.errors import StreamsError
 from mlx_specstream.loading import load
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
@@ -199,8 +200,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SpecStreamError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main, "anatomy"))

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_specstream.batch.generation import batch_generate
+from mlx_specstream.cli import exit_status
 from mlx_specstream.config import DecodeConfig, TreeSpec
-from mlx_specstream.errors import OptionError, SpecStreamError, StreamsError
+from mlx_specstream.errors import OptionError, StreamsError
 from mlx_specstream.generation import stream_generate
 from mlx_specstream.loading import StreamModel, load
 from mlx_specstream.machine import Machine
@@ -273,8 +274,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SpecStreamError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main, "batch"))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backbone import Backbone
+from ..cli import exit_status
 from ..errors import ModelError, OptionError
 from ..families.refused import REFUSED
 from ..files import atomic_file
@@ -156,4 +157,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, "families"))

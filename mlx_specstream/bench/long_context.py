@@ -15,6 +15,7 @@ import sys
 import time
 from importlib.resources import files
 
+from mlx_specstream.cli import exit_status
 from mlx_specstream.decode_options import (
     add_cache_options,
     add_decode_options,
@@ -23,7 +24,7 @@ from mlx_specstream.decode_options import (
     decode_config,
     load_options,
 )
-from mlx_specstream.errors import OptionError, SpecStreamError
+from mlx_specstream.errors import OptionError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,8 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except SpecStreamError as error:
-        print(f"long_context: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:]), "long_context"))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_specstream.errors import SpecStreamError, StreamsError
+from mlx_specstream.cli import exit_status
+from mlx_specstream.errors import StreamsError
 from mlx_specstream.plan.acceptance import AnswerTrace
 from mlx_specstream.plan.curve import CostCurve
 from mlx_specstream.plan.planner import Planner
@@ -192,8 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SpecStreamError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main, "replay"))

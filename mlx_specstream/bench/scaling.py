@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_specstream.errors import DataError, OptionError, SpecStreamError, StreamsError
+from mlx_specstream.cli import exit_status
+from mlx_specstream.errors import DataError, OptionError, StreamsError
 from mlx_specstream.files import atomic_file
 from mlx_specstream.loading import StreamModel, load, model_folder
 from mlx_specstream.machine import Machine
@@ -217,8 +218,4 @@ def finish(record: dict[str, Any], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SpecStreamError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main, "scaling"))

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_specstream import __version__
-from mlx_specstream.errors import OptionError, SpecStreamError
+from mlx_specstream.cli import exit_status
+from mlx_specstream.errors import OptionError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,8 +80,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except SpecStreamError as error:
-        print(f"exactness: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(lambda: main(sys.argv[1:]), "exactness"))
