@@ -27,7 +27,7 @@ from mlx_specstream.cache import KVCache, LayerKV, Span
 from mlx_specstream.masks import Mask, RowMask
 from mlx_specstream.streams import Streams
 
-from .base import BaseStates
+from .base import BaseStates, KeptRows
 
 
 @dataclass(frozen=True)
@@ -75,26 +75,17 @@ def cut(positions: Sequence[Sequence[int]], size: int) -> Segments:
     )
 
 
-class SegmentRows(LayerKV):
+class SegmentRows(KeptRows):
     """One layer's keys: the given main rows of each segment's text, then the segment's own rows."""
 
     def __init__(self, main_keys: mx.array, main_values: mx.array) -> None:
         super().__init__()
         self.main = (main_keys, main_values)
 
-    def write(self, at: int, keys: mx.array, values: mx.array) -> None:
-        assert at == 0
-        self.keys, self.values = keys, values
-
     def read(self, end: int) -> tuple[mx.array, mx.array]:
-        assert self.keys is not None
-        assert self.values is not None
-        assert end == self.keys.shape[2]
-        keys, values = self.main
-        return (
-            mx.concatenate([keys, self.keys], axis=2),
-            mx.concatenate([values, self.values], axis=2),
-        )
+        pairs = zip(self.main, super().read(end), strict=True)
+        keys, values = (mx.concatenate([main, own], axis=2) for main, own in pairs)
+        return keys, values
 
 
 class SegmentMask(RowMask):

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.cache import LayerKV
 from mlx_specstream.masks import causal_mask
 from mlx_specstream.streams import Streams
 
-from .base import embed_texts, kept_rows, pad_texts
+from .base import KeptRows, embed_texts, kept_rows, pad_texts
 from .batches import Selection
 from .head import Head, cross_entropy
 from .loss import PassLoss, Tensors, conditioner_of, recompute_layers, stream_loss
@@ -34,7 +33,7 @@ from .segments import SegmentMask, Segments
 from .targets import Rows, rows_of
 
 
-class JointRows(LayerKV):
+class JointRows(KeptRows):
     """One layer's keys when main rows have gradients: all main rows of the text, own streams.
 
     Written: (B·n, K, P + P·γ, D), the n segments of a text side by side. Read: (B·n, K, L + P·γ, D).
@@ -44,15 +43,9 @@ class JointRows(LayerKV):
         super().__init__()
         self.segments_per_text, self.num_main = segments_per_text, num_main
 
-    def write(self, at: int, keys: mx.array, values: mx.array) -> None:
-        assert at == 0
-        self.keys, self.values = keys, values
-
     def read(self, end: int) -> tuple[mx.array, mx.array]:
-        assert self.keys is not None
-        assert self.values is not None
-        assert end == self.keys.shape[2]
-        return self._joined(self.keys), self._joined(self.values)
+        keys, values = super().read(end)
+        return self._joined(keys), self._joined(values)
 
     def _joined(self, rows: mx.array) -> mx.array:
         n, P = self.segments_per_text, self.num_main
