@@ -70,10 +70,7 @@ class Answering:
     def wanted(self, result: StepResult) -> bool:
         """Turn a step's tokens into text and tell whether the answer needs another step."""
         self.pieces = self.answer.take(result.tokens, result.origins)
-        accepted = sum(piece.origin > 0 for piece in self.pieces)
-        self.stats = self.stats.after(
-            tokens=len(self.pieces), accepted=accepted, drafted=result.drafted
-        )
+        self.stats = self.stats.after([piece.origin for piece in self.pieces], result.drafted)
         return self.answer.finish_reason is None
 
     def _tokens(self, chunk: int, progress: Progress) -> Iterator[GenerationResponse]:

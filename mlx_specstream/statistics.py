@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -32,9 +33,13 @@ class SpeculationStats:
         """Return the share of drafts that were accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def after(self, *, tokens: int, accepted: int, drafted: int) -> SpeculationStats:
-        """Return the figures with one more pass."""
-        one = SpeculationStats(1, tokens, drafted, accepted, (0,) * accepted + (1,))
+    def after(self, origins: Sequence[int], drafted: int) -> SpeculationStats:
+        """Return the figures with one more pass.
+
+        origins: of the tokens it gave out, the stream that had proposed each, 0 for none.
+        """
+        accepted = sum(origin > 0 for origin in origins)
+        one = SpeculationStats(1, len(origins), drafted, accepted, (0,) * accepted + (1,))
         return self + one
 
     def __add__(self, other: SpeculationStats) -> SpeculationStats:

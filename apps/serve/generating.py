@@ -77,10 +77,7 @@ class Generating:
     def wanted(self, result: StepResult) -> bool:
         """Turn a step's tokens into text; tell whether the answer needs another step."""
         self.pieces = self.text.take(result.tokens, result.origins)
-        accepted = sum(piece.origin > 0 for piece in self.pieces)
-        self.stats = self.stats.after(
-            tokens=len(self.pieces), accepted=accepted, drafted=result.drafted
-        )
+        self.stats = self.stats.after([piece.origin for piece in self.pieces], result.drafted)
         return self.text.finish_reason is None
 
     def begin(self) -> None:

@@ -205,8 +205,7 @@ class _Request:
         pieces = self.answer.take(result.tokens, result.origins)
         self.pieces += [piece.text for piece in pieces]
         self.tokens += [piece.token for piece in pieces]
-        accepted = sum(piece.origin > 0 for piece in pieces)
-        self.stats = self.stats.after(tokens=len(pieces), accepted=accepted, drafted=result.drafted)
+        self.stats = self.stats.after([piece.origin for piece in pieces], result.drafted)
         return self.answer.finish_reason is None
 
     def ended(self) -> BatchAnswer:
