@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .backbone import Backbone, view_layer
-from .cache import KVCache, PassCache
+from .cache import KVCache, PassCache, QuantizedPass
 from .config import StreamConfig
 from .errors import StreamsError
 from .masks import Mask, RowMask, causal_mask
@@ -197,6 +197,8 @@ class Streams:
             allowed = self.backbone.mask(index, mask, row.span)
             gate = self.gates.get(index)
             if gate is not None and num_main < hidden.shape[1]:
+                if isinstance(row, QuantizedPass):
+                    row.num_heads = gate.shape[0]
                 tail = 0 if row.span is None else row.span.tail
                 allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
             hidden = self.layers[index](hidden, allowed, row)

@@ -104,6 +104,47 @@ def test_what_cannot_be_followed_is_refused_in_a_sentence(name: str, reason: str
     assert "\n" not in str(caught.value)
 
 
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 12}
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_text"])
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"num_kv_shared_layers": 2}, "the keys and values of lower ones"),
+        (PER_LAYER, "inputs of their own"),
+        ({**PER_LAYER, "num_kv_shared_layers": 2}, "inputs of their own"),
+    ],
+)
+def test_gemma4_of_e2b_and_e4b_is_refused(name: str, sizes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        Backbone(tiny_random_model(name, **sizes))
+
+
+GEMMA4 = {
+    "26B-A4B": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+    "31B": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize("sizes", GEMMA4.values(), ids=GEMMA4)
+def test_gemma4_of_other_sizes_decodes_as_mlx_lm(sizes: dict[str, Any]) -> None:
+    model = tiny_random_model("gemma4_text", **sizes)
+    tried = compare_with_mlx_lm(model, PROMPT, 5 * WINDOW)
+    assert tried.differs is None
+
+
+def test_a_mask_wider_than_its_cache_is_refused() -> None:
+    """mlx-lm's plamo3: a token sees a row more in a prompt than when it is decoded."""
+    with pytest.raises(ModelError, match="show a token 6 rows where its cache holds 5"):
+        Backbone(tiny_random_model("plamo3"))
+
+
 def test_layers_that_cannot_take_rows_are_refused_in_a_sentence() -> None:
     model = tiny_random_model("llama")
 

@@ -14,7 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.cache import save_prompt_cache as mlx_lm_save
 
 from mlx_specstream import cache_prompt, cli
-from mlx_specstream.cache import RotatingLayer
+from mlx_specstream.backbone import Backbone
+from mlx_specstream.bench.tiny_models import tiny_random_model
+from mlx_specstream.cache import RotatingLayer, from_mlx_lm
 from mlx_specstream.cache.files import load_prompt_cache, save_prompt_cache
 from mlx_specstream.cache.quantized import Quantization
 from mlx_specstream.config import CacheConfig, DecodeConfig
@@ -135,3 +137,15 @@ def test_words_are_checked_before_a_model_is_loaded(capsys: pytest.CaptureFixtur
     assert cli.main(words) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
     assert cache_prompt.build_parser().prog == "specstream cache_prompt"
+
+
+def test_layers_without_attention_have_no_cache_of_mlx_lms(tmp_path: Path) -> None:
+    backbone = Backbone(tiny_random_model("nemotron-nas"))
+    cache = backbone.new_cache()
+    with pytest.raises(OptionError, match="has 3 layers and the model 4"):
+        from_mlx_lm(make_prompt_cache(backbone.model), backbone.windows)
+    backbone.forward(mx.array([1, 2, 3]), cache)
+    cache.advance(3)
+    with pytest.raises(OptionError, match="layers without attention"):
+        save_prompt_cache(tmp_path / "x.safetensors", cache, "m")
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
+from mlx_specstream.backbone import Backbone
 from mlx_specstream.bench.exactness.compare import rows_differ
 from mlx_specstream.cache import QuantizedLayer, as_mlx_lm, from_mlx_lm
 from mlx_specstream.cache.kinds import check_quantised
@@ -18,7 +19,9 @@ from mlx_specstream.streams import Streams
 from tests.engine import (
     decode,
     mlx_lm_tokens,
+    plain,
     random_streams,
+    random_tensors,
     small_model,
     stream_config,
     table_decoder,
@@ -95,3 +98,27 @@ def test_rewinding_leaves_rows_quantised(streams: Streams) -> None:
     assert isinstance(cache.layers[1], QuantizedLayer)
     np.testing.assert_array_equal(np.array(cache.layers[1].read(6)[0]), rows)
     assert not isinstance(cache.fresh().layers[1], QuantizedLayer)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gates_of_shared_streams_on_grouped_heads(heads: int, bits: int) -> None:
+    """Trees decode as a token per pass does, and as a plain cache does but for what bits lose."""
+    model = small_model(layers=3, seed=2, head_dim=32, num_key_value_heads=heads)
+    backbone, config = Backbone(model), stream_config(mode="shared")
+    tensors = random_tensors(backbone, config, 3, scale=0.1, gates=True)
+    streams = Streams(backbone, config, tensors)
+    caches = [backbone.new_cache(CacheConfig(**options(bits, 3))) for _ in range(2)]
+    expected = plain(streams, PROMPT, 20, cache=caches[0])
+    run = decode(
+        table_decoder(streams, DecodeConfig(TreeSpec(rows=8))), PROMPT, 20, cache=caches[1]
+    )
+    assert run.tokens[:20] == expected.tokens[:20]
+    assert run.accepted > 0
+
+    unlike = {name: tensor for name, tensor in tensors.items() if "stream_gate" not in name}
+    ungated = plain(Streams(backbone, config, unlike), PROMPT, 1, cache=backbone.new_cache())
+    plainly = plain(streams, PROMPT, 1, cache=backbone.new_cache())
+    error = mx.abs(expected.steps[0].logits - plainly.steps[0].logits).max().item()
+    effect = mx.abs(ungated.steps[0].logits - plainly.steps[0].logits).max().item()
+    assert bits == 4 or error < effect / 2

@@ -178,3 +178,18 @@ def test_caches_that_do_not_fit_are_refused() -> None:
             CacheConfig(**wrong)
     with pytest.raises(OptionError, match="sliding-window layers"):
         new_cache([None, 8], CacheConfig(kv_bits=4))
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize("size", [6, 9])
+def test_as_many_rows_as_slack_may_be_taken_back(keep: int, size: int) -> None:
+    """Also where the window first moves, and lets go of the rows that stay apart."""
+    slack = 3
+    cache = KVCache.of([RotatingLayer(size, keep, slack, drop=0)])
+    for length in range(1, 3 * size):
+        row = mx.full((1, 1, 1, 2), length)
+        cache.layers[0].write(length - 1, row, row)
+        cache.advance(1)
+        for back in range(min(slack, length) + 1):
+            assert cache.can_rewind(length - back)
+    assert cache.layers[0].dropped > 0

@@ -24,7 +24,7 @@ or a stream is never part of the cache, and never costs a row that is still need
 from .kinds import new_cache
 from .kv import KVCache, PassCache
 from .mlx_lm import as_mlx_lm, from_mlx_lm, to_mlx_lm
-from .quantized import QuantizedLayer
+from .quantized import QuantizedLayer, QuantizedPass
 from .rotating import SLACK, RotatingLayer
 from .rows import GROWTH, LayerKV, LayerPass, LayerView, OnValues, Span
 from .state import StateLayer
@@ -39,6 +39,7 @@ __all__ = [
     "OnValues",
     "PassCache",
     "QuantizedLayer",
+    "QuantizedPass",
     "RotatingLayer",
     "Span",
     "StateLayer",

@@ -39,6 +39,10 @@ def from_mlx_lm(
     if len(lengths) != 1:
         raise OptionError(f"the prompt cache's layers hold different numbers of rows; {_WANTED}")
     length = lengths.pop()
+    if windows is not None and len(windows) != len(caches):
+        raise OptionError(
+            f"the prompt cache has {len(caches)} layers and the model {len(windows)}; {_WANTED}"
+        )
     layers = [_layer(cache, length) for cache in caches]
     for layer, window in zip(layers, windows or [None] * len(layers), strict=True):
         rotates = isinstance(layer, RotatingLayer) and (layer.size, layer.keep) != (window, 0)
@@ -61,6 +65,7 @@ def to_mlx_lm(cache: KVCache, caches: list[Any]) -> None:
         _fits(layer, other) for layer, other in zip(cache.layers, caches, strict=True)
     ):
         raise OptionError(_WANTED)
+    _check_all_attend(cache)
     cache.turn_quantized()
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, QuantizedLayer) and not hasattr(caches[index], "bits"):
@@ -74,6 +79,19 @@ def as_mlx_lm(cache: KVCache) -> list[Any]:
     caches = [_made(layer) for layer in cache.layers]
     to_mlx_lm(cache, caches)
     return caches
+
+
+def _check_all_attend(cache: KVCache) -> None:
+    """Refuse a text of which a layer holds nothing.
+
+    Raises:
+        OptionError: there is one.
+    """
+    if cache.length and any(layer.keys is None for layer in cache.layers if type(layer) is LayerKV):
+        raise OptionError(
+            "this model has layers without attention, for which mlx-lm keeps no cache: its prompt "
+            "caches cannot be exchanged with mlx-lm; leave prompt_cache and prompt cache files out."
+        )
 
 
 _WANTED = (

@@ -112,10 +112,19 @@ class QuantizedPass(LayerPass):
     ) -> None:
         super().__init__(layer, start, offset, on_values)
         self.bits, self.group_size = layer.bits, layer.group_size
+        self.num_heads = 0
+        """Heads to return keys and values for, each as often as needed; 0: as many as there are.
+
+        mlx-lm's quantised attention takes a mask per query head only where each has its own keys.
+        """
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append the pass's rows (1, K, R, D) and return all rows, quantised."""
         if self.on_values is not None:
             values = self.on_values(values)
         self.layer.write(self.start, keys, values)
-        return self.layer.read_packed(self.start + keys.shape[2])
+        packed = self.layer.read_packed(self.start + keys.shape[2])
+        times = self.num_heads // keys.shape[1]
+        if times <= 1:
+            return packed
+        return tuple(tuple(mx.repeat(part, times, axis=1) for part in parts) for parts in packed)

@@ -28,7 +28,8 @@ class RotatingLayer(LayerKV):
 
     `dropped` rows of the text (those that stay apart) are no longer in the buffers, whose first
     row is row number `dropped`. Rows are always addressed by their number in the text. At least
-    `slack` rows out of sight are left, and no more than `drop` beyond that.
+    `slack` rows out of sight are left, so that as many may be taken back, and no more than `drop`
+    beyond that.
     """
 
     span: Span
@@ -82,7 +83,8 @@ class RotatingLayer(LayerKV):
             # it in place.
             stay = mx.arange(self.keep)
             self.kept = (mx.take(self.keys, stay, axis=2), mx.take(self.values, stay, axis=2))
-        first = self.span.needed - self.slack
+        # What `slack` rows fewer need: where the window first moves, it lets go of `keep` more.
+        first = Span(self.size, self.keep, max(length - self.slack, 0)).needed
         if first - self.dropped > self.drop:
             self._drop(first, length)
 

@@ -127,6 +127,12 @@ def _layer_call(recording: Recording, pair: tuple[Called, Called], before: list[
     windows = [mask.window] if mask is not None and mask.window else []
     if cache is not None and kind == "RotatingKVCache":
         windows.append(recording.caches[cache].max_size)
+    if len(set(windows)) > 1:
+        seen, held = windows
+        raise ModelError(
+            f"its masks show a token {seen} rows where its cache holds {held}, so what it computes "
+            "depends on how a text is divided into passes"
+        )
     return LayerCall(
         arguments=tuple(slots),
         num_results=len(pair[1].output) if isinstance(pair[1].output, tuple) else 0,

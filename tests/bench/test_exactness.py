@@ -23,6 +23,36 @@ def test_cases_are_mlx_lms(group: int) -> None:
     assert sum(o.tokens for o in outcomes) > 50
 
 
+@pytest.mark.parametrize("group", range(3))
+def test_cases_of_shared_mode_are_those_of_a_token_per_pass(group: int) -> None:
+    cases = [draw_case(8, 20 * group + number, FAMILIES, "shared") for number in range(10)]
+    outcomes = [play(case) for case in cases]
+    assert {case.decode.schedule for case in cases} == {"inline"}
+    assert [o.told for o in outcomes if o.verdict == "mismatch"] == []
+    assert sum(o.accepted for o in outcomes) > 10
+
+
+@pytest.mark.parametrize("number", [1900, 5590])
+def test_layers_without_attention_and_an_answer_that_ends_where_rows_turn_quantised(
+    number: int,
+) -> None:
+    family = {1900: "nemotron-nas", 5590: "olmo2"}[number]
+    case = draw_case(2, number, [family])
+    assert case.scene.cache == "quantised"
+    assert play(case).verdict == "identical"
+
+
+def test_what_is_raised_is_a_mismatch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: object) -> None:
+        raise KeyError("oh")
+
+    monkeypatch.setattr(play_module, "play", broken)
+    assert command.main(["--cases", "2", "--families", "llama"]) == 1
+    assert "2 mismatch" in capsys.readouterr().out
+
+
 def test_a_case_depends_on_its_numbers_alone() -> None:
     cases = [draw_case(3, number, FAMILIES) for number in range(60)]
     assert cases == [draw_case(3, number, FAMILIES) for number in range(60)]

@@ -26,6 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--families", nargs="+", help="mlx-lm modules to draw from (default: all supported ones)"
     )
+    parser.add_argument(
+        "--mode",
+        choices=("lossless", "shared"),
+        default="lossless",
+        help="of the streams; shared ones are compared with a token per pass (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the counts, written as it goes")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     return parser
@@ -43,7 +49,7 @@ def main(argv: list[str]) -> int:
     from .play import NotComputedError, play
     from .tally import Tally
 
-    families = arguments.families or supported_families()
+    families = arguments.families or supported_families(arguments.mode)
     print(f"{len(families)} families: {', '.join(families)}", flush=True)
     tally, started = Tally(), time.monotonic()
     run: dict[str, object] = {
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> int:
         "first": arguments.first,
     }
     for number in range(arguments.first, arguments.first + arguments.cases):
-        case = draw_case(arguments.seed, number, families)
+        case = draw_case(arguments.seed, number, families, arguments.mode)
         try:
             tally.add(play(case))
         except NotComputedError:

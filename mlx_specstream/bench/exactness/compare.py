@@ -54,20 +54,25 @@ def explain(
     return ("near-tie" if gap <= bound else "mismatch"), told
 
 
-def rows_differ(kv: KVCache, theirs: KVCache, dtype: mx.Dtype) -> str:
-    """Say which layer's rows differ from mlx-lm's, which has one more; nothing if none does."""
+def rows_differ(kv: KVCache, theirs: KVCache, dtype: mx.Dtype, ahead: int = 1) -> str:
+    """Say which layer's rows differ from mlx-lm's, which has `ahead` more; nothing if none does."""
     if dtype != mx.float32:
         return ""  # rounding in 16 bits is not small beside the rows
-    kv.turn_quantized()
-    if theirs.length != kv.length + 1:
-        return f"mlx-lm has {theirs.length} rows, we {kv.length} and the one to come"
-    for index, (ours, other) in enumerate(zip(kv.layers, theirs.layers, strict=True)):
+    if kv.quantize is not None:  # turning a copy: in ours the token to come sees rows as they are
+        kv = kv.copy(kv.length)
+        kv.turn_quantized()
+    if theirs.length != kv.length + ahead:
+        return f"mlx-lm has {theirs.length} rows, not {kv.length + ahead}"
+    # mlx-lm has no cache for a layer without attention, and ours holds nothing.
+    held, others = (
+        [layer for layer in one.layers if layer.arrays or isinstance(layer, StateLayer)]
+        for one in (kv, theirs)
+    )
+    for index, (ours, other) in enumerate(zip(held, others, strict=True)):
         if type(ours) is not type(other):
             return f"layer {index} is a {type(ours).__name__}, mlx-lm's a {type(other).__name__}"
         if isinstance(ours, StateLayer):
             continue  # mlx-lm's has the token to come in it
-        if not ours.arrays and not other.arrays:
-            continue  # a layer without attention
         if isinstance(ours, RotatingLayer) and isinstance(other, RotatingLayer):
             first = max(ours.span.first, other.span.needed)
             if first >= kv.length:

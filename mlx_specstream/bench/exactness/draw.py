@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
+from mlx_specstream.config import CacheConfig, DecodeConfig, Mode, PruneSpec, TreeSpec
 
 GROUP = 20  # cases in a row with the same model, which takes longer to make than to decode with
 SHARE = 5  # cases in a row that differ in drafts alone, so that mlx-lm plays their turns once
@@ -37,6 +37,7 @@ class Scene:
     cache: `model` (whatever kind the model has), `rotating` or `quantised`, as `cache_config` says.
     choice: how tokens are drawn. chunk: prompt tokens per pass. seed: of prompts and drawn tokens.
     slack, drop: how many rows out of sight stay, and are dropped at a time, where layers rotate.
+    mode: of the streams.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Scene:
     seed: int
     slack: int
     drop: int
+    mode: Mode = "lossless"
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Case:
     drafts: str
 
 
-def draw_case(seed: int, number: int, families: Sequence[str]) -> Case:
-    """Return case `number` of the run with this seed."""
+def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "lossless") -> Case:
+    """Return case `number` of the run with this seed; in shared mode main sees its streams."""
     group = np.random.default_rng([seed, 1, number // GROUP])
     family = str(group.choice(list(families)))
     model_seed = int(group.integers(0, 3))
@@ -82,9 +84,13 @@ def draw_case(seed: int, number: int, families: Sequence[str]) -> Case:
         seed=int(shared.integers(0, 2**31)),
         slack=int(shared.choice([4, 64])),
         drop=int(shared.choice([0, 7, 256])),
+        mode=mode,
     )
     own = np.random.default_rng([seed, 3, number])
-    return Case(number, scene, _decode_config(own), str(own.choice(["streams", "table"])))
+    decode, drafts = _decode_config(own), str(own.choice(["streams", "table"]))
+    if mode == "shared":
+        decode = replace(decode, schedule="inline", stream_nodes=0)
+    return Case(number, scene, decode, drafts)
 
 
 def _cache_config(cache: str, draw: np.random.Generator) -> CacheConfig:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.bench.random_streams import linear_modules, random_tensors
 from mlx_specstream.bench.tiny_models import family_modules, tiny_random_model
-from mlx_specstream.config import StreamConfig
+from mlx_specstream.config import Mode, StreamConfig
 from mlx_specstream.errors import ModelError
 from mlx_specstream.probe import check_backbone
 from mlx_specstream.streams import Streams
@@ -20,25 +20,33 @@ HEAD_DIM = 32  # a group of quantised rows; heads are a quarter as many as the t
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def supported_families() -> list[str]:
-    """Return the names of the families that can be decoded, found by trying."""
+def supported_families(mode: Mode = "lossless") -> list[str]:
+    """Return the names of the families that can be decoded, found by trying.
+
+    In shared mode none with recurrent layers: their main stream would have to see streams.
+    """
     found = []
     for name in family_modules():
         try:
-            check_backbone(Backbone(tiny_random_model(name)))
+            backbone = Backbone(tiny_random_model(name))
+            check_backbone(backbone)
         except (ModelError, ImportError, SystemExit):
             continue
         except Exception:  # noqa: S112  a family this mlx-lm cannot make from the table's sizes
             continue
-        found.append(name)
+        if mode == "lossless" or not backbone.is_recurrent:
+            found.append(name)
     return found
 
 
 @lru_cache(maxsize=8)
-def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Streams:
+def streams_for(
+    family: str, seed: int, precision: str, wide_heads: bool, mode: Mode = "lossless"
+) -> Streams:
     """Return random streams over a random model; `wide_heads` for caches that are quantised.
 
-    A family whose heads' width follows from other sizes keeps its narrow ones.
+    A family whose heads' width follows from other sizes keeps its narrow ones. Streams of shared
+    mode have gates where the number of heads is known.
     """
     if wide_heads and not _has_wide_heads(family):
         wide_heads = False
@@ -47,12 +55,12 @@ def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Str
     if precision in DTYPES:
         model.set_dtype(DTYPES[precision])
     elif precision != "float32":
-        mode = "affine" if precision == "4-bit" else precision
-        nn.quantize(model, group_size=32, bits=4, mode=mode, class_predicate=_can_be_quantised)
+        packing = "affine" if precision == "4-bit" else precision
+        nn.quantize(model, group_size=32, bits=4, mode=packing, class_predicate=_can_be_quantised)
     mx.eval(model.parameters())
     backbone = Backbone(model)
     layers = min(2, backbone.num_layers - 1)
-    modules = linear_modules(backbone, backbone.num_layers - layers)
+    modules = linear_modules(backbone, 0 if mode == "shared" else backbone.num_layers - layers)
     config = StreamConfig(
         num_streams=NUM_STREAMS,
         num_msa_layers=layers,
@@ -63,8 +71,14 @@ def streams_for(family: str, seed: int, precision: str, wide_heads: bool) -> Str
         pruner_rank=2,
         conditioner_rank=3,
         conditioner_hidden=5,
+        mode=mode,
     )
-    return Streams(backbone, config, random_tensors(backbone, config, seed))
+    if mode == "lossless":
+        return Streams(backbone, config, random_tensors(backbone, config, seed))
+    gates = seed != 1 and hasattr(getattr(model, "args", None), "num_attention_heads")
+    # Adapters of all rows and layers add up: small ones leave logits in a range of some units.
+    tensors = random_tensors(backbone, config, seed, scale=0.1, gates=gates)
+    return Streams(backbone, config, tensors)
 
 
 @cache
