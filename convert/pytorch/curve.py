@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.errors import DataError, OptionError, SpecStreamError
+from mlx_specstream.cli import exit_status
+from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.files import atomic_file
 
 
@@ -97,13 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        draw(args.log, args.output, args.title)
-    except SpecStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(args.log, args.output, args.title)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_status(lambda: main(sys.argv[1:]), "curve"))

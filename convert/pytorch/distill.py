@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mlx_specstream.cli import exit_status
 from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.batched import Prompt, answer
 from mlx_specstream.convert.pytorch.states import StateShape, StateWriter
-from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.errors import DataError
 
 
 def prompt_text(record: dict[str, object]) -> str:
@@ -35,7 +36,7 @@ def prompt_text(record: dict[str, object]) -> str:
     messages = record.get("messages")
     if isinstance(messages, list):
         return next(str(m["content"]) for m in messages if m["role"] == "user")
-    raise SpecStreamError(
+    raise DataError(
         f"a prompt record needs a 'prompt' or 'messages' key; this one has {sorted(record)}"
     )
 
@@ -163,13 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        distill(build_parser().parse_args(argv))
-    except SpecStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    distill(build_parser().parse_args(argv))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_status(lambda: main(sys.argv[1:]), "distill"))

@@ -16,12 +16,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mlx_specstream.cli import exit_status
 from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
 from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
@@ -30,7 +30,7 @@ from mlx_specstream.convert.pytorch.joint import JointStreams
 from mlx_specstream.convert.pytorch.measure import walk
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
 from mlx_specstream.convert.pytorch.states import StateReader, compute_states
-from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.files import atomic_file
 
 POSITIONS = 64
 """Positions whose trees are built together."""
@@ -225,26 +225,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        backbone = Backbone.load(args.model, getattr(torch, args.dtype))
-        packed = PackedStreams(backbone, load_checkpoint(args.checkpoint, backbone))
-        texts = read_examples(args.data)
-        texts = texts[: args.limit] if args.limit else texts
-        with torch.inference_mode():
-            if packed.adapters.config.mode == "shared":
-                foresee = shared_streams(packed)
-            else:
-                reader = StateReader(args.states) if args.states else None
-                foresee = lossless_streams(packed, reader)
-            figures = evaluate(packed, texts, args.rows, foresee)
-    except SpecStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+    packed = PackedStreams(backbone, load_checkpoint(args.checkpoint, backbone))
+    texts = read_examples(args.data)
+    texts = texts[: args.limit] if args.limit else texts
+    with torch.inference_mode():
+        if packed.adapters.config.mode == "shared":
+            foresee = shared_streams(packed)
+        else:
+            reader = StateReader(args.states) if args.states else None
+            foresee = lossless_streams(packed, reader)
+        figures = evaluate(packed, texts, args.rows, foresee)
     print(json.dumps(figures, indent=1))
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        with atomic_file(args.output, if_exists="replace") as path:
+            path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_status(lambda: main(sys.argv[1:]), "evaluate"))

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mlx_specstream.cli import exit_status
 from mlx_specstream.convert.pytorch.backbone import Backbone
 from mlx_specstream.convert.pytorch.batched import Decoder, answer
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
 from mlx_specstream.convert.pytorch.distill import read_prompts
 from mlx_specstream.convert.pytorch.shared_decoding import SharedDecoder, merge_lora
 from mlx_specstream.convert.pytorch.sql_task import judge
-from mlx_specstream.errors import SpecStreamError
 from mlx_specstream.files import atomic_file
 
 QUESTION = "\n\nQuestion:"
@@ -87,11 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        figures = run(args)
-    except SpecStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    figures = run(args)
     print(json.dumps(figures, indent=1))
     if args.figures:
         with atomic_file(args.figures, if_exists="replace") as path:
@@ -100,4 +96,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_status(lambda: main(sys.argv[1:]), "task"))

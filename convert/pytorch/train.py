@@ -27,9 +27,10 @@ import argparse
 import math
 import sys
 
+from mlx_specstream.cli import exit_status
 from mlx_specstream.convert.pytorch import workers
 from mlx_specstream.convert.pytorch.trainer import Trainer
-from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.errors import OptionError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,16 +165,11 @@ def main(argv: list[str]) -> int:
     if not args.conditioner_rank:
         args.conditioner_hidden = 0
     if not math.isfinite(args.max_minutes) or args.max_minutes < 0:
-        print("error: --max-minutes must be zero or more", file=sys.stderr)
-        return 2
-    try:
-        with workers.group():
-            Trainer(args).run()
-    except SpecStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise OptionError(f"--max-minutes must be zero or more, got {args.max_minutes}.")
+    with workers.group():
+        Trainer(args).run()
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_status(lambda: main(sys.argv[1:]), "train"))

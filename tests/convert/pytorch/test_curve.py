@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from mlx_specstream.convert.pytorch import curve
+from mlx_specstream.errors import DataError
 
 
 def test_runs_are_drawn_end_to_end(tmp_path):
@@ -21,9 +23,9 @@ def test_runs_are_drawn_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "no log"])
-def test_what_is_no_log_is_said(tmp_path, capsys, text):
+def test_what_is_no_log_is_said(tmp_path, text):
     log = tmp_path / "log.jsonl"
     log.write_text(text)
-    assert curve.main([str(log), "--output", str(tmp_path / "curve.png")]) == 2
-    assert str(log) in capsys.readouterr().err
+    with pytest.raises(DataError, match=re.escape(str(log))):
+        curve.main([str(log), "--output", str(tmp_path / "curve.png")])
     assert not (tmp_path / "curve.png").exists()

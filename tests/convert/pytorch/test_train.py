@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from mlx_specstream.convert.pytorch import distill, evaluate, task, train, trainer  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
+from mlx_specstream.errors import OptionError  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -202,6 +203,11 @@ def test_two_processes_make_the_step_of_one(work):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
-def test_a_pruner_needs_streams(work, capsys):
-    assert train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--train", "pruner"]) == 2
-    assert "--start-from" in capsys.readouterr().err
+def test_a_pruner_needs_streams(work):
+    with pytest.raises(OptionError, match="--start-from"):
+        train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--train", "pruner"])
+
+
+def test_a_budget_is_a_number_of_minutes(work):
+    with pytest.raises(OptionError, match="--max-minutes"):
+        train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--max-minutes", "nan"])
