@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from mlx_specstream import DecodeConfig, StreamModel
 from mlx_specstream.batch import BatchDecoder, Slot
+from mlx_specstream.batch.governor import governor_for
 from mlx_specstream.config import CacheConfig
 from mlx_specstream.errors import SpecStreamError
 from mlx_specstream.generation import decoder_for
@@ -190,7 +191,8 @@ def make_batch(
     if caching is not None and not caching.keeps_all:
         return None
     try:
-        return BatchDecoder(model, config, speculative)
+        governor = governor_for(model, config) if speculative else None
+        return BatchDecoder(model, config, speculative, governor=governor)
     except SpecStreamError as error:
         log.warning("note: answers take turns instead of sharing passes, because %s", error)
         return None

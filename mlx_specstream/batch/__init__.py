@@ -8,11 +8,13 @@
 | `choose.py` | every sequence's own sampler and processors |
 | `step.py` | one pass: verify every chain, draft the next ones |
 | `slot.py` | a request, from waiting to finished |
+| `governor.py` | whether drafting pays beside the other requests, by timing both ways |
 | `decode.py` | the loop that requests join and leave |
 | `generation.py` | texts in, texts out: `batch_generate` |
 """
 
 from .decode import BatchDecoder
+from .governor import BatchGovernor
 from .slot import BatchEvent, Slot
 
-__all__ = ["BatchDecoder", "BatchEvent", "Slot"]
+__all__ = ["BatchDecoder", "BatchEvent", "BatchGovernor", "Slot"]

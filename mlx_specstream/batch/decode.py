@@ -33,6 +33,7 @@ from ..result import DraftRecord, StepResult, not_a_number
 from ..sampling import TokenChooser
 from .cache import BatchKVCache, check_cache
 from .check import check_model
+from .governor import BatchGovernor
 from .slot import BatchEvent, Slot
 from .step import BatchStep, BatchStepper
 
@@ -47,6 +48,7 @@ class _Pending:
     slots: list[Slot]
     num_drafts: list[int]
     lengths: list[int]
+    drafting: bool
 
 
 @dataclass
@@ -60,6 +62,7 @@ class BatchDecoder:
         speculative: False decodes one token per pass, with the same results.
         prefill_budget: prompt tokens that may be computed between two steps.
         keep_drafts: put every verified chain into its result.
+        governor: decides before every pass whether it drafts; None for always.
 
     Raises:
         ModelError: the model cannot be batched exactly.
@@ -73,18 +76,23 @@ class BatchDecoder:
     speculative: bool = True
     prefill_budget: int = PREFILL_BUDGET
     keep_drafts: bool = False
+    governor: BatchGovernor | None = None
     stepper: BatchStepper = field(init=False)
+    plain_stepper: BatchStepper = field(init=False)
     cache: BatchKVCache = field(init=False)
     running: list[Slot] = field(init=False, default_factory=list)
     waiting: deque[Slot] = field(init=False, default_factory=deque)
     _pending: _Pending | None = field(init=False, default=None)
     _drafts: mx.array | None = field(init=False, default=None)
+    _undisturbed: bool = field(init=False, default=False)  # since the last pass was done
 
     def __post_init__(self) -> None:
         if self.prefill_budget < 1:
             raise OptionError(f"prefill_budget must be at least 1, got {self.prefill_budget}.")
         check_model(self.model.backbone)
-        self.stepper = BatchStepper.of(self.model, self.config or DecodeConfig(), self.speculative)
+        config = self.config or DecodeConfig()
+        self.stepper = BatchStepper.of(self.model, config, self.speculative)
+        self.plain_stepper = BatchStepper.of(self.model, config, speculative=False)
         self.cache = BatchKVCache(self.model.backbone.num_layers)
 
     @property
@@ -160,6 +168,7 @@ class BatchDecoder:
             self.waiting.remove(slot)
         elif slot.state == "running":
             self._leave(slot)
+            self._undisturbed = False
         slot.state = "removed"
         cache, slot.cache = slot.cache, KVCache(0)
         return cache
@@ -178,11 +187,18 @@ class BatchDecoder:
         pending = self._pending
         reports = cast(list[list[int]], pending.step.report.tolist())
         self._pending = None
-        return [
+        undisturbed, self._undisturbed = self._undisturbed, True
+        events = [
             self._result(pending, row, reports[row])
             for row, slot in enumerate(pending.slots)
             if slot.state == "running"  # not removed since the step was scheduled
         ]
+        if self.governor is not None:
+            tokens = sum(len(event.result.tokens) for event in events if event.result is not None)
+            self.governor.after(
+                len(pending.slots), tokens, speculated=pending.drafting, undisturbed=undisturbed
+            )
+        return events
 
     def _result(self, pending: _Pending, row: int, report: list[int]) -> BatchEvent:
         """Commit what a step accepted for one slot, and ask whether it goes on."""
@@ -236,6 +252,7 @@ class BatchDecoder:
         left = self.prefill_budget
         while self.waiting and (left or len(self.waiting[0].rest) == 1):
             slot = self.waiting[0]
+            self._undisturbed = False
             part, slot.rest = slot.rest[:-1][:left], slot.rest[min(left, len(slot.rest) - 1) :]
             if part:
                 left -= len(part)
@@ -264,11 +281,15 @@ class BatchDecoder:
             self.cache.reserve(0)
             return
         tokens, num_drafts = self._chains()
+        drafting = self.governor is None or self.governor.speculates(len(self.running))
+        stepper = self.stepper if drafting else self.plain_stepper
+        # Drafts of the last pass are verified, whether or not this one makes any.
         self.cache.reserve(self.stepper.scratch)
         choosers = [slot.chooser for slot in self.running]
-        step = self.stepper.step(tokens, num_drafts, choosers, self.cache)
+        step = stepper.step(tokens, num_drafts, choosers, self.cache)
         step.schedule()
-        self._pending = _Pending(step, list(self.running), num_drafts, list(self.cache.lengths))
+        lengths = list(self.cache.lengths)
+        self._pending = _Pending(step, list(self.running), num_drafts, lengths, drafting)
         self._drafts = step.next_tokens
         for row, slot in enumerate(self.running):
             slot.drafted = row

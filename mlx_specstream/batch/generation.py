@@ -24,6 +24,7 @@ from ..result import StepResult
 from ..sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
 from ..statistics import SpeculationStats
 from .decode import PREFILL_BUDGET, BatchDecoder
+from .governor import governor_for
 from .slot import Slot
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def batch_generate(
             "a grammar follows one answer's text, so answers of a batch cannot share it; add the "
             "prompts to a BatchDecoder, each with a grammar of its own."
         )
-    decoder = BatchDecoder(model, config, speculative, prefill_step_size)
+    governor = governor_for(model, config) if speculative else None
+    decoder = BatchDecoder(model, config, speculative, prefill_step_size, governor=governor)
     wrapped = wrapped_tokenizer(tokenizer)
     ids = [prompt_ids(wrapped, prompt, model.backbone.vocab_size) for prompt in prompts]
     lossy = config is not None and config.typical is not None

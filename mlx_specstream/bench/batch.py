@@ -79,13 +79,15 @@ def methods(
     """Return what competes, by name."""
     import mlx_lm
 
-    def together(prompts: Group, speculative: bool) -> tuple[Answers, int]:
+    def together(
+        prompts: Group, speculative: bool, config: DecodeConfig = batch
+    ) -> tuple[Answers, int]:
         found = batch_generate(
             model,
             tokenizer,
             prompts,
             N,
-            config=batch,
+            config=config,
             speculative=speculative,
             completion_batch_size=len(prompts),
         )
@@ -108,12 +110,15 @@ def methods(
         ended = [[*ids, tokenizer.eos_token_id] if len(ids) < N else ids for ids in found.token_ids]
         return ended, max(map(len, ended))
 
+    planned = DecodeConfig(schedule=batch.schedule)  # drafts where that pays
+
     def with_tree(tree: str) -> Method:
         config = DecodeConfig(TreeSpec.parse(tree), schedule=batch.schedule)
         return lambda prompts: in_turn(prompts, config)
 
     return {
-        "in one batch": lambda prompts: together(prompts, True),
+        "in one batch": lambda prompts: together(prompts, True, planned),
+        f"in one batch, {batch.tree}": lambda prompts: together(prompts, True),
         **{f"in turn, tree {tree}": with_tree(tree) for tree in trees},
         "in one batch, plain": lambda prompts: together(prompts, False),
         "in turn, plain": lambda prompts: in_turn(prompts, None),

@@ -76,6 +76,11 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
     return known[key]
 
 
+def is_planned(config: DecodeConfig | None) -> bool:
+    """Tell whether what pays is to be found out: no tree was named, and measuring is not turned off."""
+    return (config is None or config.tree.kind == "auto") and _budget(BUDGET_S) > 0
+
+
 def acceptance(model: StreamModel) -> AcceptanceProfile:
     """Return what was recorded with the model's streams, or what is assumed of any streams."""
     assert model.streams is not None
