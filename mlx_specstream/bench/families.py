@@ -11,9 +11,10 @@ import argparse
 import datetime
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..backbone import Backbone
 from ..cli import exit_status
@@ -21,7 +22,7 @@ from ..errors import ModelError, OptionError
 from ..families.refused import REFUSED
 from ..files import atomic_file
 from .against_mlx_lm import compare_with_mlx_lm
-from .tiny_models import family_modules, tiny_random_model
+from .tiny_models import VARIANTS, family_modules, tiny_random_model
 
 PROMPT = [3, 7, 1, 9, 4, 2, 8]
 INTRODUCTION = """\
@@ -62,12 +63,12 @@ class Row:
         return f"| `{self.family}` | {self.result} | {accepted} | {remark} |"
 
 
-def tried(name: str, max_tokens: int) -> Row:
-    """Return the line of one family."""
+def tried(name: str, max_tokens: int, sizes: Mapping[str, Any] | None = None) -> Row:
+    """Return the line of one family, or of its models with these `sizes`."""
     if name in REFUSED:
         return Row(name, "refused", None, REFUSED[name])
     try:
-        model = tiny_random_model(name)
+        model = tiny_random_model(name, **(sizes or {}))
     except Exception as error:  # whatever a model class raises at a config that does not suit it
         return Row(name, "not tried", None, f"no tiny model: {_first_line(error)}")
     try:
@@ -107,9 +108,12 @@ def _first_line(error: Exception) -> str:
 
 
 def rows(names: Iterable[str], max_tokens: int) -> Iterator[Row]:
-    """Try families one by one."""
+    """Try families one by one, and kinds of models of a family that differ in what layers do."""
     for name in names:
         yield tried(name, max_tokens)
+        for models, sizes in VARIANTS.get(name, {}).items():
+            row = tried(name, max_tokens, sizes)
+            yield replace(row, remark=f"{models}: {row.remark}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_specstream.backbone import Backbone
 from mlx_specstream.checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from mlx_specstream.config import StreamConfig
-from mlx_specstream.errors import DataError, OptionError
+from mlx_specstream.errors import DataError, ModelError, OptionError
 from mlx_specstream.fingerprint import base_dims
 from mlx_specstream.loading import StreamModel, load
 
@@ -210,6 +210,11 @@ def make_task(
 ) -> Task:
     """Put together what the loop needs: shape, weights to start from, names."""
     backbone = model.backbone
+    if backbone.is_recurrent:
+        raise ModelError(
+            f"streams cannot be trained for models of type {backbone.family!r}: some of their layers "
+            "keep a state, which training does not follow; choose a model without such layers."
+        )
     given = _given_streams(args.resume_adapter_file, model)
     if options.part == "pruner" and given is None:
         raise OptionError(
@@ -248,7 +253,10 @@ def _given_streams(folder: str | None, model: StreamModel) -> StreamWeights | No
 
 
 def _config(options: TrainOptions, backbone: Backbone) -> StreamConfig:
-    return options.stream_config(backbone.num_layers, tuple(base_dims(backbone.model).modules))
+    """Return what is trained; adapters go to modules that all layers have that get adapters."""
+    N = backbone.num_layers
+    adapted = N if options.mode == "shared" else options.msa_layers(N)
+    return options.stream_config(N, base_dims(backbone.model).common_modules(adapted))
 
 
 def make_objective(task: Task) -> LosslessObjective:

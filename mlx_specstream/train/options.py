@@ -32,6 +32,10 @@ def option(
     return field(default=default, metadata=bounds)
 
 
+ROUTERS = ("gate", "router", "wg")
+"""Last names of the linear modules that choose experts."""
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """One training run.
@@ -148,11 +152,11 @@ class TrainOptions:
         """Return how often the weights are updated; the last update may see fewer batches."""
         return -(-self.iters // self.grad_accumulation_steps)
 
-    def stream_config(self, num_layers: int, modules: tuple[str, ...]) -> StreamConfig:
-        """Return what is trained, for a model with these layers and linear modules.
+    def msa_layers(self, num_layers: int) -> int:
+        """Return N_s for a model of so many layers.
 
         Raises:
-            OptionError: as many MSA layers as layers, or a module that the model lacks.
+            OptionError: as many MSA layers as layers.
         """
         num_msa = self.num_msa_layers or max(1, round(0.4 * num_layers))
         if num_msa >= num_layers:
@@ -160,11 +164,30 @@ class TrainOptions:
                 f"--num-msa-layers {num_msa} leaves no layer below the streams; the model has "
                 f"{num_layers} layers, so name at most {num_layers - 1}."
             )
-        targets = (self.target_modules or modules) if self.lora_rank else ()
+        return num_msa
+
+    def stream_config(self, num_layers: int, modules: tuple[str, ...]) -> StreamConfig:
+        """Return what is trained, for a model whose adapted layers have these linear modules.
+
+        Unless modules are named, all get adapters but those that choose experts: a choice has no
+        gradient, and a stream row that goes to other experts than its main row makes them be read.
+
+        Raises:
+            OptionError: as many MSA layers as layers, a module that not all those layers have, or
+                no module that they do.
+        """
+        num_msa = self.msa_layers(num_layers)
+        usual = tuple(name for name in modules if name.rpartition(".")[2] not in ROUTERS)
+        targets = (self.target_modules or usual) if self.lora_rank else ()
         if missing := [name for name in targets if name not in modules]:
             raise OptionError(
-                f"--target-modules names {missing[0]!r}, which the model's layers lack; they have "
-                f"{', '.join(modules)}."
+                f"--target-modules names {missing[0]!r}, which not all of the model's adapted layers "
+                f"have; they have {', '.join(modules) or 'no linear module in common'}."
+            )
+        if self.lora_rank and not targets:
+            raise OptionError(
+                "the layers that streams run in have no linear module in common, so adapters have no "
+                "place; train with --lora-rank 0, or with fewer --num-msa-layers."
             )
         return StreamConfig(
             num_streams=self.num_streams,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from mlx_specstream.apps.prefix import PrefixCache
+from mlx_specstream.bench.exactness.models import streams_for
 from mlx_specstream.cache import RotatingLayer, new_cache
 from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
 from mlx_specstream.streams import Streams
@@ -24,35 +27,67 @@ LONGEST = 90  # tokens of text, after which a conversation begins anew
 def answered(streams: Streams, prefix: PrefixCache, text: list[int], tokens: int) -> list[int]:
     rest = prefix.reuse(text)
     start = prefix.kv.length
-    decoder = table_decoder(streams, DecodeConfig(TreeSpec(rows=6)))
+    tree = TreeSpec.parse("chain" if streams.backbone.is_recurrent else "6")
+    decoder = table_decoder(streams, DecodeConfig(tree))
     found = decode(decoder, rest, tokens, cache=prefix.kv).tokens[:tokens]
     prefix.kv.cut(start + len(rest) + tokens - 1)
     prefix.settle(text + found)
     return found
 
 
-@pytest.mark.parametrize("window", [None, 7], ids=["plain", "sliding"])
-def test_200_turns_on_one_cache(window: int | None) -> None:
-    model = small_model(layers=3, seed=1, window=window)
-    streams = random_streams(model, stream_config(), 1)
-    kv = new_cache(streams.backbone.windows, slack=5, drop=9)
-    prefix, rng = PrefixCache(kv), np.random.default_rng(0)
+@dataclass
+class Talked:
+    """How often turns went on from rows that were held, and how often anew."""
+
+    reused: int = 0
+    begun_anew: int = 0
+
+
+def talk(streams: Streams, prefix: PrefixCache, turns: int, seed: int = 0) -> Talked:
+    """Edit a text and have it answered, again and again; each answer must be mlx-lm's from scratch."""
+    rng, talked = np.random.default_rng(seed), Talked()
     text: list[int] = []
-    reused = begun_anew = 0
-    for turn in range(200):
+    for turn in range(turns):
         back = len(text) if rng.random() < 0.4 else int(rng.integers(0, len(text) + 1))
         said = rng.integers(0, 12, int(rng.integers(1, 6))).tolist()
         text = [*text[: back if len(text) < LONGEST else 0], *said]
         before = prefix.kv
         tokens = int(rng.integers(1, 5))
         found = answered(streams, prefix, text, tokens)
-        begun_anew += prefix.kv is not before
-        reused += prefix.kv is before and prefix.kv.length > len(said) + tokens
-        assert found == mlx_lm_tokens(model, text, tokens), f"turn {turn}"
+        talked.begun_anew += prefix.kv is not before
+        talked.reused += prefix.kv is before and prefix.kv.length > len(said) + tokens
+        assert found == mlx_lm_tokens(streams.backbone.model, text, tokens), f"turn {turn}"
         text = text + found
-    assert reused > 100
-    assert (begun_anew > 0) == (window is not None)
+    return talked
+
+
+@pytest.mark.parametrize("window", [None, 7], ids=["plain", "sliding"])
+def test_200_turns_on_one_cache(window: int | None) -> None:
+    model = small_model(layers=3, seed=1, window=window)
+    streams = random_streams(model, stream_config(), 1)
+    prefix = PrefixCache(new_cache(streams.backbone.windows, slack=5, drop=9))
+    talked = talk(streams, prefix, 200)
+    assert talked.reused > 100
+    assert (talked.begun_anew > 0) == (window is not None)
     assert window is None or isinstance(prefix.kv.layers[1], RotatingLayer)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5", "gpt_oss"])
+def test_30_turns_of_other_families(family: str) -> None:
+    streams = streams_for(family, 0, "float32", False)
+    assert talk(streams, PrefixCache(streams.backbone.new_cache(slack=5, drop=9)), 30).reused > 3
+
+
+FAMILIES = ("deepseek_v3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "kimi_linear", "lfm2",
+            "minicpm3", "nemotron-nas", "olmo3", "phi3", "qwen3_5", "qwen3_moe", "qwen3_next")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_200_turns_of_other_families(family: str) -> None:
+    streams = streams_for(family, 1, "float32", False)
+    talked = talk(streams, PrefixCache(streams.backbone.new_cache(slack=5, drop=9)), 200, seed=1)
+    assert talked.reused > 20
 
 
 def test_a_moved_window_with_first_rows_is_begun_anew() -> None:

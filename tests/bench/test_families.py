@@ -26,6 +26,17 @@ def test_the_table_says_what_works_and_why_others_do_not(
     assert not_tried.startswith("| `kimi_k3` | not tried |  | no tiny model: ")
 
 
+def test_kinds_of_models_of_a_family_have_lines_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert families.main(["gemma4_text", "--max-tokens", "4"]) == 0
+    usual, experts, shared_values, per_layer = capsys.readouterr().out.splitlines()[-4:]
+    assert usual.startswith("| `gemma4_text` | supported | ")
+    assert "| 26B-A4B: chain and tree" in experts
+    assert "| 31B: chain and tree" in shared_values
+    assert "| refused |  | E2B, E4B: it hands its layers inputs of their own" in per_layer
+
+
 def test_a_wrong_family_is_shown_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

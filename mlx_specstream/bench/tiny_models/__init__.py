@@ -8,6 +8,7 @@
 """
 
 from .make import family_modules, randomize, tiny_config, tiny_random_model
+from .own import VARIANTS
 from .sizes import WINDOW
 
-__all__ = ["WINDOW", "family_modules", "randomize", "tiny_config", "tiny_random_model"]
+__all__ = ["VARIANTS", "WINDOW", "family_modules", "randomize", "tiny_config", "tiny_random_model"]

@@ -209,3 +209,21 @@ WRAPPED = {
 }
 # Those of them whose text model takes its RoPE from elsewhere.
 WITHOUT_ROPE_PARAMETERS = ("gemma3", "gemma4", "kimi_k25", "kimi_vl")
+
+# Models of a family that differ from its tiny one in what their layers do.
+VARIANTS: dict[str, dict[str, Config]] = {
+    "gemma4_text": {
+        "26B-A4B": {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+        "31B": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "E2B, E4B": {
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 12,
+            "num_kv_shared_layers": 2,
+        },
+    }
+}
