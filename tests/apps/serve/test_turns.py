@@ -114,7 +114,7 @@ def test_answers_share_passes(
 def test_a_model_that_cannot_be_batched_takes_turns(
     tiny_llama: nn.Module, tiny_stream_model: StreamModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise ModelError("this one is odd.")
 
     works = [make_work([n, 7, 9], KINDS[n]) for n in range(1, 4)]
