@@ -13,7 +13,7 @@ from mlx_specstream.verify import rounding_bound
 
 from .draw import Case, Scene
 
-Verdict = Literal["identical", "near-tie", "mismatch"]
+Verdict = Literal["identical", "near-tie", "cut short", "mismatch"]
 ROWS_BOUND = 1e-3  # of keys and values around 1
 # Quantising is rounding to few codes: a value at the edge of two lands on either, and moves by
 # all that lies between them. So do, a little, the logits and the codes of rows that see it.

@@ -30,11 +30,15 @@ from .draw import Scene
 
 @dataclass
 class Reference:
-    """mlx-lm's model, cache and options; `caches` hold the text of the last turn, all of it."""
+    """mlx-lm's model, cache and options; `caches` hold the text of the last turn, all of it.
+
+    places: of the layers' caches in mlx-lm's list, None for a layer without one.
+    """
 
     scene: Scene
     model: nn.Module
     kind: KVCache
+    places: Sequence[int | None]
     caches: list[Any] = field(default_factory=list)
 
     def begin(self, text: Sequence[int], reused: int, goes_on: bool) -> list[int]:
@@ -84,7 +88,7 @@ class Reference:
     def _fresh(self) -> list[Any]:
         """Return empty caches of mlx-lm of the same kind as ours, layer by layer."""
         made: list[Any] = make_prompt_cache(self.model)
-        for index, layer in enumerate(self.kind.layers):
-            if isinstance(layer, RotatingLayer):
-                made[index] = RotatingKVCache(max_size=layer.size, keep=layer.keep)
+        for place, layer in zip(self.places, self.kind.layers, strict=True):
+            if isinstance(layer, RotatingLayer) and place is not None:
+                made[place] = RotatingKVCache(max_size=layer.size, keep=layer.keep)
         return made
