@@ -193,3 +193,15 @@ def test_as_many_rows_as_slack_may_be_taken_back(keep: int, size: int) -> None:
         for back in range(min(slack, length) + 1):
             assert cache.can_rewind(length - back)
     assert cache.layers[0].dropped > 0
+
+
+def test_a_layer_without_attention_is_copied_with_the_others() -> None:
+    cache = new_cache([None, None], CacheConfig(max_kv_size=5))
+    for length in range(9):
+        row = mx.full((1, 1, 1, 2), length)
+        cache.layers[0].write(length, row, row)
+        cache.advance(1)
+    copied = cache.copy(9)
+    assert copied.length == 9
+    assert copied.layers[1].arrays == []
+    assert mx.array_equal(copied.layers[0].read(9)[0], cache.layers[0].read(9)[0])

@@ -109,7 +109,7 @@ class RotatingLayer(LayerKV):
     def copy(self, length: int) -> RotatingLayer:
         """Return a layer of its own as this one is after `length` rows, if it can be rewound."""
         result = self.fresh()
-        if length:
+        if length and self.keys is not None:  # a layer without attention has none
             result.dropped = max(self.dropped, Span(self.size, self.keep, length).needed)
             result.write(result.dropped, *self.between(result.dropped, length))
             if self.kept is not None and Span(self.size, self.keep, length).wrapped:
