@@ -13,6 +13,7 @@ What is decided rests on times and tokens that are past, and never changes what 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..config import DecodeConfig
     from ..loading import StreamModel
+    from ..streams import Streams
 
 TRIAL = 6  # passes of a kind, before it is judged or tried again
 FIRST_REST = 64  # passes until the slower way is tried again,
@@ -125,7 +127,15 @@ class BatchGovernor:
 
 
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:
-    """Return a governor where drafting is to pay, None where it was asked for or cannot be done."""
+    """Return a model's governor, which lives as long as the model and remembers.
+
+    None where a tree was asked for, measuring is turned off, or there is nothing to draft with.
+    """
     from ..plan.ready import is_planned
 
-    return BatchGovernor() if model.streams is not None and is_planned(config) else None
+    if model.streams is None or not is_planned(config):
+        return None
+    return _governors.setdefault(model.streams, BatchGovernor())
+
+
+_governors: weakref.WeakKeyDictionary[Streams, BatchGovernor] = weakref.WeakKeyDictionary()

@@ -104,6 +104,7 @@ def test_who_names_a_tree_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(small_model())
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "5")
     assert governor_for(model, None) is not None
+    assert governor_for(model, None) is governor_for(model, DecodeConfig())  # it remembers
     assert governor_for(model, DecodeConfig(TreeSpec.parse("chain"))) is None
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
     assert governor_for(model, None) is None
