@@ -78,8 +78,7 @@ def test_30_turns_of_other_families(family: str) -> None:
     assert talk(streams, PrefixCache(streams.backbone.new_cache(slack=5, drop=9)), 30).reused > 3
 
 
-FAMILIES = ("deepseek_v3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "kimi_linear", "lfm2",
-            "minicpm3", "nemotron-nas", "olmo3", "phi3", "qwen3_5", "qwen3_moe", "qwen3_next")  # fmt: skip
+FAMILIES = ("deepseek_v3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "kimi_linear")
 
 
 @pytest.mark.slow
