@@ -41,6 +41,10 @@ class Pace:
         self.of_steps += _SMOOTHING["steps"] * (min(seconds / expected, _LONGEST) - self.of_steps)
         self._since_step = 0
 
+    def fade(self) -> None:
+        """Forget a tenth of what steps cost beyond the measured: a way back from a bad moment."""
+        self.of_steps += 0.1 * (self.of_plain - self.of_steps)
+
     @property
     def factor(self) -> float:
         """Return by how much steps are dearer in plain tokens than measured."""

@@ -69,6 +69,7 @@ class Planner:
     def begin(self, length: int) -> Plan | None:
         """Return the plan for an answer that follows `length` committed tokens."""
         self.live.fade(REMEMBERED)
+        self.pace.fade()
         self.context, self._tree, self.plan, self._due = length, None, None, None
         self._then = None
         if self.hopeless:
@@ -119,7 +120,10 @@ class Planner:
         """Tell whether not even the acceptance of every draft would pay here."""
         G = self.curve.num_streams
         plans = self.curve.steps if self.plans is None else self.plans
-        return all(1 + p.depth(G) < (1 + self.margin) * self._cost(p) for p in plans)
+        # By what was measured alone: the clock can be wrong for a while, and nothing is timed here.
+        context = self.context or None
+        costs = ((p, self.curve.relative(p, context)) for p in plans)
+        return all(1 + p.depth(G) < (1 + self.margin) * cost for p, cost in costs)
 
     def _time(self, drafted_by: Plan | None) -> None:
         """Hold the seconds since the last step against what they should be, if it was of the same kind."""

@@ -269,6 +269,16 @@ def test_the_clock_corrects_a_curve_that_was_measured_wrongly() -> None:
     assert trusting.after(StepResult([1], 0, NOTHING, expected=fair), None, 11) is not None
 
 
+def test_a_bad_moment_does_not_park_for_good() -> None:
+    """Steps that once looked half as dear again are looked at in every answer, and tried again."""
+    planner = Planner(curve(r8=3.5), profile(0.6))
+    planner.pace.of_steps = 1.5
+    assert not planner.hopeless
+    for _ in range(20):
+        assert planner.begin(10) is not None
+    assert planner.pace.factor == pytest.approx(1.06, abs=0.02)
+
+
 def test_a_pause_is_no_price() -> None:
     pace = Pace()
     for _ in range(50):
