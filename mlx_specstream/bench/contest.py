@@ -20,7 +20,7 @@ from mlx_specstream.shipped import AUTO, SHIPPED, find_streams, shipped_names
 from mlx_specstream.streams import Streams
 
 from .lookup import LookUpDrafter
-from .measure import Answered, answer_with_mlx_lm, answer_with_ours
+from .measure import TimedAnswer, mlx_lms, ours
 from .methods import Method, parse_streams
 
 if TYPE_CHECKING:
@@ -44,21 +44,21 @@ class Contest:
     drafter: nn.Module | None = None
     configs: dict[str, DecodeConfig] = field(default_factory=dict)
 
-    def answer(self, name: str, category: str, prompt: list[int], max_tokens: int) -> Answered:
-        """Answer a prompt with the method of that name."""
+    def answer(self, name: str, category: str, prompt: list[int], max_tokens: int) -> TimedAnswer:
+        """Return the answer to a prompt with the method of that name, not begun yet."""
         method, model = self.methods[name], self.model
         if method.kind == "streams":
             joined = self.by_streams[method.streams_for(category)]
             config = self.configs[name]
-            return answer_with_ours(joined, self.tokenizer, prompt, max_tokens, config)
+            return ours(joined, self.tokenizer, prompt, max_tokens, config)
         if method.kind == "plain":
-            return answer_with_ours(model, self.tokenizer, prompt, max_tokens, None)
+            return ours(model, self.tokenizer, prompt, max_tokens, None)
         drafter: nn.Module | None = None
         if method.kind == "look-up":
             drafter = LookUpDrafter(model.backbone.vocab_size)
         elif method.kind == "draft-model":
             drafter = self.drafter
-        return answer_with_mlx_lm(
+        return mlx_lms(
             model.model, self.tokenizer, prompt, max_tokens, drafter, method.num_draft_tokens
         )
 

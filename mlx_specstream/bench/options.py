@@ -18,6 +18,7 @@ from .result import Settings
 QUICK_LIMIT_S = 105.0
 QUICK_CATEGORIES = ("chat", "code", "summarize", "sql")
 QUICK_TOKENS = 48
+TURN_TOKENS = 16
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument("--num-prompts", type=int, help="prompts per category, drawn by --seed")
     asked.add_argument("--max-tokens", "-m", type=int, help="most tokens per answer (default: 128)")
     asked.add_argument("--repeats", type=int, default=1, help="times to ask each (default: 1)")
+    asked.add_argument(
+        "--turn-tokens",
+        type=int,
+        default=TURN_TOKENS,
+        metavar="N",
+        help="tokens that a method decodes before the next has its turn, 0 for whole answers "
+        "(default: %(default)s)",
+    )
     asked.add_argument("--seed", type=int, default=0, help="which prompts are drawn (default: 0)")
     asked.add_argument(
         "--quick", action="store_true", help="be done within two minutes, and say what is left out"
@@ -105,6 +114,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         value, least = getattr(arguments, name), 2 if name == "max_tokens" else 1
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    if arguments.turn_tokens < 0:
+        raise OptionError(f"--turn-tokens must be at least 0, got {arguments.turn_tokens}.")
     if arguments.exhaustive and not 2 <= arguments.exhaustive <= 64:
         raise OptionError(f"--exhaustive takes 2 to 64 rows, got {arguments.exhaustive}.")
     quick = arguments.quick
@@ -127,6 +138,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         limit_s=QUICK_LIMIT_S if quick else 0.0,
         exhaustive=arguments.exhaustive,
         methods=methods,
+        turn_tokens=arguments.turn_tokens,
     )
 
 

@@ -188,7 +188,12 @@ def _about(result: Result) -> str:
         f"machine: {machine.summary}; {machine.chip}, {machine.memory_bytes / 2**30:.0f} GB",
         f"versions: mlx-specstream {machine.mlx_specstream}, {machine.versions}, {machine.system} {machine.os_version}",
         f"prompts: {count} of {sources}; at most {settings.max_tokens} tokens, greedy, repeats {settings.repeats}, "
-        f"seed {settings.seed}",
+        f"seed {settings.seed}, "
+        + (
+            f"in turns of {settings.turn_tokens} tokens"
+            if settings.turn_tokens
+            else "answer by answer"
+        ),
         f"when: {result.started} to {result.finished or 'not finished'}",
         *(f"left out: {line}" for line in result.left_out),
     ]

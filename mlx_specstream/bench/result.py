@@ -46,7 +46,8 @@ class Settings:
 
     sources: prompt files as given, or `built-in`. num_prompts: per category, drawn by `seed`.
     limit_s: stop after this many seconds, 0 for no limit. exhaustive: compare all trees of up to
-    so many rows as well, 0 for none.
+    so many rows as well, 0 for none. turn_tokens: that a method decodes before the next has its
+    turn, 0 for whole answers.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Settings:
     limit_s: float
     exhaustive: int
     methods: list[Method]
+    turn_tokens: int = 0
 
 
 @dataclass(frozen=True)

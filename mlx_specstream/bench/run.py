@@ -1,4 +1,4 @@
-"""The benchmark's loop: every prompt answered by every method, in turns that rotate.
+"""The benchmark's loop: every prompt answered by every method, a few tokens of each in turns.
 
 A slow moment of the machine hits all methods alike, and none is always first. Each method's very
 first answer is kept apart as cold: it pays for compiling and for first touches of the weights.
@@ -21,7 +21,7 @@ from mlx_specstream.verify import first_difference, judge, reference_logits
 
 from .cases import Case
 from .contest import Contest
-from .measure import Answered
+from .measure import Answered, in_turns
 from .methods import MLX_LM
 from .result import Asked, Result, Run
 
@@ -87,8 +87,9 @@ class Bench:
         cold = []
         for order, name in enumerate(self.names):
             self.on_step(f"warming up: {name}")
-            answered = self.contest.answer(name, case.category, prompt, limit)
-            cold.append(_run(name, 0, order, answered))
+            answer = self.contest.answer(name, case.category, prompt, limit)
+            in_turns([answer], 0)
+            cold.append(_run(name, 0, order, answer.answered))
         self.result.cold = self.result.cold or cold  # resumed: the first process's are colder
         self._warm = cold
 
@@ -146,15 +147,24 @@ class Bench:
 
     def _ask_turn(self, case: Case, prompt: Prompt, turn: int, number: int) -> tuple[Asked, str]:
         """Have one turn answered; return the runs and the reference's text."""
+        from mlx_lm.generate import wired_limit
+
         ids = encode_prompt(self.contest.tokenizer, prompt)
         settings, names = self.result.settings, self.names
         answers: list[tuple[str, int, int, Answered]] = []
         for repeat in range(settings.repeats):
             first = (number + turn + repeat) % len(names)
-            for order, name in enumerate(names[first:] + names[:first]):
-                self.on_step(f"{case.category}: {name}")
-                answered = self.contest.answer(name, case.category, ids, settings.max_tokens)
-                answers.append((name, repeat, order, answered))
+            turns = names[first:] + names[:first]
+            self.on_step(f"{case.category}: {prompt.title}")
+            begun = [
+                self.contest.answer(name, case.category, ids, settings.max_tokens) for name in turns
+            ]
+            with wired_limit(self.contest.model.model):  # once: answers end at different times
+                in_turns(begun, settings.turn_tokens)
+            answers += [
+                (name, repeat, order, answer.answered)
+                for order, (name, answer) in enumerate(zip(turns, begun, strict=True))
+            ]
         reference = next(a for name, _, _, a in answers if name == MLX_LM.label)
         runs = [
             self._judged(_run(name, repeat, order, answered), answered, reference, ids)

@@ -14,7 +14,7 @@ from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.prompts import Prompt, encode_prompt
 
 from .cases import BUILT_IN, chosen_cases, read_cases
-from .measure import answer_with_ours
+from .measure import in_turns, ours
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -76,7 +76,9 @@ def _tokens_per_pass(
     config: DecodeConfig,
 ) -> float:
     """Return the tokens that a pass yields, over all prompts."""
-    answers = [answer_with_ours(model, tokenizer, ids, max_tokens, config) for ids in prompts]
+    timed = [ours(model, tokenizer, ids, max_tokens, config) for ids in prompts]
+    in_turns(timed, 0)
+    answers = [one.answered for one in timed]
     return sum(len(one.tokens) for one in answers) / sum(one.passes for one in answers)
 
 

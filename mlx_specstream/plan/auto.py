@@ -47,6 +47,12 @@ class Governor(Protocol):
     def parked_for(self) -> int | None:
         """Return how many more plain tokens are certain, None for any number."""
 
+    def pause(self) -> None:
+        """Learn that the caller takes over, for as long as it likes."""
+
+    def resume(self) -> None:
+        """Learn that the caller wants to go on."""
+
 
 @dataclass
 class AutoDecoder:
@@ -98,7 +104,9 @@ class AutoDecoder:
                 steps = self._speculatively(turn, root)
             for result in steps:
                 root = result.tokens[-1]
+                self.governor.pause()
                 yield result
+                self.governor.resume()
             if not turn.wanted:
                 return
 

@@ -1,18 +1,18 @@
 """Holding the planner to account: predicted against measured tokens per second, tree by tree.
 
-Every prompt is answered plainly and with every tree, in an order that rotates from prompt to
-prompt, so that a slow moment favours none. Predictions take costs from the curve and acceptance
-from records of the same prompts, so that what is judged is the arithmetic between the two.
+Every prompt is answered plainly and with every tree, a few tokens of each in turns, so that a
+slow moment favours none. Predictions take costs from the curve and acceptance from records of the
+same prompts, so that what is judged is the arithmetic between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mlx_specstream.bench.measure import Answered, in_turns, ours
 from mlx_specstream.config import DecodeConfig, TreeSpec
-from mlx_specstream.verify import Replayed, replay
 
 from .acceptance import AcceptanceProfile, AnswerTrace
 from .choose import chosen, forecasts
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_specstream.loading import StreamModel
+
+TURN_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,21 @@ def check(
     The planner's choice among `plans` is for these prompts' acceptance.
     """
     assert model.streams is not None
-    runs: dict[Plan | None, list[Replayed]] = {plan: [] for plan in (None, *plans)}
+    runs: dict[Plan | None, list[Answered]] = {plan: [] for plan in (None, *plans)}
     same: dict[Plan | None, bool] = dict.fromkeys(runs, True)
     traces = []
-    for number, prompt in enumerate(prompts):
-        for plan in _rotated([None, *plans], number):
-            config = None if plan is None else plan.config(DecodeConfig())
-            runs[plan].append(replay(model, tokenizer, prompt, max_tokens, config))
-            on_answer()
-        text = runs[None][-1].tokens
-        for plan, answers in runs.items():
-            same[plan] = same[plan] and answers[-1].tokens == text
+    for prompt in prompts:
+        answers = {
+            plan: ours(
+                model, tokenizer, prompt, max_tokens, plan.config(DecodeConfig()) if plan else None
+            )
+            for plan in runs
+        }
+        in_turns(list(answers.values()), TURN_TOKENS, on_answer)
+        text = answers[None].answered.tokens
+        for plan, answer in answers.items():
+            runs[plan].append(answer.answered)
+            same[plan] = same[plan] and answer.answered.tokens == text
         traces.append(AnswerTrace(tuple(positions_of(model.streams, prompt, text))))
     profile = AcceptanceProfile(model.streams.num_streams, tuple(traces))
     lengths = [len(p) + len(r.tokens) / 2 for p, r in zip(prompts, runs[None], strict=True)]
@@ -113,13 +119,13 @@ def check(
     found = forecasts(curve, profile, plans=plans, context=context)
     rows = []
     for forecast in found:
-        answers = runs[forecast.plan]
-        tokens = sum(len(answer.tokens) - 1 for answer in answers)
-        steps = sum(answer.stats.passes - 1 for answer in answers)
+        found_of = runs[forecast.plan]
+        tokens = sum(len(answered.tokens) - 1 for answered in found_of)
+        steps = sum(answered.passes - 1 for answered in found_of)
         rows.append(
             Checked(
                 forecast.plan,
-                measured=tokens / max(sum(answer.seconds for answer in answers), 1e-9),
+                measured=tokens / max(sum(answered.decode_s for answered in found_of), 1e-9),
                 predicted=forecast.tokens_per_s,
                 yielded=tokens / max(steps, 1),
                 expected=forecast.tokens_per_step,
@@ -139,9 +145,3 @@ def scaled(verdict: Verdict) -> Verdict:
     factor = plain.measured / plain.predicted
     rows = [replace(row, predicted=row.predicted * factor) for row in verdict.rows]
     return Verdict(rows, verdict.choice)
-
-
-def _rotated(plans: Sequence[Plan | None], by: int) -> Iterator[Plan | None]:
-    shift = by % len(plans)
-    yield from plans[shift:]
-    yield from plans[:shift]

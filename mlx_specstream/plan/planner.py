@@ -37,6 +37,7 @@ CAUTION = 0.8  # of what would just pay is assumed of a text that was not seen
 HYSTERESIS = 0.02  # a new tree must beat the present one by this much
 REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
 GAIN = 0.15  # of a step's extra cost must be won for a tree to be verified for its own sake
+LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
 SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the next tree
 
 
@@ -65,6 +66,7 @@ class Planner:
     _tree: mx.array | None = None  # what the tree at hand expects
     _seen: bool = False  # whether the outlook has taken that in
     _then: float | None = None  # when the last step was done, None if this one is not to be timed
+    _paused: float = 0.0  # when the caller took over
 
     def begin(self, length: int) -> Plan | None:
         """Return the plan for an answer that follows `length` committed tokens."""
@@ -104,6 +106,16 @@ class Planner:
     def parked_for(self) -> int | None:
         """Return how many more plain tokens are certain, None for any number."""
         return None if self._due is None else max(0, self._due - self.parked)
+
+    def pause(self) -> None:
+        """Note when the caller takes over."""
+        if self.clock is not None:
+            self._paused = self.clock()
+
+    def resume(self) -> None:
+        """Do not time the step under way if the caller was long: a slow reader, or another's turn."""
+        if self.clock is not None and self.clock() - self._paused > LONG * self.curve.plain.seconds:
+            self._then = None
 
     def forecasts(self) -> list[Forecast]:
         """Return what every plan promises for the text at hand, the fastest first."""

@@ -48,6 +48,7 @@ class Whims:
     foresees: bool = True
     told: list[tuple[Plan | None, StepResult, int]] = field(default_factory=list)
     at: int = 0
+    paused: bool = False
 
     def begin(self, length: int) -> Plan | None:
         return self.plans[0]
@@ -62,6 +63,13 @@ class Whims:
             return None
         following = [self.plans[(self.at + n) % len(self.plans)] for n in range(1, 9)]
         return next((n for n, plan in enumerate(following, start=1) if plan is not None), None)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        assert self.paused
+        self.paused = False
 
 
 def auto_decoder(

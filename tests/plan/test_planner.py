@@ -291,6 +291,22 @@ def test_a_pause_is_no_price() -> None:
     assert pace.factor <= 1.5
 
 
+@pytest.mark.parametrize("reading", [0.0, 30.0])
+def test_a_slow_reader_is_no_slow_step(reading: float) -> None:
+    """What passes while the caller has the word is not the machine's time."""
+    now, drafted = 0.0, None
+    planner = Planner(curve(r8=2.0), profile(0.6), clock=lambda: now)
+    planner.begin(10)
+    for _ in range(60):
+        now += 2.0
+        planner.after(StepResult([1, 1], 7, NOTHING, expected=mx.array(3.0)), drafted, 10)
+        drafted = planner.plan
+        planner.pause()
+        now += reading
+        planner.resume()
+    assert planner.pace.factor == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_machine_that_slows_down_is_no_reason_to_park_for_good() -> None:
     """Steps look dear until plain tokens are timed again; later drift moves both."""
     pace = Pace()
