@@ -53,22 +53,29 @@ def prune(
     shape and are marked not alive.
     """
     keep = min(spec.keep, tree.num_nodes)
-    step = mx.maximum(child_log_probs, -1e3) - _LEVEL_COST
+    paths = path_scores(tree, child_log_probs, spec.threshold)
     if spec.threshold > 0:
-        low = (child_log_probs < mx.log(mx.array(spec.threshold))) & (tree.depths > 0)
+        alive = paths > _NEVER / 2
+        tree = replace(tree, alive=alive if tree.alive is None else tree.alive & alive)
+    if keep == tree.num_nodes:
+        return tree, mx.arange(tree.num_nodes, dtype=mx.int32)
+    kept = best_nodes(paths, keep)
+    return select(tree, kept), kept
+
+
+def path_scores(tree: DraftTree, child_log_probs: mx.array, threshold: float = 0.0) -> mx.array:
+    """Return what nodes are ranked by, (T,) float32: sums of log-probabilities along their paths.
+
+    Those below the threshold, and their descendants, are far below all others.
+    """
+    step = mx.maximum(child_log_probs, -1e3) - _LEVEL_COST
+    if threshold > 0:
+        low = (child_log_probs < mx.log(mx.array(threshold))) & (tree.depths > 0)
         step = mx.where(low, _NEVER, step)
-    nodes = mx.arange(tree.num_nodes, dtype=mx.int32)
-    own = mx.where(nodes == 0, 0.0, step)
-    paths = own
-    parents = tree.parents
+    own = mx.where(mx.arange(tree.num_nodes, dtype=mx.int32) == 0, 0.0, step)
+    paths, parents = own, tree.parents
     for _ in range(max(tree.depth - 1, 0)):
         # The root adds nothing, so walking on from it is harmless.
         paths = paths + mx.take(own, parents)
         parents = mx.take(tree.parents, parents)
-    alive = paths > _NEVER / 2
-    if spec.threshold > 0:
-        tree = replace(tree, alive=alive if tree.alive is None else tree.alive & alive)
-    if keep == tree.num_nodes:
-        return tree, nodes
-    kept = best_nodes(paths, keep)
-    return select(tree, kept), kept
+    return paths

@@ -132,12 +132,10 @@ class Stepper:
         backbone, upper = streams.backbone, streams.upper
         lower_rows, T = None, tree.num_nodes
 
-        # Lower layers: all nodes, no streams.
         seen = ancestors(tree.parents, tree.depth)
         positions = tree.depths + length
         mask = _mask(seen, positions, length)
-        hidden = backbone.embed(tree.tokens)
-        hidden = streams.run(hidden, T, streams.lower, cache, length, positions, mask)
+        hidden = self.lower(tree, cache, mask)
 
         if self.prune is not None and self.pruner is not None and T > 1:
             scores = self.pruner.child_log_probs(backbone, tree, hidden)
@@ -166,6 +164,15 @@ class Stepper:
             hidden = backbone.run(hidden, upper, cache, length, positions, mask)
         last = backbone.norm(hidden)
         return Verified(tree, seen, positions, first, last, stream_rows, lower_rows, nodes)
+
+    def lower(self, tree: DraftTree, cache: KVCache, mask: RowMask | None = None) -> mx.array:
+        """Return the nodes' rows at the input of the first MSA layer, (1, T, h); no streams yet."""
+        streams, length = self.streams, cache.length
+        positions = tree.depths + length
+        mask = mask or _mask(ancestors(tree.parents, tree.depth), positions, length)
+        hidden = streams.backbone.embed(tree.tokens)
+        T = tree.num_nodes
+        return streams.run(hidden, T, streams.lower, cache, length, positions, mask)
 
     def stream_states(self, verified: Verified, node: mx.array, cache: KVCache) -> mx.array:
         """Return the streams of one node (() int32) after the last layer, (1, γ, h).

@@ -168,8 +168,8 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
     )
 
 
-def likely_ends(tree: DraftTree, count: int) -> mx.array:
-    """Return the `count` nodes at which the accepted path likeliest ends, ascending, int32.
+def end_chances(tree: DraftTree) -> mx.array:
+    """Return the probability that the accepted path ends at each node, (T,) float32.
 
     A path ends at a node if it gets there and none of the node's children is right: with p the
     probability of getting somewhere, p(node) − Σ p(children). `tree` has scores.
@@ -178,8 +178,12 @@ def likely_ends(tree: DraftTree, count: int) -> mx.array:
     reached = mx.exp(tree.scores)
     if tree.alive is not None:
         reached = mx.where(tree.alive, reached, 0)
-    goes_on = mx.zeros_like(reached).at[tree.parents[1:]].add(reached[1:])
-    return best_nodes(reached - goes_on, count)
+    return reached - mx.zeros_like(reached).at[tree.parents[1:]].add(reached[1:])
+
+
+def likely_ends(tree: DraftTree, count: int) -> mx.array:
+    """Return the `count` nodes at which the accepted path likeliest ends, ascending, int32."""
+    return best_nodes(end_chances(tree), count)
 
 
 def best_nodes(scores: mx.array, count: int) -> mx.array:

@@ -21,10 +21,10 @@ import mlx.core as mx
 
 from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import StreamsError
-from mlx_specstream.plan.acceptance import AnswerTrace
 from mlx_specstream.plan.curve import CostCurve
 from mlx_specstream.plan.planner import Planner
 from mlx_specstream.plan.plans import Plan
+from mlx_specstream.plan.trace import AnswerTrace
 from mlx_specstream.result import StepResult
 
 from .cases import BUILT_IN, Case, chosen_cases
@@ -98,12 +98,16 @@ _NOTHING = mx.zeros((0, 1))
 
 
 def best_first(curve: CostCurve) -> list[Plan]:
-    """Return the curve's plans that can be replayed: unpruned best-first trees.
+    """Return the curve's plans that can be replayed: best-first trees, unpruned, streams everywhere.
 
     Raises:
         StreamsError: none was measured.
     """
-    plans = [p for p in curve.steps if p.tree.kind == "best" and p.prune is None]
+    plans = [
+        plan
+        for plan in curve.steps
+        if plan.tree.kind == "best" and plan.prune is None and not plan.stream_nodes
+    ]
     if not plans:
         raise StreamsError(
             "no best-first tree was measured on this machine; raise SPECSTREAM_PLAN_SECONDS and "

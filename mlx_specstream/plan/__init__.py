@@ -6,13 +6,14 @@ forecasts(curve, ...)   tokens per second of every plan; `chosen` picks one, or 
 planner_for(model)      the governor of `--tree auto`, which follows the text as it goes
 """
 
-from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, AnswerTrace, Position, Rates
+from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates
 from .choose import MARGIN, Forecast, chosen, forecasts
 from .curve import CostCurve, StepCost
 from .measure import measure
 from .planner import Planner
 from .plans import Plan, candidates, fused_row_limit
 from .ready import acceptance, costs, model_plans, planner_for
+from .trace import AnswerTrace, Position
 
 __all__ = [
     "ACCEPTANCE_FILE",

@@ -1,93 +1,27 @@
 """What was accepted where: records from which the yield of any tree can be read off.
 
-A recorded answer holds, for every token t of it, where the tokens that follow stood in the tree
-drafted at t, down to the first that no stream had proposed:
-
-    text      the  cat  sat  on        tree at "the", best paths first, root = 0
-    order       0    1    5   -          1 cat   2 dog   3 cat ran   4 sun   5 cat sat ...
-    rank             1    2   -        "sat" is the second best child of "cat"
-
-Best-first trees are nested, so the tree of M rows holds exactly the nodes with order < M; a
-chain holds those of rank 1, the product tree k^γ those of rank ≤ k; a path counts up to its
-first node that is missing. Walking an answer step by step, as decoding does, then gives the
-tokens per step of any tree without another pass of the model, conditional on the path because
-the path is the real one.
+The records themselves are in `trace.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mlx_specstream.config import TreeSpec
 from mlx_specstream.errors import DataError
 from mlx_specstream.files import atomic_file
 from mlx_specstream.shipped import SHIPPED
 
 from .plans import Plan
+from .trace import AnswerTrace, read, written
 
 ACCEPTANCE_FILE = "acceptance.json"
 VERSION = 1
 RECORDED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Position:
-    """One token's tree: order and rank of each following token in turn, until one is missing.
-
-    pruned: for trees of some numbers of rows, the order that the early exit gives the same nodes.
-    chances: the path probabilities of the best nodes by the streams' own word, the root's first; they are
-    not written to files.
-    """
-
-    orders: tuple[int, ...] = ()
-    ranks: tuple[int, ...] = ()
-    pruned: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    chances: tuple[float, ...] = field(default=(), compare=False)
-
-    def expected(self, rows: int) -> float:
-        """Return how many drafts of the best-first tree of `rows` rows should be accepted."""
-        return sum(self.chances[1:rows])
-
-    def accepted(self, plan: Plan, num_streams: int) -> int:
-        """Return how many drafts a step with this plan accepts here."""
-        tree, kept = plan.tree, 0
-        deepest = min(tree.depth or num_streams, num_streams, len(self.orders))
-        survivors = self.pruned.get(tree.rows) if plan.prune is not None else None
-        while kept < deepest and self._holds(tree, kept):
-            if plan.prune is not None and (
-                survivors is None or kept >= len(survivors) or survivors[kept] >= plan.prune.keep
-            ):
-                break
-            kept += 1
-        return kept
-
-    def _holds(self, tree: TreeSpec, level: int) -> bool:
-        if tree.kind == "chain":
-            return self.ranks[level] == 1
-        if tree.kind == "product":
-            return self.ranks[level] <= tree.branching
-        return self.orders[level] < tree.rows
-
-
-@dataclass(frozen=True)
-class AnswerTrace:
-    """One answer: the positions of its tokens, in order, and the task it belongs to."""
-
-    positions: tuple[Position, ...]
-    task: str = "chat"
-
-    def walk(self, plan: Plan, num_streams: int) -> list[int]:
-        """Return the accepted drafts of each step over the answer, as decoding takes them."""
-        found, at = [], 0
-        while at < len(self.positions) - 1:
-            found.append(self.positions[at].accepted(plan, num_streams))
-            at += found[-1] + 1
-        return found
 
 
 @dataclass(frozen=True)
@@ -156,6 +90,11 @@ class AcceptanceProfile:
         """Tell whether it is recorded what an early exit would leave of trees."""
         return any(p.pruned for answer in self.answers for p in answer.positions)
 
+    @property
+    def has_ends(self) -> bool:
+        """Tell whether it is recorded which nodes would get streams inline."""
+        return any(p.ends for answer in self.answers for p in answer.positions)
+
     def only(self, task: str) -> AcceptanceProfile:
         """Return the records of one task alone.
 
@@ -183,14 +122,14 @@ class AcceptanceProfile:
         return self.rates(plan).tokens_per_step(shift)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the JSON form; a position is written `order.rank order.rank`, `;` between them."""
+        """Return the JSON form; see `trace.written`."""
         return {
             "version": VERSION,
             "num_streams": self.num_streams,
             "conditioned": self.conditioned,
             "source": self.source,
             "answers": [
-                {"task": answer.task, **_written(answer.positions)} for answer in self.answers
+                {"task": answer.task, **written(answer.positions)} for answer in self.answers
             ],
         }
 
@@ -208,7 +147,7 @@ class AcceptanceProfile:
             assert isinstance(answers, list)
             return cls(
                 num_streams=int(str(values["num_streams"])),
-                answers=tuple(AnswerTrace(_read(a), str(a["task"])) for a in answers),
+                answers=tuple(AnswerTrace(read(a), str(a["task"])) for a in answers),
                 conditioned=bool(values.get("conditioned", False)),
                 source=str(values.get("source", "")),
             )
@@ -271,36 +210,3 @@ def assumed_profile(num_streams: int) -> AcceptanceProfile:
 @lru_cache(maxsize=1024)
 def _rates(profile: AcceptanceProfile, plan: Plan) -> Rates:
     return Rates.of(profile.walk(plan), plan.depth(profile.num_streams))
-
-
-def _written(positions: Sequence[Position]) -> dict[str, object]:
-    def pairs(position: Position) -> str:
-        both = zip(position.orders, position.ranks, strict=True)
-        return " ".join(f"{order}.{rank}" for order, rank in both)
-
-    written: dict[str, object] = {"drafted": ";".join(pairs(p) for p in positions)}
-    sizes = sorted({rows for position in positions for rows in position.pruned})
-    if sizes:
-        written["pruned"] = {
-            str(rows): ";".join(" ".join(map(str, p.pruned.get(rows, ()))) for p in positions)
-            for rows in sizes
-        }
-    return written
-
-
-def _read(values: Mapping[str, object]) -> tuple[Position, ...]:
-    drafted = str(values["drafted"]).split(";")
-    pruned = values.get("pruned", {})
-    assert isinstance(pruned, dict)
-    by_rows = {int(rows): str(text).split(";") for rows, text in pruned.items()}
-    positions = []
-    for place, text in enumerate(drafted):
-        pairs = [pair.split(".") for pair in text.split()]
-        kept = {
-            rows: tuple(int(order) for order in texts[place].split())
-            for rows, texts in by_rows.items()
-            if texts[place]
-        }
-        orders, ranks = ([int(pair[side]) for pair in pairs] for side in (0, 1))
-        positions.append(Position(tuple(orders), tuple(ranks), kept))
-    return tuple(positions)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from mlx_specstream.bench.measure import Answered, in_turns, ours
 from mlx_specstream.config import DecodeConfig, TreeSpec
 
-from .acceptance import AcceptanceProfile, AnswerTrace
+from .acceptance import AcceptanceProfile
 from .choose import chosen, forecasts
 from .curve import CostCurve
 from .plans import Plan
 from .record import positions_of
+from .trace import AnswerTrace
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -128,7 +128,11 @@ class CostCurve:
 
 
 def _alike(known: Plan, plan: Plan, *, strictly: bool) -> bool:
-    if known.schedule != plan.schedule or known.prune != plan.prune:
+    if (known.schedule, known.prune, known.stream_nodes) != (
+        plan.schedule,
+        plan.prune,
+        plan.stream_nodes,
+    ):
         return False
     return not strictly or (known.tree.kind == "chain") == (plan.tree.kind == "chain")
 

@@ -30,7 +30,7 @@ def identity(model: StreamModel) -> dict[str, object]:
     The model must have streams.
     """
     assert model.streams is not None
-    machine = _machine()
+    machine = this_machine()
     return {
         "chip": machine.chip,
         "backend": machine.backend,
@@ -64,7 +64,8 @@ def weight_bits(model: nn.Module) -> int:
 
 
 @lru_cache(maxsize=1)
-def _machine() -> Machine:
+def this_machine() -> Machine:
+    """Return what is known of this machine; it is asked once."""
     return Machine.read()
 
 

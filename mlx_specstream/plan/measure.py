@@ -283,8 +283,9 @@ class _Steps:
         self.decoder.chooser.history.clear()
         step = self.decoder.stepper.step(tree, cache)
         step.schedule()
+        tree = step.next_tree  # also where the path ends without streams: it costs the same
         self.decoder.finish(step, cache)
-        return step.next_tree
+        return tree
 
 
 class _Caches:

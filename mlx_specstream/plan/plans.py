@@ -15,20 +15,30 @@ RunSchedule = Literal["inline", "deferred"]
 ROWS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 INLINE_ROWS = (2, 3, 5, 8, 12)  # inline, every row brings γ more, so wide trees cannot pay
 PRUNED = ((16, 4), (16, 8), (32, 8))  # rows, and how many of them go on into the upper layers
+INLINE_PRUNED = ((16, 4), (16, 6))  # 20 and 30 rows there with four streams: matrix units take 32
+INLINE_NODES = ((8, 2), (8, 4), (16, 4))  # rows, and how many of them have streams
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to make steps. Hashable: plans are keys of cost curves and statistics."""
+    """How to make steps. Hashable: plans are keys of cost curves and statistics.
+
+    stream_nodes: of how many nodes the streams run inline, 0 for all.
+    """
 
     tree: TreeSpec
     schedule: RunSchedule = "deferred"
     prune: PruneSpec | None = None
+    stream_nodes: int = 0
 
     def config(self, base: DecodeConfig) -> DecodeConfig:
         """Return `base` with this plan in place of what it leaves open."""
         return replace(
-            base, tree=self.tree, schedule=self.schedule, prune=self.prune, stream_nodes=0
+            base,
+            tree=self.tree,
+            schedule=self.schedule,
+            prune=self.prune,
+            stream_nodes=self.stream_nodes,
         )
 
     def rows(self, num_streams: int) -> int:
@@ -46,9 +56,10 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Return the short form that `parse` reads: `8`, `chain3 inline`, `16:8`."""
+        """Return the short form that `parse` reads: `8`, `chain3 inline`, `16:8`, `8 inline:2`."""
         keep = f":{self.prune.keep}" if self.prune is not None else ""
-        return f"{self.tree}{keep}{' inline' if self.schedule == 'inline' else ''}"
+        nodes = f":{self.stream_nodes}" if self.stream_nodes else ""
+        return f"{self.tree}{keep}{f' inline{nodes}' if self.schedule == 'inline' else ''}"
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -59,10 +70,12 @@ class Plan:
         """
         words, _, schedule = text.partition(" ")
         tree, colon, keep = words.partition(":")
+        schedule, _, nodes = schedule.strip().partition(":")
         return cls(
             TreeSpec.parse(tree),
-            "inline" if schedule.strip() == "inline" else "deferred",
+            "inline" if schedule == "inline" else "deferred",
             PruneSpec(int(keep)) if colon else None,
+            int(nodes or 0),
         )
 
 
@@ -72,24 +85,30 @@ def candidates(
     schedule: Literal["auto", "inline", "deferred"] = "auto",
     *,
     prunable: bool = False,
+    ends_known: bool = False,
     row_limit: int | None = None,
     max_rows: int = max(ROWS),
 ) -> list[Plan]:
     """Return the plans worth a look, chains first.
 
     Args:
-        prunable: the streams hold a pruner.
+        prunable: the streams hold a pruner, and what it keeps was recorded.
+        ends_known: it was recorded which nodes get streams where not all do.
         row_limit: most rows that the GPU's fused attention for short queries takes; above it and
             up to 8 rows attention falls back to a slow path, so these sizes are left out.
     """
-    return list(_candidates(num_streams, mode, schedule, prunable, row_limit, max_rows))
+    found = list(_candidates(num_streams, mode, schedule, row_limit, max_rows))
+    return [
+        plan
+        for plan in found
+        if (prunable or plan.prune is None) and (ends_known or not plan.stream_nodes)
+    ]
 
 
 def _candidates(
     num_streams: int,
     mode: Mode,
     schedule: str,
-    prunable: bool,
     row_limit: int | None,
     max_rows: int,
 ) -> Iterator[Plan]:
@@ -112,10 +131,13 @@ def _candidates(
             # Two rows are a chain of one draft.
             if rows > 2 and fits(rows):
                 yield Plan(TreeSpec("best", rows=rows), each)
-        if prunable and each == "deferred":
-            for rows, keep in PRUNED:
-                if fits(rows):
-                    yield Plan(TreeSpec("best", rows=rows), each, PruneSpec(keep))
+        for rows, keep in PRUNED if each == "deferred" else INLINE_PRUNED:
+            if fits(rows):
+                yield Plan(TreeSpec("best", rows=rows), each, PruneSpec(keep))
+        # In shared mode every row sees its streams, so none can be without.
+        for rows, nodes in INLINE_NODES if each == "inline" and mode == "lossless" else ():
+            if fits(rows):
+                yield Plan(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
 
 
 FUSED_ROWS = 8

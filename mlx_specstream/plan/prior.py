@@ -148,7 +148,7 @@ def prior_curve(
         T, kept, G = plan.rows(num_streams), plan.upper_rows(num_streams), num_streams
         share = lower * at(rows, T) + head * (at(rows, kept) + at(rows, G))
         if plan.schedule == "inline":
-            share += upper * at(rows, kept * (1 + G))
+            share += upper * at(rows, kept + G * min(plan.stream_nodes or kept, kept))
         else:
             share += upper * (at(rows, kept) + at(rows, G))
         return share * token + host

@@ -12,11 +12,14 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
 
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.errors import OptionError, OutputError
@@ -25,11 +28,13 @@ from mlx_specstream.model_cache import cache_folder
 from mlx_specstream.streams import Streams
 
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
+from .choose import forecasts
 from .curve import CostCurve
-from .identity import identity
+from .identity import identity, this_machine, weight_bits
 from .measure import BUDGET_S, measure
 from .planner import Planner
 from .plans import Plan, candidates, fused_row_limit
+from .prior import ModelSize, chip_named, prior_curve
 
 if TYPE_CHECKING:
     from mlx_specstream.loading import StreamModel
@@ -39,10 +44,12 @@ log = logging.getLogger("mlx_specstream")
 VERSION = 1
 ENOUGH = 2
 BUDGET = "SPECSTREAM_PLAN_SECONDS"
-"""Environment variable: seconds that measuring may take; 0 turns planning off."""
+"""Environment variable: seconds that measuring may take; 0 for none."""
 
 # The first measured tell most of the others; then small before large.
 _FIRST = ("4", "8", "chain", "16", "chain2", "5", "4 inline")
+
+PROMISING = 4  # plans that are measured before these, where published figures tell which
 
 _planners: weakref.WeakKeyDictionary[Streams, dict[tuple[str, bool], Planner]]
 _planners = weakref.WeakKeyDictionary()
@@ -51,8 +58,8 @@ _planners = weakref.WeakKeyDictionary()
 def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Planner | None:
     """Return the planner of a loaded model, made at the first call; it lives as long as the model.
 
-    None if `config` leaves nothing to plan, the model has no streams, or costs cannot be
-    measured (see `costs`).
+    Where measuring is turned off, its costs are those published for the chip. None if there are
+    none, `config` leaves nothing to plan, the model has no streams, or it computes NaN.
     """
     config = config or DecodeConfig()
     streams = model.streams
@@ -60,12 +67,10 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
         return None
     if config.prune is not None or config.stream_nodes:
         return None
-    if not _budget(BUDGET_S):
-        return None
     known = _planners.setdefault(streams, {})
     key = (config.schedule, config.use_conditioner)
     if key not in known:
-        curve = costs(model)
+        curve = costs(model) if _budget(BUDGET_S) else published_costs(model)
         if curve is None:
             return None
         allowed = set(model_plans(model, config))
@@ -93,18 +98,42 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
     """Return the plans worth a look for a model, in the order in which to measure them."""
     assert model.streams is not None
     trained, schedule = model.streams.config, (config or DecodeConfig()).schedule
-    pruned = bool(trained.pruner_rank) and bool(
-        (profile := profile_of(model.streams_name)) and profile.has_pruned
-    )
+    recorded = profile_of(model.streams_name)
     plans = candidates(
         trained.num_streams,
         trained.mode,
         schedule,
-        prunable=pruned,
+        prunable=bool(trained.pruner_rank and recorded and recorded.has_pruned),
+        ends_known=bool(recorded and recorded.has_ends),
         row_limit=_row_limit(model),
     )
     first = [f"chain{trained.num_streams}" if name == "chain" else name for name in _FIRST]
+    if (prior := published_costs(model, plans)) is not None:
+        promising = forecasts(prior, acceptance(model))[:PROMISING]
+        first = [*(f.name for f in promising), *first]
     return sorted(plans, key=lambda p: first.index(p.name) if p.name in first else len(first))
+
+
+def published_costs(model: StreamModel, plans: Sequence[Plan] | None = None) -> CostCurve | None:
+    """Return what `plans` (None: all) should cost on this chip, None if no figures are published.
+
+    They are of dense models: experts are read by as many rows as ask for them.
+    """
+    assert model.streams is not None
+    machine = this_machine()
+    chip = chip_named(machine.chip) if machine.backend == "metal" else None
+    if chip is None or has_experts(model.model):
+        return None
+    trained, backbone = model.streams.config, model.backbone
+    size = ModelSize(
+        model.name,
+        backbone.num_layers,
+        float(sum(map(get_total_parameters, backbone.layers))),
+        float(backbone.vocab_size * backbone.hidden_size),
+        trained.num_msa_layers,
+    )
+    plans = model_plans(model) if plans is None else plans
+    return prior_curve(chip, weight_bits(model.model), size, trained.num_streams, plans)
 
 
 def costs(
@@ -189,6 +218,13 @@ def _budget(otherwise: float) -> float:
     if not 0 <= seconds < 3600:
         raise OptionError(f"{BUDGET} must be a number of seconds from 0 to 3600, got {text!r}.")
     return seconds
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Tell whether a row goes through some of a layer's weights only."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return any(isinstance(m, QuantizedSwitchLinear | SwitchLinear) for m in model.modules())
 
 
 def _row_limit(model: StreamModel) -> int | None:

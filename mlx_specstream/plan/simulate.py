@@ -50,7 +50,12 @@ class Prediction:
 def predict(chip: Chip, bits: int, size: ModelSize, profile: AcceptanceProfile) -> list[Prediction]:
     """Return the planner's choice for each recorded task of `profile`."""
     # Grouped-query attention with up to four query heads a key head: no row count is slow.
-    plans = candidates(profile.num_streams, "lossless")
+    plans = candidates(
+        profile.num_streams,
+        "lossless",
+        prunable=profile.has_pruned,
+        ends_known=profile.has_ends,
+    )
     curve = prior_curve(chip, bits, size, profile.num_streams, plans)
     found = []
     for task in profile.tasks:

@@ -12,14 +12,13 @@ from mlx_specstream.config import DecodeConfig
 from mlx_specstream.errors import DataError
 from mlx_specstream.plan.acceptance import (
     AcceptanceProfile,
-    AnswerTrace,
-    Position,
     Rates,
     assumed_profile,
     profile_of,
 )
 from mlx_specstream.plan.plans import Plan, candidates, fused_row_limit
 from mlx_specstream.plan.record import looked_up, record_answer
+from mlx_specstream.plan.trace import AnswerTrace, Position
 from mlx_specstream.tree import DraftTree
 from tests.engine import decode, random_streams, small_model, stream_config, stream_decoder
 
@@ -61,7 +60,9 @@ def test_walking_the_records_is_decoding(mode: str) -> None:
     for prompt in ([1, 2, 3], [5, 6, 7, 8]):
         trace = record_answer(streams, prompt, 40, ())
         assert len(trace.positions) == 40
-        for name in ("chain", "chain2", "3", "4", "7", "12", "2^2", "3^3"):
+        names = ["chain", "chain2", "3", "4", "7", "12", "2^2", "3^3", "16:4", "16:6"]
+        names += ["32:8", "8 inline:2", "8 inline:4", "16 inline:4"] if mode == "lossless" else []
+        for name in names:
             plan = Plan.parse(f"{name} inline" if mode == "shared" else name)
             run = decode(stream_decoder(streams, plan.config(DecodeConfig())), prompt, 40)
             real = [step.accepted for step in run.steps[1:]]
@@ -82,7 +83,8 @@ def test_rates_count_what_was_reached() -> None:
 
 
 def profile(*tasks: str) -> AcceptanceProfile:
-    positions = (THE_CAT_SAT, Position(), Position((3,), (2,), {16: (2,), 32: (4,)}), Position())
+    late = Position((3,), (2,), {16: (2,), 32: (4,)}, {8: (1, 0)})
+    positions = (THE_CAT_SAT, Position(), late, Position(ends={8: (0,)}))
     return AcceptanceProfile(4, tuple(AnswerTrace(positions, task) for task in tasks), True, "mine")
 
 
@@ -95,8 +97,19 @@ def test_profiles_survive_the_disk(tmp_path: Path) -> None:
     assert read.tasks == ["chat", "sql"]
     assert read.only("sql").num_positions == 4
     assert read.has_pruned
+    assert read.has_ends
     with pytest.raises(DataError, match="no answers of the task 'code'"):
         read.only("code")
+
+
+def test_a_step_that_ends_without_streams_is_followed_by_one_without_drafts() -> None:
+    good = Position((1, 2), (1, 1), ends={8: (3, 0, 1)})
+    trace = AnswerTrace((good,) * 9)
+    assert trace.walk(Plan.parse("8 inline"), 4) == [2, 2, 2]
+    # Two drafts accepted end at the node that comes second, none at the one that comes fourth.
+    assert trace.walk(Plan.parse("8 inline:2"), 4) == [2, 2, 2]
+    assert trace.walk(Plan.parse("8 inline:1"), 4) == [2, 0, 2, 0]
+    assert trace.walk(Plan.parse("16 inline:4"), 4) == [2, 0, 2, 0]  # nothing known of 16 rows
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,15 @@ def test_candidates_keep_off_the_slow_rows() -> None:
     names = [plan.name for plan in candidates(4, "lossless")]
     assert {"chain1", "chain4", "3", "16", "32", "3 inline"} <= set(names)
     assert len(names) == len(set(names))
-    assert "16:8" in [plan.name for plan in candidates(4, "lossless", prunable=True)]
+    pruned = {plan.name for plan in candidates(4, "lossless", prunable=True)}
+    assert {"16:8", "16:6 inline"} <= pruned - set(names)
+    some = {plan.name for plan in candidates(4, "lossless", ends_known=True)}
+    assert {"8 inline:2", "16 inline:4"} <= some - set(names)
+    shared = [*candidates(4, "shared", prunable=True, ends_known=True)]
+    assert "16:6 inline" in {plan.name for plan in shared}
+    assert not any(plan.stream_nodes for plan in shared)
+    every = candidates(4, "lossless", prunable=True, ends_known=True)
+    assert [Plan.parse(plan.name) for plan in every] == every
     assert {p.schedule for p in candidates(4, "shared")} == {"inline"}
     assert {p.schedule for p in candidates(4, "lossless", "inline")} == {"inline"}
     # Eight query heads on one key head: four rows are fused, five to eight are not, nine are.

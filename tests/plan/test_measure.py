@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import mlx_specstream
+from mlx_specstream.bench.tiny_models import tiny_random_model
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading import StreamModel
+from mlx_specstream.machine import Machine
 from mlx_specstream.plan import CostCurve, Plan, StepCost, planner_for, ready
 from mlx_specstream.plan.auto import AutoDecoder
 from mlx_specstream.plan.identity import _ENGINE, identity, weight_bits
@@ -243,6 +245,32 @@ def test_what_is_fixed_is_not_planned(
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "soon")
     with pytest.raises(OptionError, match="SPECSTREAM_PLAN_SECONDS must be"):
         planner_for(joined)
+
+
+published_costs = ready.published_costs  # the real one, which `conftest.py` turns off
+
+
+def test_published_figures_stand_in_until_something_is_measured(
+    joined: StreamModel, measured: list[CostCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a chip with published figures a plan is taken, and measured, by these."""
+    monkeypatch.setattr(ready, "published_costs", published_costs)
+    unknown = [plan.name for plan in ready.model_plans(joined)]
+    for chip, backend, known in (("Apple M1", "metal", True), ("Apple M1", "cpu", False)):
+        machine = Machine(chip=chip, backend=backend)
+        monkeypatch.setattr(ready, "this_machine", lambda machine=machine: machine)
+        assert (ready.published_costs(joined) is not None) is known
+        order = [plan.name for plan in ready.model_plans(joined)]
+        assert sorted(order) == sorted(unknown)
+        assert (order[:4] == unknown[:4]) is not known
+    monkeypatch.setattr(ready, "this_machine", lambda: Machine(chip="Apple M4", backend="metal"))
+    monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
+    planner = planner_for(joined)
+    assert planner is not None
+    assert planner.curve.source == "prior for M4, 32 bits"
+    assert measured == []
+    assert ready.has_experts(tiny_random_model("qwen3_moe"))
+    assert not ready.has_experts(joined.model)
 
 
 def test_costs_hold_for_the_sources_a_step_runs_through() -> None:
