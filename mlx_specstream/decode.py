@@ -16,7 +16,7 @@ import mlx.core as mx
 from .cache import KVCache
 from .condition import Conditioner
 from .config import DecodeConfig, StreamConfig, TreeSpec
-from .errors import OptionError, StreamsError
+from .errors import ModelError, OptionError, StreamsError
 from .prefill import PREFILL_CHUNK, prefill
 from .prune import Pruner
 from .result import DraftRecord, StepResult, read_report, to_ints
@@ -71,6 +71,7 @@ class StreamDecoder:
             pruner=pruner,
             conditioner=conditioner,
             stream_nodes=self.config.stream_nodes,
+            root_inline=not self.streams.backbone.is_recurrent,
         )
 
     def prefill(
@@ -114,7 +115,17 @@ class StreamDecoder:
         Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. A
         step that ended where no streams were leaves a next tree of its root alone.
         """
-        found = read_report(step.report, step.tree.depth + 1, cache, step.stream_nodes)
+        try:
+            found = read_report(step.report, step.tree.depth + 1, cache, step.stream_nodes)
+        except ModelError:
+            if not self.stepper.root_inline or step.tree.num_nodes > 1:
+                raise
+            # Streams that overflow spoil the rows beside them; run apart, they only draft badly.
+            self.stepper = replace(self.stepper, root_inline=False)
+            again = self.stepper.step(step.tree, cache)
+            step.report, step.logits = again.report, again.logits
+            step.next_tree, step.expected = again.next_tree, again.expected
+            found = read_report(step.report, 1, cache)
         tokens, nodes = found.tokens, found.nodes
         if not found.drafting:
             step.next_tree, step.expected = root_only(mx.array(tokens[-1:])), None

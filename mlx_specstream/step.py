@@ -8,7 +8,8 @@
 With `stream_nodes` only a few nodes have streams, the likeliest for the path to end at.
 `deferred` moves the streams behind acceptance: main rows first, then γ rows of the accepted node
 alone through the MSA layers. That reads N_s/N of the weights again and saves (m − 1)·γ rows. In
-lossless mode main rows are the base model's alone in both schedules, so both draft the same.
+lossless mode main rows are the base model's alone in both schedules, so both draft the same. A
+root without a tree is where it ends, so its streams run inline, except beside recurrent layers.
 
 Nothing here waits for the device: shapes depend on the configuration and the committed length.
 """
@@ -96,6 +97,7 @@ class Stepper:
     pruner: Pruner | None = None
     conditioner: Conditioner | None = None
     stream_nodes: int = 0
+    root_inline: bool = False
 
     def step(self, tree: DraftTree, cache: KVCache) -> Step:
         """Return the graph of one step over `tree`, whose root follows the committed text.
@@ -148,7 +150,7 @@ class Stepper:
 
         # MSA layers: with every node's streams (inline), or main rows alone (deferred).
         first, stream_rows, nodes = hidden, None, None
-        if self.inline:
+        if self.inline or (self.root_inline and T == 1):
             origins, places = hidden, positions
             if 0 < self.stream_nodes < T and tree.scores is not None:
                 nodes = likely_ends(tree, self.stream_nodes)

@@ -31,9 +31,8 @@ from .plans import Plan
 
 REVISE_AFTER = 4  # steps between two plans
 LOOK_SHARE = 0.01  # of the time goes into looking again when that is in vain for long
-FIRST_WAIT = 1 / 16  # of the longest wait between two looks
+FIRST_WAIT = 1 / 2  # of the longest wait between two looks
 IMPATIENCE = 4  # waits grow by this
-CAUTION = 0.8  # of what would just pay is assumed of a text that was not seen
 HYSTERESIS = 0.02  # a new tree must beat the present one by this much
 REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
 GAIN = 0.15  # of a step's extra cost must be won for a tree to be verified for its own sake
@@ -82,7 +81,7 @@ class Planner:
         self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / 2)
         breaks_even = self._cost(best.plan) - 1
         recorded = self.profile.tokens_per_step(best.plan) - 1
-        self.outlook.begin(min(CAUTION * breaks_even, recorded))
+        self.outlook.begin(min(breaks_even, recorded))
         return self.plan
 
     def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
