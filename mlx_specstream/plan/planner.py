@@ -4,8 +4,8 @@
                         verifying it is worth
     after a step    ──► worth it, or the text as a whole is: verify, with the plan that records
                         and recent steps favour; else park
-    parked          ──► plain decoding; after a while look again, with one step of the root, four
-                        times as long a while after every look in vain
+    parked          ──► plain decoding; after a while look again, with one step of the root, and
+                        wait longer after a look in vain
 
 Looks in vain cost a hundredth of the time in the long run; where no acceptance whatever could
 pay, none is taken. Decisions rest on tokens that are drawn already: nothing they do can bias what
