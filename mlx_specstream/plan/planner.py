@@ -7,7 +7,7 @@
     parked          ──► plain decoding; after a while look again, with one step of the root, and
                         wait longer after a look in vain
 
-Looks in vain cost a hundredth of the time in the long run; where no acceptance whatever could
+Looks in vain cost less than a hundredth of the time in the long run; where no acceptance whatever could
 pay, none is taken. Decisions rest on tokens that are drawn already: nothing they do can bias what
 is drawn next. The planner holds no model.
 """
@@ -30,8 +30,9 @@ from .pace import Pace
 from .plans import Plan
 
 REVISE_AFTER = 4  # steps between two plans
-LOOK_SHARE = 0.01  # of the time goes into looking again when that is in vain for long
-FIRST_WAIT = 1 / 2  # of the longest wait between two looks
+LOOK_SHARE = 0.007  # of the time goes into looking again when that is in vain for long
+FIRST_WAIT = 3 / 4  # of the longest wait between two looks
+SHORT_WAIT = 1 / 8  # of it, in an answer in which looks were worth it
 IMPATIENCE = 4  # waits grow by this
 HYSTERESIS = 0.02  # a new tree must beat the present one by this much
 REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
@@ -171,7 +172,7 @@ class Planner:
         self._seen = True
         worth = 1 + self.outlook.see(to_float(self._tree)) - cost
         if worth >= GAIN * (cost - 1):
-            self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
+            self._wait = max(SHORT_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
             return True
         # A poor tree in good text: verifying it is still cheaper than drafting another.
         return 1 + self.outlook.level >= cost and worth > 1 - self.curve.restart()
