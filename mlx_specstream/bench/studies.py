@@ -120,10 +120,11 @@ def studies(names: Sequence[str], base: Callable[[], Streams], small: bool) -> I
 
 def size_points(small: bool) -> list[Point]:
     """Return models of 0.5 to 8 billion weights, in the precisions that memory allows."""
-    room = usable_bytes(Machine.read()) or 16 << 30
+    machine = Machine.read()
+    room = usable_bytes(machine) or 16 << 30
     shapes = (TINY, replace(TINY, name="tiny 2", layers=6)) if small else SIZES
     found = []
-    for bits in (4, 16):
+    for bits in (32, 4) if machine.backend == "cpu" else (4, 16):  # a CPU has no kernels for 16
         for shape in shapes:
             if shape.needed_bytes(bits, 1024) > room:
                 say(f"left out: {shape.name} in {bits} bits does not fit into memory")

@@ -8,7 +8,7 @@ planner_for(model)      the governor of `--tree auto`, which follows the text as
 
 from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates
 from .choose import MARGIN, Forecast, chosen, forecasts
-from .curve import CostCurve, StepCost
+from .curve import CostCurve, Growth, StepCost
 from .measure import measure
 from .planner import Planner
 from .plans import Plan, candidates, fused_row_limit
@@ -22,6 +22,7 @@ __all__ = [
     "AnswerTrace",
     "CostCurve",
     "Forecast",
+    "Growth",
     "Plan",
     "Planner",
     "Position",

@@ -8,7 +8,7 @@ its neighbours in rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from .plans import Plan
 
@@ -27,21 +27,52 @@ class StepCost:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Seconds more per token of context: of a plain token, of a step, and per row of the step.
+
+    Where attention reads keys and values once for all rows, `row_s` is near 0; where it costs by
+    the row, `step_s` is.
+    """
+
+    plain_s: float = 0.0
+    step_s: float = 0.0
+    row_s: float = 0.0
+
+    @classmethod
+    def through(cls, plain_s: float, steps: Mapping[int, float]) -> Growth:
+        """Return the growth that was seen in a plain token and in steps of some row counts.
+
+        Of one row count alone it is taken to be by the row, beyond a plain token's. Time does not
+        shrink with the context: what seems so is noise.
+        """
+        plain_s = max(0.0, plain_s)
+        points = [(1, plain_s), *sorted(steps.items())][-2:]
+        (narrow, low), (wide, high) = points[0], points[-1]
+        low = max(0.0, low)
+        row_s = max(0.0, high - low) / (wide - narrow) if wide > narrow else 0.0
+        row_s = min(row_s, low / narrow)  # no less than nothing for no rows
+        return cls(plain_s, low - row_s * narrow, row_s)
+
+    def of(self, rows: int) -> float:
+        """Return the growth of a step of so many rows."""
+        return self.step_s + self.row_s * rows
+
+
+@dataclass(frozen=True)
 class CostCurve:
     """Costs of plain decoding and of plans, for one model with its streams on one machine.
 
-    context: committed tokens at which it holds. plain_growth_s, step_growth_s: seconds more per
-    token of context. restart_s: seconds of a step of the root alone, which drafts anew; 0 if not
-    measured. source: `measured`, or where the figures come from. key: what they hold
-    for (`identity.py`). complete: False if time was up before every plan that matters was begun.
+    context: committed tokens at which it holds. growth: what further ones cost. restart_s: seconds
+    of a step of the root alone, which drafts anew; 0 if not measured. source: `measured`, or where
+    the figures come from. key: what they hold for (`identity.py`). complete: False if time was up
+    before every plan that matters was begun.
     """
 
     num_streams: int
     context: int
     plain: StepCost
     steps: Mapping[Plan, StepCost]
-    plain_growth_s: float = 0.0
-    step_growth_s: float = 0.0
+    growth: Growth = Growth()
     restart_s: float = 0.0
     source: str = "measured"
     key: Mapping[str, object] = field(default_factory=dict)
@@ -51,8 +82,9 @@ class CostCurve:
         """Return the seconds of a step (None: of one token of plain decoding) at a context."""
         more = 0 if context is None else context - self.context
         if plan is None:
-            return max(self.plain.seconds + more * self.plain_growth_s, 1e-9)
-        return max(self._base(plan) + more * self.step_growth_s, 1e-9)
+            return max(self.plain.seconds + more * self.growth.plain_s, 1e-9)
+        growth = self.growth.of(plan.rows(self.num_streams))
+        return max(self._base(plan) + more * growth, 1e-9)
 
     def relative(self, plan: Plan, context: int | None = None) -> float:
         """Return what a step costs in tokens of plain decoding."""
@@ -97,8 +129,7 @@ class CostCurve:
             "key": dict(self.key),
             "complete": self.complete,
             "plain": _cost(self.plain),
-            "plain_growth_s": self.plain_growth_s,
-            "step_growth_s": self.step_growth_s,
+            "growth": asdict(self.growth),
             "restart_s": self.restart_s,
             "steps": {plan.name: _cost(cost) for plan, cost in self.steps.items()},
         }
@@ -110,16 +141,15 @@ class CostCurve:
         Raises:
             ValueError, KeyError, TypeError, OptionError: it is damaged.
         """
-        steps, key = values["steps"], values["key"]
-        if not isinstance(steps, dict) or not isinstance(key, dict):
-            raise TypeError("steps and key must be objects")
+        steps, key, growth = values["steps"], values["key"], values["growth"]
+        if not isinstance(steps, dict) or not isinstance(key, dict) or not isinstance(growth, dict):
+            raise TypeError("steps, key and growth must be objects")
         return cls(
             num_streams=int(_number(values["num_streams"])),
             context=int(_number(values["context"])),
             plain=_read_cost(values["plain"]),
             steps={Plan.parse(str(name)): _read_cost(cost) for name, cost in steps.items()},
-            plain_growth_s=_number(values["plain_growth_s"]),
-            step_growth_s=_number(values["step_growth_s"]),
+            growth=Growth(*(_number(growth[name]) for name in ("plain_s", "step_s", "row_s"))),
             restart_s=_number(values.get("restart_s", 0.0)),
             source=str(values["source"]),
             key=key,

@@ -1,44 +1,35 @@
 """Measuring a cost curve: real steps, each depending on the last, in turn with plain decoding.
 
-A cache of zeros stands in for committed text, so nothing has to be read first; what the model
-says there is nonsense, but it costs the same. Plain decoding is timed before and after every few
-steps, and a step counts as a multiple of that: a clock that drifts, or another program's load,
-hits both sides. Plans that cannot win any more are dropped, and most are never begun where time
-is short: the first few tell enough of the others.
+Plain decoding is timed before and after every few steps, and a step counts as a multiple of that:
+a clock that drifts, or another program's load, hits both sides. Plans that cannot win any more are
+dropped, and most are never begun where time is short: the first few tell enough of the others.
+How costs grow with the context is measured for plain decoding and for a narrow and a wide plan,
+since attention may cost by the row.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import mlx.core as mx
-
-from mlx_specstream.baseline import PlainDecoder, plain_decoder
-from mlx_specstream.cache import KVCache
-from mlx_specstream.config import DecodeConfig
-from mlx_specstream.decode import StreamDecoder
 from mlx_specstream.errors import ModelError
-from mlx_specstream.result import StepResult
-from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
-from mlx_specstream.tree import DraftTree, root_only
 
-from .curve import CostCurve, StepCost
+from .curve import CostCurve, Growth, StepCost
 from .plans import Plan
+from .samples import PlainTokens, Steps
 
-BUDGET_S = 8.0
+BUDGET_S = 10.0
 CONTEXT = 256
 LONG_CONTEXT = 2048
 MAX_ROUNDS = 7
 STEPS = 2  # of a plan per sample
-TOKENS = 3  # of plain decoding per sample
 RESTARTS = 3  # samples of a step of the root alone
 GROUP = 3  # plans between two samples of plain decoding
 HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
-_EXPLORING = 0.6  # share of the budget in which plans are still begun
+_EXPLORING = 0.5  # share of the budget in which plans are still begun
 
 Yield = Callable[[Plan], float]
 
@@ -66,13 +57,13 @@ def measure(
     try:
         session.explore(plans, clock() + _EXPLORING * budget_s)
         restart = session.restart()
+        growth = session.growth() if budget_s >= 1 else Growth()
         session.refine()
-        growth = session.growth() if budget_s >= 1 else (0.0, 0.0)
     except ModelError:
         return None
     if not session.ratios:
         return None
-    curve = session.curve(*growth)
+    curve = session.curve(growth)
     return replace(curve, restart_s=restart * curve.plain.seconds)
 
 
@@ -88,12 +79,12 @@ class _Session:
     plain: list[float] = field(default_factory=list)
     ratios: dict[Plan, list[float]] = field(default_factory=dict)
     dropped: dict[Plan, list[float]] = field(default_factory=dict)
-    steps: dict[Plan, _Steps] = field(default_factory=dict)
+    steps: dict[Plan, Steps] = field(default_factory=dict)
     complete: bool = True
 
     def explore(self, plans: Sequence[Plan], until: float) -> None:
         """Take a first sample of each plan that could matter."""
-        token = _PlainTokens(self.streams, self.clock)
+        token = PlainTokens(self.streams, self.clock)
         token.sample(self.context)  # warms up
         self.token = token
         before = token.sample(self.context)
@@ -105,7 +96,7 @@ class _Session:
             if (self.ratios or waiting) and self.clock() > until:
                 self.complete = False
                 break
-            self.steps[plan] = steps = _Steps(self.streams, plan, self.clock)
+            self.steps[plan] = steps = Steps(self.streams, plan, self.clock)
             steps.sample(self.context, 1)  # warms up
             waiting.append(plan)
             if len(waiting) == 2 or not self.ratios:
@@ -138,24 +129,36 @@ class _Session:
             self.plain.append(after)
         return statistics.median(ratios)
 
-    def growth(self) -> tuple[float, float]:
-        """Return the seconds that a plain token and a step cost more per token of context."""
-        if self.clock() > self.until:
-            return 0.0, 0.0
-        plan = min(self.ratios, key=lambda p: statistics.median(self.ratios[p]))
-        more = LONG_CONTEXT - self.context
-        found = []
-        for timed, now in (
-            (lambda at: self.token.sample(at), self.plain),
-            (lambda at: self.steps[plan].sample(at, STEPS), None),
-        ):
-            timed(LONG_CONTEXT)  # warms up
-            near, far = timed(self.context), timed(LONG_CONTEXT)
-            near = near if now is None else min(near, statistics.median(now))
-            found.append(max(0.0, far - near) / more)
-        return found[0], found[1]
+    def growth(self) -> Growth:
+        """Return how much more time tokens and steps take per token of context.
 
-    def curve(self, plain_growth_s: float, step_growth_s: float) -> CostCurve:
+        Each is timed at the long context as a multiple of plain tokens at the short one.
+        """
+        self._drop()
+        if self._none_pays() or self.clock() > self.until:
+            return Growth()
+        G, token = self.streams.num_streams, statistics.median(self.plain)
+        near = {plan: statistics.median(found) for plan, found in self.ratios.items()}
+        alike = [plan for plan in near if plan.schedule == next(iter(near)).schedule]
+        narrow, wide = (extreme(alike, key=lambda p: p.rows(G)) for extreme in (min, max))
+        before = self.token.sample(self.context)
+        self.token.sample(LONG_CONTEXT)  # warms up
+        plain = [self.token.sample(LONG_CONTEXT)]
+        far: dict[Plan, float] = {}
+        for plan in dict.fromkeys((narrow, wide)):
+            if far and self.clock() + 2 * (1 + STEPS) * near[plan] * token > self.until:
+                break
+            self.steps[plan].sample(LONG_CONTEXT, 1)  # warms up
+            far[plan] = self.steps[plan].sample(LONG_CONTEXT, STEPS)
+        plain.append(self.token.sample(LONG_CONTEXT))
+        now = 0.5 * (before + self.token.sample(self.context))
+        per_token = token / (LONG_CONTEXT - self.context)
+        return Growth.through(
+            (statistics.mean(plain) / now - 1) * per_token,
+            {plan.rows(G): (far[plan] / now - near[plan]) * per_token for plan in far},
+        )
+
+    def curve(self, growth: Growth | None = None) -> CostCurve:
         """Return what was found."""
         token = statistics.median(self.plain)
         every = {**self.dropped, **self.ratios}
@@ -167,8 +170,7 @@ class _Session:
                 plan: StepCost(token * statistics.median(found), _spread(found), len(found))
                 for plan, found in every.items()
             },
-            plain_growth_s=plain_growth_s,
-            step_growth_s=step_growth_s,
+            growth=growth or Growth(),
             complete=self.complete,
         )
 
@@ -189,7 +191,7 @@ class _Session:
 
     def _matters(self, plan: Plan) -> bool:
         """Tell whether a plan not begun could pay, and come near the best, going by its neighbours."""
-        known = self.curve(0.0, 0.0)
+        known = self.curve()
         guess, G = known.relative(plan), self.streams.num_streams
         widest = max(other.rows(G) for other in known.steps)
         if plan.rows(G) > widest:  # the curve says in proportion to rows, which is the worst case
@@ -212,103 +214,6 @@ class _Session:
         for plan, found in list(self.ratios.items()):
             if self._speed(plan, statistics.median(found)) < HOPELESS * best:
                 self.dropped[plan] = self.ratios.pop(plan)
-
-
-class _PlainTokens:
-    """Plain decoding at a fixed context, pipelined as it really runs."""
-
-    def __init__(self, streams: Streams, clock: Callable[[], float]) -> None:
-        self.decoder = plain_decoder(streams.backbone, streams, TokenChooser())
-        self.caches = _Caches(streams)
-        self.clock = clock
-
-    def sample(self, context: int) -> float:
-        """Return the seconds of a token, on average over a pipelined run.
-
-        Timed from an idle device to an idle device: a result alone tells little, since scheduling
-        the pass after it may take until most of that is computed.
-        """
-        cache = self.caches.at(context)
-        self.decoder.chooser.history.clear()
-        left = TOKENS
-
-        def more(_: StepResult) -> bool:
-            nonlocal left
-            left -= 1
-            return left > 0
-
-        # The last pass is known to be the last, so that none runs on into the next sample.
-        steps: Iterator[StepResult] = (
-            self.decoder.steps(_TOKEN, cache, more, lambda: left > 1)
-            if isinstance(self.decoder, PlainDecoder)
-            else self.decoder.steps(_TOKEN, cache, more)
-        )
-        mx.synchronize()
-        begin = self.clock()
-        for _ in steps:
-            pass
-        mx.synchronize()
-        return (self.clock() - begin) / TOKENS
-
-
-class _Steps:
-    """Dependent steps with one plan at a fixed context."""
-
-    def __init__(self, streams: Streams, plan: Plan, clock: Callable[[], float]) -> None:
-        self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenChooser())
-        self.caches = _Caches(streams)
-        self.clock = clock
-        self.tree: DraftTree | None = None
-
-    def sample(self, context: int, number: int) -> float:
-        """Return the seconds of a step, on average over `number` of them."""
-        cache = self.caches.at(context)
-        if self.tree is None:
-            self.tree = self._step(root_only(mx.array([_TOKEN])), cache)
-        begin = self.clock()
-        for _ in range(number):
-            self.tree = self._step(self.tree, cache)
-        # Only now is the last step's draft complete; in a loop the next step would wait for it.
-        mx.eval(self.tree.arrays)
-        return (self.clock() - begin) / number
-
-    def restart(self, context: int) -> float:
-        """Return the seconds of a step of the root alone."""
-        cache = self.caches.at(context)
-        begin = self.clock()
-        mx.eval(self._step(root_only(mx.array([_TOKEN])), cache).arrays)
-        return self.clock() - begin
-
-    def _step(self, tree: DraftTree, cache: KVCache) -> DraftTree:
-        self.decoder.chooser.history.clear()
-        step = self.decoder.stepper.step(tree, cache)
-        step.schedule()
-        tree = step.next_tree  # also where the path ends without streams: it costs the same
-        self.decoder.finish(step, cache)
-        return tree
-
-
-class _Caches:
-    """A KV cache whose committed text is nothing but zeros, rewound for every sample."""
-
-    def __init__(self, streams: Streams) -> None:
-        self.streams = streams
-        self.made: dict[int, KVCache] = {}
-
-    def at(self, context: int) -> KVCache:
-        if context not in self.made:
-            cache = KVCache(self.streams.backbone.num_layers)
-            # A row at the far end makes buffers of zeros before it.
-            cache.length = context
-            self.streams.forward(mx.array([_TOKEN]), cache)
-            mx.eval(cache.arrays)
-            self.made = {context: cache}  # one at a time: long ones are large
-        cache = self.made[context]
-        cache.rewind(context)
-        return cache
-
-
-_TOKEN = 1
 
 
 def _spread(samples: Sequence[float]) -> float:

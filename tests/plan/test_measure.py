@@ -15,10 +15,11 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading import StreamModel
 from mlx_specstream.machine import Machine
-from mlx_specstream.plan import CostCurve, Plan, StepCost, planner_for, ready
+from mlx_specstream.plan import CostCurve, Growth, Plan, StepCost, planner_for, ready
 from mlx_specstream.plan.auto import AutoDecoder
 from mlx_specstream.plan.identity import _ENGINE, identity, weight_bits
-from mlx_specstream.plan.measure import _PlainTokens, _Steps, measure
+from mlx_specstream.plan.measure import CONTEXT, LONG_CONTEXT, measure
+from mlx_specstream.plan.samples import PlainTokens, Steps
 from mlx_specstream.sampling import TokenChooser
 from mlx_specstream.streams import Streams
 from tests.engine import decode, plain, random_streams, random_tensors, small_model, stream_config
@@ -40,21 +41,34 @@ def joined(streams: Streams) -> StreamModel:
 
 
 class Scripted:
-    """A machine whose every sample takes what `COSTS` says, times a drift; it notes what it ran."""
+    """A machine whose every sample takes what `COSTS` says, times a drift; it notes what it ran.
+
+    At the long context every row costs `longer` plain tokens more.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, drift: Iterator[float], token: float
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        drift: Iterator[float],
+        token: float,
+        longer: float = 0.0,
     ) -> None:
         self.now, self.drift, self.token = 0.0, drift, token
         self.ran: list[str] = []
-        monkeypatch.setattr(_PlainTokens, "__init__", lambda *_: None)
-        monkeypatch.setattr(_PlainTokens, "sample", lambda *_: self.spend("plain", 1.0, 5))
-        monkeypatch.setattr(_Steps, "__init__", lambda me, _, plan, __: setattr(me, "plan", plan))
+        monkeypatch.setattr(PlainTokens, "__init__", lambda *_: None)
+        more = lambda rows, at: rows * longer if at == LONG_CONTEXT else 0.0  # noqa: E731
         monkeypatch.setattr(
-            _Steps, "sample", lambda me, at, n: self.spend(me.plan.name, COSTS[me.plan.name], n)
+            PlainTokens, "sample", lambda _, at: self.spend("plain", 1.0 + more(1, at), 5)
         )
-
-        monkeypatch.setattr(_Steps, "restart", lambda me, at: self.spend("restart", RESTART, 1))
+        monkeypatch.setattr(Steps, "__init__", lambda me, _, plan, __: setattr(me, "plan", plan))
+        monkeypatch.setattr(
+            Steps,
+            "sample",
+            lambda me, at, n: self.spend(
+                me.plan.name, COSTS[me.plan.name] + more(me.plan.rows(3), at), n
+            ),
+        )
+        monkeypatch.setattr(Steps, "restart", lambda me, at: self.spend("restart", RESTART, 1))
 
     def spend(self, name: str, cost: float, number: int) -> float:
         self.ran.append(name)
@@ -85,6 +99,29 @@ def test_a_sudden_load_does_not_either(monkeypatch: pytest.MonkeyPatch, streams:
     assert curve is not None
     for plan in TREES:
         assert curve.relative(plan) == pytest.approx(COSTS[plan.name], rel=0.02)
+
+
+def test_attention_that_costs_by_the_row_is_seen(
+    monkeypatch: pytest.MonkeyPatch, streams: Streams
+) -> None:
+    machine = Scripted(monkeypatch, (1 + 0.001 * n for n in count()), 0.001, longer=0.3)
+    curve = measure(streams, TREES, clock=machine.clock)
+    assert curve is not None
+    curve = CostCurve.from_dict(curve.to_dict())
+    for context, more in ((CONTEXT, 0.0), (LONG_CONTEXT, 1.0), (2 * LONG_CONTEXT - CONTEXT, 2.0)):
+        for plan in TREES[:5]:
+            expected = (COSTS[plan.name] + more * 0.3 * plan.rows(3)) / (1 + more * 0.3)
+            assert curve.relative(plan, context) == pytest.approx(expected, rel=0.03)
+
+
+def test_growth_is_no_noise() -> None:
+    assert Growth.through(-1.0, {}) == Growth()
+    assert Growth.through(1.0, {}).of(8) == 1.0
+    assert Growth.through(1.0, {5: 3.0}) == Growth(1.0, 0.5, 0.5)
+    assert Growth.through(2.0, {4: -1.0, 8: 1.0}) == Growth(2.0, 0.0, 0.0)
+    assert Growth.through(2.0, {4: 3.0, 8: 2.0}) == Growth(2.0, 3.0, 0.0)
+    steep = Growth.through(1.0, {4: 4.0, 8: 20.0})
+    assert (steep.of(0), steep.of(4)) == (0.0, 4.0)
 
 
 def test_what_cannot_win_is_left_alone(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> None:

@@ -11,6 +11,7 @@ from mlx_specstream.plan import (
     AcceptanceProfile,
     AnswerTrace,
     CostCurve,
+    Growth,
     Plan,
     Planner,
     Position,
@@ -65,7 +66,9 @@ def test_unmeasured_plans_lie_between_their_neighbours() -> None:
 
 
 def test_costs_grow_with_the_context() -> None:
-    costs = CostCurve(4, 256, StepCost(1.0), {P("8"): StepCost(2.0)}, 0.001, 0.0005)
+    costs = CostCurve(
+        4, 256, StepCost(1.0), {P("8"): StepCost(2.0)}, Growth(0.001, 0.0001, 0.00005)
+    )
     assert costs.seconds(None, 1256) == pytest.approx(2.0)
     assert costs.relative(P("8"), 1256) == pytest.approx(2.5 / 2)
 
