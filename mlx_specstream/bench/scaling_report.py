@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 LONG = "long"
 
 
+def number(value: float) -> str:
+    """Return a count in full, a fraction in three digits."""
+    return f"{value:.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"
+
+
 def line(point: dict[str, Any]) -> str:
     """Return one measurement in words."""
-    where = f"{point['x']:.4g}, {point['series']}"
+    where = f"{number(point['x'])}, {point['series']}"
     if point.get("left_out"):
         return f"{where}: left out"
     if "tokens_per_pass" in point:
@@ -64,11 +69,13 @@ def _table(name: str, grows: str, points: list[dict[str, Any]]) -> str:
         ]
     elif "tokens_per_pass" in points[0]:
         head = f"| {grows} | series | tokens per pass |"
-        rows = [f"| {p['x']:.4g} | {p['series']} | {p['tokens_per_pass']:.2f} |" for p in points]
+        rows = [
+            f"| {number(p['x'])} | {p['series']} | {p['tokens_per_pass']:.2f} |" for p in points
+        ]
     else:
         head = f"| {grows} | series | step | middle half | plain step | in plain steps |"
         rows = [
-            f"| {p['x']:.4g} | {p['series']} | {p['step_ms'][1]:.1f} ms | "
+            f"| {number(p['x'])} | {p['series']} | {p['step_ms'][1]:.1f} ms | "
             f"{p['step_ms'][0]:.1f}–{p['step_ms'][2]:.1f} | {p['plain_ms'][1]:.1f} ms | {p['ratio']:.2f} |"
             for p in points
         ]
@@ -120,9 +127,7 @@ def _figure(record: dict[str, Any], name: str, grows: str, points: list[dict[str
     values = sorted({x for xs, _ in series.values() for x in xs})
     if kind != LONG and len(values) > 1 and values[-1] >= 8 * values[0]:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(
-            values, [f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values]
-        )
+        axes.set_xticks(values, [number(value) for value in values])
         axes.tick_params(axis="x", labelsize=8, rotation=45 if len(values) > 9 else 0)
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
