@@ -90,13 +90,15 @@ class CostCurve:
         """Return what a step costs in tokens of plain decoding."""
         return self.seconds(plan, context) / self.seconds(None, context)
 
-    def restart(self) -> float:
+    def restart(self, context: int | None = None) -> float:
         """Return what a step of the root alone costs in plain tokens: it drafts anew.
 
         At most what the cheapest step costs, if it was not measured.
         """
         cheapest = min((cost.seconds for cost in self.steps.values()), default=0.0)
-        return max(1.0, (self.restart_s or cheapest) / self.plain.seconds)
+        more = 0 if context is None else context - self.context
+        seconds = (self.restart_s or cheapest) + more * self.growth.of(1)
+        return max(1.0, seconds / self.seconds(None, context))
 
     def _base(self, plan: Plan) -> float:
         """Return the cost of a plan, between those of its neighbours if it was not measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -71,6 +72,10 @@ def test_costs_grow_with_the_context() -> None:
     )
     assert costs.seconds(None, 1256) == pytest.approx(2.0)
     assert costs.relative(P("8"), 1256) == pytest.approx(2.5 / 2)
+    look = replace(costs, restart_s=3.0)
+    assert look.restart() == look.restart(256) == pytest.approx(3.0)
+    assert look.restart(1256) == pytest.approx(3.15 / 2)
+    assert replace(costs, restart_s=1.4).restart(1256) == 1.0, "never less than a plain token"
 
 
 def test_curves_survive_json() -> None:
