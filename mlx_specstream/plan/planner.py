@@ -1,7 +1,8 @@
 """The planner: keeps the tree that pays, decodes plainly where none does, and looks again.
 
     begin an answer ──► a step of the root alone drafts a tree, whose probabilities tell what
-                        verifying it is worth
+                        verifying it is worth; if all looks of the last answer were in vain,
+                        a few plain tokens come first
     after a step    ──► worth it, or the text as a whole is: verify, with the plan that records
                         and recent steps favour; else park
     parked          ──► plain decoding; after a while look again, with one step of the root, and
@@ -36,6 +37,7 @@ SHORT_WAIT = 1 / 8  # of it, in an answer in which looks were worth it
 IMPATIENCE = 4  # waits grow by this
 HYSTERESIS = 0.02  # a new tree must beat the present one by this much
 REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
+LATE = 8  # plain tokens before the first look of an answer, if the last one's were in vain
 GAIN = 0.15  # of a step's extra cost must be won for a tree to be verified for its own sake
 LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
 SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the next tree
@@ -62,6 +64,7 @@ class Planner:
     context: int = 0
     _since: int = 0  # steps since the last planning
     _wait: float = 0.0  # plain tokens for which parking is worth it, as looks have shown
+    _vain: bool = False  # whether no look of this answer was worth it so far
     _due: int | None = None  # plain tokens until the next look, None for never
     _tree: mx.array | None = None  # what the tree at hand expects
     _seen: bool = False  # whether the outlook has taken that in
@@ -83,6 +86,9 @@ class Planner:
         breaks_even = self._cost(best.plan) - 1
         recorded = self.profile.tokens_per_step(best.plan) - 1
         self.outlook.begin(min(breaks_even, recorded))
+        if self._vain:
+            self.plan, self.parked, self._due = None, 0, LATE
+        self._vain = True
         return self.plan
 
     def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
@@ -98,6 +104,7 @@ class Planner:
             self.live.observe(self.profile.rates(drafted_by), result.accepted)
             self._judge(result.accepted)
         if self._worth_it(result, looking=drafted_by is None):
+            self._vain = False
             self._revise()
         else:
             self._park()

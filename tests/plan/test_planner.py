@@ -24,6 +24,7 @@ from mlx_specstream.plan import (
 from mlx_specstream.plan.live import LiveAcceptance
 from mlx_specstream.plan.outlook import Outlook
 from mlx_specstream.plan.pace import Pace
+from mlx_specstream.plan.planner import LATE
 from mlx_specstream.result import StepResult
 
 P = Plan.parse
@@ -218,16 +219,32 @@ def test_looking_costs_a_hundredth_in_the_long_run() -> None:
 def test_one_good_tree_in_poor_text_is_verified() -> None:
     """Before it is verified a tree's own probabilities tell that it is worth it."""
     planner = Planner(curve(c4=2.2, r8=2.5), profile(0.3))
+    poor = StepResult([1], 0, NOTHING, expected=mx.array(0.3))
     for _ in range(3):
         plan = planner.begin(10)
-        assert plan is not None
-        poor = StepResult([1], 0, NOTHING, expected=mx.array(0.3))
+        while plan is None:
+            plan = planner.after(StepResult([1], 0, NOTHING), None, 11)
         assert planner.after(poor, None, 11) is None
     while planner.after(StepResult([1], 0, NOTHING), None, 12) is None:
         pass
     good = StepResult([1], 0, NOTHING, expected=mx.array(3.5))
     assert planner.after(good, None, 13) is not None
     assert planner.after(poor, planner.plan, 14) is None
+
+
+def test_after_looks_in_vain_an_answer_begins_plainly() -> None:
+    """A first token costs what it costs plainly until a look has been worth it again."""
+    planner = Planner(curve(c4=2.2, r8=2.5), profile(0.3))
+    token, good = StepResult([1], 0, NOTHING), StepResult([1], 0, NOTHING, expected=mx.array(3.5))
+    poor = StepResult([1], 0, NOTHING, expected=mx.array(0.3))
+    assert planner.begin(10) is not None
+    assert planner.after(poor, None, 11) is None
+    for look, later in ((poor, False), (good, True)):
+        assert planner.begin(10) is None
+        plans = [planner.after(token, None, 11 + n) for n in range(LATE)]
+        assert [plan is not None for plan in plans] == [False] * (LATE - 1) + [True]
+        assert (planner.after(look, None, 20) is not None) == later
+    assert planner.begin(10) is not None
 
 
 def test_in_good_text_nobody_waits_for_the_next_tree() -> None:
@@ -283,7 +300,7 @@ def test_a_bad_moment_does_not_park_for_good() -> None:
     planner.pace.of_steps = 1.5
     assert not planner.hopeless
     for _ in range(20):
-        assert planner.begin(10) is not None
+        assert planner.begin(10) is not None or planner.parked_for() == LATE
     assert planner.pace.factor == pytest.approx(1.06, abs=0.02)
 
 
