@@ -81,7 +81,7 @@ def replay(planner: Planner, answer: AnswerTrace, length: int) -> float:
             accepted = positions[at].accepted(drafted, curve.num_streams)
             cost += curve.relative(drafted, length)
         else:
-            cost += 1.0 if plan is None else curve.restart()
+            cost += 1.0 if plan is None else curve.restart(length)
         at += 1 + accepted
         over = at >= len(positions) - 1
         expected = None
@@ -123,7 +123,7 @@ def add(found: Replayed, planner: Planner, answer: AnswerTrace, length: int) -> 
     entry.tokens += len(answer.positions)
     entry.cost += replay(planner, answer, length)
     steps = len(answer.walk(always, curve.num_streams))
-    entry.always += curve.restart() + steps * curve.relative(always, length)
+    entry.always += curve.restart(length) + steps * curve.relative(always, length)
     # The last positions' followers are cut off with the answer.
     for position in answer.positions[: -curve.num_streams]:
         accepted = position.accepted(always, curve.num_streams)

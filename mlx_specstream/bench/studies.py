@@ -124,7 +124,7 @@ def size_points(small: bool) -> list[Point]:
     room = usable_bytes(machine) or 16 << 30
     shapes = (TINY, replace(TINY, name="tiny 2", layers=6)) if small else SIZES
     found = []
-    for bits in (32, 4) if machine.backend == "cpu" else (4, 16):  # a CPU has no kernels for 16
+    for bits in (32, 4) if machine.backend == "cpu" else (4, 16):  # MLX has no fast 16 on a CPU
         for shape in shapes:
             if shape.needed_bytes(bits, 1024) > room:
                 say(f"left out: {shape.name} in {bits} bits does not fit into memory")

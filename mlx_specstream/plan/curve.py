@@ -49,9 +49,10 @@ class Growth:
         points = [(1, plain_s), *sorted(steps.items())][-2:]
         (narrow, low), (wide, high) = points[0], points[-1]
         low = max(0.0, low)
-        row_s = max(0.0, high - low) / (wide - narrow) if wide > narrow else 0.0
-        row_s = min(row_s, low / narrow)  # no less than nothing for no rows
-        return cls(plain_s, low - row_s * narrow, row_s)
+        high = max(low, high)
+        row_s = (high - low) / (wide - narrow) if wide > narrow else 0.0
+        row_s = min(row_s, high / wide)  # no less than nothing for no rows
+        return cls(plain_s, high - row_s * wide, row_s)
 
     def of(self, rows: int) -> float:
         """Return the growth of a step of so many rows."""

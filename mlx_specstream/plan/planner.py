@@ -182,9 +182,7 @@ class Planner:
             self._wait = max(SHORT_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
             return True
         # A poor tree in good text: verifying it is still cheaper than drafting another.
-        return 1 + self.outlook.level >= cost and worth > 1 - self.curve.restart(
-            self.context or None
-        )
+        return 1 + self.outlook.level >= cost and worth > 1 - self._look_cost()
 
     def _revise(self) -> None:
         """Every few steps, take the plan that does best by now."""
@@ -204,7 +202,11 @@ class Planner:
 
     def _longest_wait(self) -> float:
         """Return the plain tokens between two looks that make looking as cheap as it may be."""
-        return max(1.0, (self.curve.restart(self.context or None) - 1) / LOOK_SHARE)
+        return max(1.0, (self._look_cost() - 1) / LOOK_SHARE)
+
+    def _look_cost(self) -> float:
+        """Return the price in plain tokens of a step of the root alone."""
+        return self.curve.restart(self.context or None)
 
     def _cost(self, plan: Plan) -> float:
         """Return a step's price in plain tokens."""

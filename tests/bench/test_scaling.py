@@ -141,3 +141,8 @@ def test_plots(tmp_path: Path) -> None:
         "long.png",
     ]
     assert "1 points left out" in scaling_report.markdown(record)
+
+
+def test_counts_are_written_in_full() -> None:
+    found = [scaling_report.number(value) for value in (8, 256, 32768, 262144.0, 0.493961, 3.21257)]
+    assert found == ["8", "256", "32768", "262144", "0.494", "3.21"]
