@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_specstream.bench import endurance, scaling, scaling_report
+from mlx_specstream.bench import studies as studies_module
 from mlx_specstream.bench.made import filled_cache, random_model, random_streams
 from mlx_specstream.bench.steps import step_cost
 from mlx_specstream.bench.studies import (
@@ -25,6 +27,7 @@ from mlx_specstream.bench.studies import (
 from mlx_specstream.bench.yields import yield_points
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading import StreamModel, load
+from mlx_specstream.machine import Machine
 from tests import tiny
 
 
@@ -146,3 +149,12 @@ def test_plots(tmp_path: Path) -> None:
 def test_counts_are_written_in_full() -> None:
     found = [scaling_report.number(value) for value in (8, 256, 32768, 262144.0, 0.493961, 3.21257)]
     assert found == ["8", "256", "32768", "262144", "0.494", "3.21"]
+
+
+@pytest.mark.parametrize(("backend", "bits"), [("cpu", {"32", "4"}), ("metal", {"4", "16"})])
+def test_sizes_are_of_precisions_that_the_machine_is_good_at(
+    backend: str, bits: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(Machine.read(), backend=backend)
+    monkeypatch.setattr(studies_module.Machine, "read", lambda: machine)
+    assert {point.series.split()[0] for point in studies_module.size_points(small=True)} == bits

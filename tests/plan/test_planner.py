@@ -247,6 +247,19 @@ def test_after_looks_in_vain_an_answer_begins_plainly() -> None:
     assert planner.begin(10) is not None
 
 
+def test_looks_that_grow_dear_with_the_context_are_rarer() -> None:
+    growing = replace(curve(r8=2.5), restart_s=1.4, growth=Growth(0.0, 0.001, 0.0))
+    waits = []
+    for context in (256, 1256):
+        planner = Planner(growing, profile(0.6))
+        planner.begin(context)
+        poor = StepResult([1], 0, NOTHING, expected=mx.array(0.1))
+        assert planner.after(poor, None, context) is None
+        waits.append(planner.parked_for())
+    assert waits[0] is not None
+    assert waits[1] == pytest.approx(waits[0] * 1.4 / 0.4, abs=2)
+
+
 def test_in_good_text_nobody_waits_for_the_next_tree() -> None:
     class Unread:
         def item(self) -> float:
