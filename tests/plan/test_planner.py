@@ -24,7 +24,7 @@ from mlx_specstream.plan import (
 from mlx_specstream.plan.live import LiveAcceptance
 from mlx_specstream.plan.outlook import Outlook
 from mlx_specstream.plan.pace import Pace
-from mlx_specstream.plan.planner import LATE
+from mlx_specstream.plan.planner import FIRST_WAIT, LATE, LOOK_SHARE
 from mlx_specstream.result import StepResult
 
 P = Plan.parse
@@ -247,17 +247,17 @@ def test_after_looks_in_vain_an_answer_begins_plainly() -> None:
     assert planner.begin(10) is not None
 
 
-def test_looks_that_grow_dear_with_the_context_are_rarer() -> None:
+@pytest.mark.parametrize(("context", "look"), [(256, 1.4), (1256, 2.4)])
+def test_looks_that_grow_dear_with_the_context_are_rarer(context: int, look: float) -> None:
+    """The wait grows with what a look costs beyond a plain token: its share of the time stays."""
     growing = replace(curve(r8=2.5), restart_s=1.4, growth=Growth(0.0, 0.001, 0.0))
-    waits = []
-    for context in (256, 1256):
-        planner = Planner(growing, profile(0.6))
-        planner.begin(context)
-        poor = StepResult([1], 0, NOTHING, expected=mx.array(0.1))
-        assert planner.after(poor, None, context) is None
-        waits.append(planner.parked_for())
-    assert waits[0] is not None
-    assert waits[1] == pytest.approx(waits[0] * 1.4 / 0.4, abs=2)
+    planner = Planner(growing, profile(0.6))
+    planner.begin(context)
+    poor = StepResult([1], 0, NOTHING, expected=mx.array(0.1))
+    assert planner.after(poor, None, context) is None
+    wait = planner.parked_for()
+    assert wait is not None
+    assert wait == pytest.approx(FIRST_WAIT * (look - 1) / LOOK_SHARE, abs=1)
 
 
 def test_in_good_text_nobody_waits_for_the_next_tree() -> None:
