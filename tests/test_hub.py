@@ -95,7 +95,11 @@ def test_a_revision_of_what_is_not_on_the_hub(hub: Loopback, tiny_folder: Path) 
     )
 
 
-def test_what_the_hub_refuses(hub: Loopback) -> None:
+def test_what_the_hub_refuses(
+    hub: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whatever may lie beside this checkout
     hub.gated.add("owner/streams")
     refused(StreamsError, "accepted its terms", "owner/model", streams="owner/streams")
     refused(ModelError, "no model 'owner/nothing' .* may be read", "owner/nothing")
