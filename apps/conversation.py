@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlx_specstream.errors import DataError, OptionError
+from ..errors import DataError, OptionError
 
 Message = dict[str, str]
 Encode = Callable[[Sequence[Message]], list[int]]

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlx_specstream import KVCache
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.config import CacheConfig
+from .. import KVCache
+from ..config import CacheConfig
+from ..model.backbone import Backbone
 
 SLACK = 2048  # rows of sliding-window layers to keep out of sight, for edits and new attempts
 

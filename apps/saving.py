@@ -12,9 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.files import IfExists, atomic_file
-
+from ..errors import DataError
+from ..weights.files import IfExists, atomic_file
 from .conversation import Conversation, Exchange
 
 FORMAT = "mlx-specstream conversation"

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.base import DTYPES
-from mlx_specstream.convert.configs import peft_adapter, stream_config
-from mlx_specstream.convert.names import Named, nearest
-from mlx_specstream.convert.reader import STREAMS, Checkpoint
-from mlx_specstream.convert.steps import Delta, Step, plain_dtype
-from mlx_specstream.errors import CheckpointError, OptionError, shown
-from mlx_specstream.fingerprint import BaseDims
-from mlx_specstream.stream_tensors import shapes_by_names
-from mlx_specstream.tensorfile import FLOATS, TensorSpec
+from ..config import StreamConfig
+from ..errors import CheckpointError, OptionError, shown
+from ..weights.fingerprint import BaseDims
+from ..weights.stream_tensors import shapes_by_names
+from ..weights.tensorfile import FLOATS, TensorSpec
+from .base import DTYPES
+from .configs import peft_adapter, stream_config
+from .names import Named, nearest
+from .reader import STREAMS, Checkpoint
+from .steps import Delta, Step, plain_dtype
 
 Merge = Literal["none", "lower", "all"]
 LAYER = re.compile(r"layers\.(\d+)\.(.+)\.lora_([ab])")

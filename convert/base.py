@@ -19,12 +19,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_specstream.convert.names import Named, Shape, fit_base, nearest
-from mlx_specstream.convert.quantise import Quantisation, give_quantised_layers, quantise
-from mlx_specstream.convert.steps import Delta, Step, materialise, plain_dtype
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError, shown
-from mlx_specstream.fingerprint import (
+from ..errors import CheckpointError, shown
+from ..weights.fingerprint import (
     BaseDims,
     base_dims,
     embedding_name,
@@ -32,7 +28,11 @@ from mlx_specstream.fingerprint import (
     make_fingerprint,
     sketch_rows,
 )
-from mlx_specstream.tensorfile import FLOATS, MLX_TYPES, TensorSpec, cast_bits, dtype_name, to_mlx
+from ..weights.tensorfile import FLOATS, MLX_TYPES, TensorSpec, cast_bits, dtype_name, to_mlx
+from .names import Named, Shape, fit_base, nearest
+from .quantise import Quantisation, give_quantised_layers, quantise
+from .steps import Delta, Step, materialise, plain_dtype
+from .tensors import SourceTensor
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 

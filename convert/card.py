@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from mlx_specstream import __version__
-from mlx_specstream.convert.plan import Plan
-from mlx_specstream.tensorfile import FLOATS
+from .. import __version__
+from ..weights.tensorfile import FLOATS
+from .plan import Plan
 
 
 def model_card(plan: Plan, name: str, figures: Mapping[str, str]) -> str:

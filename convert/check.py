@@ -24,19 +24,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache
-from mlx_specstream.checkpoint import load_streams
-from mlx_specstream.config import DecodeConfig, TreeSpec
-from mlx_specstream.convert.plan import Plan
-from mlx_specstream.convert.steps import materialise, plain_dtype
-from mlx_specstream.decode import StreamDecoder
-from mlx_specstream.errors import OptionError
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.step import Stepper
-from mlx_specstream.streams import Streams
-from mlx_specstream.tensorfile import to_mlx
-from mlx_specstream.tree import root_only
+from ..config import DecodeConfig, TreeSpec
+from ..errors import OptionError
+from ..model.backbone import Backbone
+from ..model.cache import KVCache
+from ..speculation.decode import StreamDecoder
+from ..speculation.sampling import TokenChooser
+from ..speculation.step import Stepper
+from ..speculation.streams import Streams
+from ..speculation.tree import root_only
+from ..weights.checkpoint import load_streams
+from ..weights.tensorfile import to_mlx
+from .plan import Plan
+from .steps import materialise, plain_dtype
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -94,7 +94,7 @@ class Proof:
     def __init__(self, plan: Plan) -> None:
         if not plan.writes_base:
             raise OptionError("--check needs the base model as well; leave out --adapter-only.")
-        from mlx_specstream.convert.oracle import Oracle
+        from .oracle import Oracle
 
         self.plan = plan
         self.oracle = Oracle(plan)

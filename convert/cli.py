@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_specstream.convert.base import DTYPES
-from mlx_specstream.convert.plan import Options, Plan
-from mlx_specstream.convert.quantise import Quantisation
-from mlx_specstream.errors import OptionError
+from ..errors import OptionError
+from .base import DTYPES
+from .plan import Options, Plan
+from .quantise import Quantisation
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
@@ -92,12 +92,12 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     target = Path(arguments.mlx_path).expanduser()
     if arguments.to_pytorch:
-        from mlx_specstream.convert.reverse import write_pytorch
+        from .reverse import write_pytorch
 
         write_pytorch(Path(arguments.hf_path), target)
         print(f"{target} holds the streams as a PyTorch checkpoint (schema 1).")
         return 0
-    from mlx_specstream.convert.plan import make_plan
+    from .plan import make_plan
 
     plan = make_plan(options_of(arguments))
     for note in plan.notes:
@@ -155,11 +155,11 @@ def describe(plan: Plan) -> str:
 def _convert(plan: Plan, target: Path, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from mlx_specstream.convert.writer import write_plan
+    from .writer import write_plan
 
     proof = None
     if arguments.check:
-        from mlx_specstream.convert.check import Proof
+        from .check import Proof
 
         proof = Proof(plan)
     with tqdm(total=plan.num_bytes(), unit="B", unit_scale=True, desc="convert") as bar:
@@ -174,7 +174,7 @@ def _convert(plan: Plan, target: Path, arguments: argparse.Namespace) -> int:
     if proof:
         print(proof.report())
     if arguments.upload_repo:
-        from mlx_specstream.convert.hub import upload
+        from .hub import upload
 
         upload(target, arguments.upload_repo)
         print(f"Uploaded to {arguments.upload_repo}.")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.config import FORMAT_VERSION, StreamConfig
-from mlx_specstream.errors import CheckpointError, StreamsError, brief, shown
+from ..config import FORMAT_VERSION, StreamConfig
+from ..errors import CheckpointError, StreamsError, brief, shown
 
 SCHEMA = 1
 MAX_LAYERS = 4096

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_specstream.errors import CheckpointError, OptionError, shown
-from mlx_specstream.hub import fetch, first_line
+from ..errors import CheckpointError, OptionError, shown
+from ..weights.hub import fetch, first_line
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]

@@ -20,9 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_specstream.convert.reader import read_json
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError, shown
+from ..errors import CheckpointError, shown
+from .reader import read_json
+from .tensors import SourceTensor
 
 Shape = tuple[int, ...]
 T = TypeVar("T")

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_specstream.convert.names import Named
-from mlx_specstream.convert.plan import Plan
-from mlx_specstream.convert.reverse import pytorch_name
-from mlx_specstream.convert.steps import materialise, plain_dtype
-from mlx_specstream.errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError
+from .names import Named
+from .plan import Plan
+from .reverse import pytorch_name
+from .steps import materialise, plain_dtype
 
 if TYPE_CHECKING:
     import torch
 
-    from mlx_specstream.convert.check import Findings, Trace
+    from .check import Findings, Trace
 
 
 class Oracle:
@@ -40,9 +40,9 @@ class Oracle:
                 "--check runs the source in PyTorch; install mlx-specstream[torch], or leave it"
                 " out."
             ) from None
-        from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-        from mlx_specstream.convert.pytorch.backbone import Backbone
-        from mlx_specstream.convert.pytorch.model import SpeculativeModel
+        from .pytorch.adapters import StreamAdapters
+        from .pytorch.backbone import Backbone
+        from .pytorch.model import SpeculativeModel
 
         assert plan.origin is not None
         if "quantization" in (plan.origin.config or {}):
@@ -151,7 +151,7 @@ def _sources(plan: Plan) -> Mapping[str, Named]:
 
 def _load_adapters(adapters: Any, named: Mapping[str, Named]) -> None:
     """Fill the reference's parameters from the source tensors, in the orientation they came in."""
-    from mlx_specstream.convert.pytorch.checkpoint import checkpoint_name
+    from .pytorch.checkpoint import checkpoint_name
 
     given = {}
     for name, each in named.items():

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeGuard
 
-from mlx_specstream.errors import shown
-from mlx_specstream.tensorfile import MAX_DIMENSIONS
+from ..errors import shown
+from ..weights.tensorfile import MAX_DIMENSIONS
 
 MAX_PROGRAM_BYTES = 64 << 20
 

@@ -14,19 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.adapters import LAYER, Merge, lora_deltas, read_adapters, stream_steps
-from mlx_specstream.convert.base import BasePlan, plan_base
-from mlx_specstream.convert.configs import base_config, base_name
-from mlx_specstream.convert.hub import locate
-from mlx_specstream.convert.names import Named, read_rules, sort_names
-from mlx_specstream.convert.quantise import Quantisation
-from mlx_specstream.convert.reader import CONFIG, Checkpoint, open_checkpoint
-from mlx_specstream.convert.steps import Delta, Step
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.convert.tokenizers import tokenizer_files
-from mlx_specstream.errors import CheckpointError, OptionError
-from mlx_specstream.tensorfile import FLOATS
+from ..config import StreamConfig
+from ..errors import CheckpointError, OptionError
+from ..weights.tensorfile import FLOATS
+from .adapters import LAYER, Merge, lora_deltas, read_adapters, stream_steps
+from .base import BasePlan, plan_base
+from .configs import base_config, base_name
+from .hub import locate
+from .names import Named, read_rules, sort_names
+from .quantise import Quantisation
+from .reader import CONFIG, Checkpoint, open_checkpoint
+from .steps import Delta, Step
+from .tensors import SourceTensor
+from .tokenizers import tokenizer_files
 
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 

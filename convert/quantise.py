@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_specstream.errors import CheckpointError, OptionError, shown
+from ..errors import CheckpointError, OptionError, shown
 
 
 @dataclass(frozen=True)

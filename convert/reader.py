@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.convert.hub import WEIGHT_SUFFIXES
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.convert.torchfile import read_torch_file
-from mlx_specstream.errors import CheckpointError, shown
-from mlx_specstream.tensorfile import TensorFile, open_tensors
+from ..errors import CheckpointError, shown
+from ..weights.tensorfile import TensorFile, open_tensors
+from .hub import WEIGHT_SUFFIXES
+from .tensors import SourceTensor
+from .torchfile import read_torch_file
 
 MAX_JSON_BYTES = 64 << 20
 CONFIG, STREAMS, ADAPTER = "config.json", "speculative_streaming.json", "adapter_config.json"
@@ -235,10 +235,10 @@ def _only_gguf(folder: Path) -> Path | None:
 
 
 def _open_gguf(file: Path, path: Path, stream_fields: dict[str, Any] | None) -> Checkpoint:
-    from mlx_specstream.convert.gguf.architecture import model_config, wanted_tensors
-    from mlx_specstream.convert.gguf.file import open_gguf
-    from mlx_specstream.convert.gguf.folder import read_tensor
-    from mlx_specstream.convert.gguf.tokenizer import token_ids, tokenizer_files
+    from .gguf.architecture import model_config, wanted_tensors
+    from .gguf.file import open_gguf
+    from .gguf.folder import read_tensor
+    from .gguf.tokenizer import token_ids, tokenizer_files
 
     gguf = open_gguf(file)
     tensors = {

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_specstream.checkpoint import load_streams
-from mlx_specstream.convert.configs import stream_fields
-from mlx_specstream.convert.reader import STREAMS
-from mlx_specstream.files import atomic_folder
-from mlx_specstream.tensorfile import TensorSpec, TensorWriter, dtype_name, to_bits
+from ..weights.checkpoint import load_streams
+from ..weights.files import atomic_folder
+from ..weights.tensorfile import TensorSpec, TensorWriter, dtype_name, to_bits
+from .configs import stream_fields
+from .reader import STREAMS
 
 WEIGHTS = "stream_model.safetensors"
 _TABLE: tuple[tuple[re.Pattern[str], str, bool], ...] = (

@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_specstream.convert.names import Named
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import TensorSpec, cast_bits, dtype_name, to_bits, to_mlx
+from ..errors import CheckpointError
+from ..weights.tensorfile import TensorSpec, cast_bits, dtype_name, to_bits, to_mlx
+from .names import Named
+from .tensors import SourceTensor
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import NUMPY_TYPES, TensorSpec, read_exactly
+from ..errors import CheckpointError
+from ..weights.tensorfile import NUMPY_TYPES, TensorSpec, read_exactly
 
 
 @dataclass(frozen=True)

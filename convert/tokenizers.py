@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.convert.reader import Checkpoint, read_json
-from mlx_specstream.errors import CheckpointError
+from ..errors import CheckpointError
+from .reader import Checkpoint, read_json
 
 _SPACE = "\u2581"
 _BPE, _UNIGRAM = 2, 1

@@ -20,7 +20,9 @@ from typing import BinaryIO, TypeGuard
 
 import numpy as np
 
-from mlx_specstream.convert.pickles import (
+from ..errors import CheckpointError, shown
+from ..weights.tensorfile import NUMPY_TYPES, read_exactly
+from .pickles import (
     MAX_PROGRAM_BYTES,
     Refused,
     StorageInfo,
@@ -29,9 +31,7 @@ from mlx_specstream.convert.pickles import (
     storage_info,
     unpickle,
 )
-from mlx_specstream.convert.tensors import SourceTensor
-from mlx_specstream.errors import CheckpointError, shown
-from mlx_specstream.tensorfile import NUMPY_TYPES, read_exactly
+from .tensors import SourceTensor
 
 MAX_ZIP_MEMBERS = 1_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_specstream.checkpoint import save_streams
-from mlx_specstream.convert.card import model_card
-from mlx_specstream.convert.plan import Plan
-from mlx_specstream.convert.steps import Step
-from mlx_specstream.errors import CheckpointError, OptionError, shown
-from mlx_specstream.files import atomic_folder
-from mlx_specstream.tensorfile import FLOATS, TensorWriter, to_mlx
+from ..errors import CheckpointError, OptionError, shown
+from ..weights.checkpoint import save_streams
+from ..weights.files import atomic_folder
+from ..weights.tensorfile import FLOATS, TensorWriter, to_mlx
+from .card import model_card
+from .plan import Plan
+from .steps import Step
 
 MAX_SHARD_BYTES = 5 << 30
 Progress = Callable[[int], None]

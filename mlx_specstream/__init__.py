@@ -15,36 +15,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .batch.decode import BatchDecoder as BatchDecoder
     from .batch.generation import batch_generate as batch_generate
-    from .cache import KVCache as KVCache
     from .config import DecodeConfig as DecodeConfig
     from .config import PruneSpec as PruneSpec
     from .config import StreamConfig as StreamConfig
     from .config import TreeSpec as TreeSpec
     from .config import TypicalSpec as TypicalSpec
     from .errors import SpecStreamError as SpecStreamError
-    from .generation import generate as generate
-    from .generation import stream_generate as stream_generate
-    from .loading import StreamModel as StreamModel
-    from .loading import load as load
-    from .response import GenerationResponse as GenerationResponse
+    from .generation.generate import generate as generate
+    from .generation.generate import stream_generate as stream_generate
+    from .generation.response import GenerationResponse as GenerationResponse
+    from .loading.load import StreamModel as StreamModel
+    from .loading.load import load as load
+    from .model.cache import KVCache as KVCache
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BatchDecoder": "batch.decode",
     "DecodeConfig": "config",
-    "GenerationResponse": "response",
-    "KVCache": "cache",
+    "GenerationResponse": "generation.response",
+    "KVCache": "model.cache",
     "PruneSpec": "config",
     "SpecStreamError": "errors",
     "StreamConfig": "config",
-    "StreamModel": "loading",
+    "StreamModel": "loading.load",
     "TreeSpec": "config",
     "TypicalSpec": "config",
     "batch_generate": "batch.generation",
-    "generate": "generation",
-    "load": "loading",
-    "stream_generate": "generation",
+    "generate": "generation.generate",
+    "load": "loading.load",
+    "stream_generate": "generation.generate",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m mlx_specstream`: the `specstream` command, where scripts are not on the path."""
 
-from mlx_specstream.cli import run
+from .cli import run
 
 if __name__ == "__main__":
     run()

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, cast
 
-from mlx_specstream import __version__
-from mlx_specstream.errors import SpecStreamError
+from . import __version__
+from .errors import SpecStreamError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -31,22 +31,28 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "cache_prompt": Verb("mlx_specstream.cache_prompt", "run a long prompt once, keep its cache"),
-    "bench": Verb("mlx_specstream.bench.command", "measure what speculation gains here"),
+    "cache_prompt": Verb(
+        "mlx_specstream.commands.cache_prompt", "run a long prompt once, keep its cache"
+    ),
+    "bench": Verb("mlx_specstream.commands.bench", "measure what speculation gains here"),
     "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
     "convert": Verb(
         "mlx_specstream.convert.cli", "turn a checkpoint into an MLX model with streams"
     ),
-    "demo": Verb("mlx_specstream.demo_run", "answer a few prompts both ways with the demo model"),
-    "doctor": Verb("mlx_specstream.doctor.command", "say what runs here, and what to change"),
-    "families": Verb("mlx_specstream.bench.families", "try every model family of mlx-lm"),
-    "generate": Verb("mlx_specstream.generate_cli", "answer one prompt, streaming the text"),
-    "plan": Verb("mlx_specstream.plan.command", "show what steps cost here and which tree pays"),
-    "simulate": Verb("mlx_specstream.plan.simulate", "predict trees and speed-ups on Apple chips"),
-    "train": Verb("mlx_specstream.train.command", "train streams for a model on data"),
-    "distill": Verb("mlx_specstream.train.distill", "write a model's own answers, to train on"),
+    "demo": Verb(
+        "mlx_specstream.commands.demo", "answer a few prompts both ways with the demo model"
+    ),
+    "doctor": Verb("mlx_specstream.commands.doctor", "say what runs here, and what to change"),
+    "families": Verb("benchmarks.families", "try every model family of mlx-lm"),
+    "generate": Verb("mlx_specstream.commands.generate", "answer one prompt, streaming the text"),
+    "plan": Verb("mlx_specstream.commands.plan", "show what steps cost here and which tree pays"),
+    "simulate": Verb(
+        "mlx_specstream.commands.simulate", "predict trees and speed-ups on Apple chips"
+    ),
+    "train": Verb("mlx_specstream.commands.train", "train streams for a model on data"),
+    "distill": Verb("mlx_specstream.commands.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),
-    "verify": Verb("mlx_specstream.verify_cli", "compare plain and speculative answers"),
+    "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .config import DecodeConfig
-from .generation import stream_generate
-from .statistics import SpeculationStats
+from .generation.generate import stream_generate
+from .speculation.statistics import SpeculationStats
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .loading import StreamModel
+    from .loading.load import StreamModel
 
 OnToken = Callable[[str], None]
 

@@ -11,11 +11,11 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_specstream.demo import resolve_demo
 from mlx_specstream.errors import SpecStreamError
-from mlx_specstream.plan import ready
-from tests import tiny
-from tests.scripted import save_random_streams
+from mlx_specstream.loading.demo import resolve_demo
+from mlx_specstream.planner import costs
+from tests.support import tiny
+from tests.support.scripted import save_random_streams
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -26,7 +26,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn measuring off, so that `--tree auto` is its fixed fallback on every machine."""
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
-    monkeypatch.setattr(ready, "published_costs", lambda *_: None)
+    monkeypatch.setattr(costs, "published_costs", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

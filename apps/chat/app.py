@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_specstream import SpecStreamError
-
+from ... import SpecStreamError
 from ..conversation import Conversation
 from . import commands
 from .chat import Chat, one_sentence

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from mlx_specstream import SpecStreamError
-
+from ... import SpecStreamError
 from ..conversation import Conversation
 from .drafts import DraftView
 from .interrupt import while_answering

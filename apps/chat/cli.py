@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_specstream.decode_options import (
+from ...errors import OutputError
+from ...generation.decode_options import (
     add_cache_options,
     add_decode_options,
     add_model_options,
     cache_config,
     load_options,
 )
-from mlx_specstream.errors import OutputError
-from mlx_specstream.sampling_options import add_sampling_options
-
+from ...generation.sampling_options import add_sampling_options
 from ..conversation import Conversation
 from ..saving import load_conversation
 from .interrupt import can_move_cursor, typing_ahead
@@ -148,8 +147,7 @@ def _chat(
     interactive: bool,
 ) -> Chat:
     """Load the model and return the chat with it."""
-    from mlx_specstream import load
-
+    from ... import load
     from .chat import Chat, short_name
     from .keeper import Keeper
     from .session import ChatSession

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from mlx_specstream.errors import OptionError
-
+from ...errors import OptionError
 from ..conversation import Conversation
 from .chat import Chat
 from .drafts import drawing

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_specstream.files import IfExists
-
+from ...weights.files import IfExists
 from ..conversation import Conversation
 from ..saving import load_conversation, save_conversation
 from .places import new_conversation_file

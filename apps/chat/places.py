@@ -15,7 +15,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from mlx_specstream.errors import DataError, OutputError
+from ...errors import DataError, OutputError
 
 
 def state_folder() -> Path:

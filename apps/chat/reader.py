@@ -19,7 +19,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
-from mlx_specstream.errors import DataError
+from ...errors import DataError
 
 STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "number": "bold"})
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_specstream import GenerationResponse, StreamModel, stream_generate
-from mlx_specstream.cache.kinds import check_quantised
-from mlx_specstream.config import CacheConfig
-from mlx_specstream.prompts import Prompt, encode_prompt
-from mlx_specstream.result import DraftRecord
-
+from ... import GenerationResponse, StreamModel, stream_generate
+from ...config import CacheConfig
+from ...model.cache.kinds import check_quantised
+from ...prompts import Prompt, encode_prompt
+from ...speculation.result import DraftRecord
 from ..conversation import Conversation, Message
 from ..prefix import PrefixCache
 from .settings import Settings

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_specstream import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
-from mlx_specstream.decode_options import decode_config, parse_prune, parse_typical
-from mlx_specstream.errors import OptionError
-from mlx_specstream.sampling import LogitsProcessor, Sampler
-from mlx_specstream.sampling_options import (
+from ... import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
+from ...errors import OptionError
+from ...generation.decode_options import decode_config, parse_prune, parse_typical
+from ...generation.sampling_options import (
     PENALTY_CONTEXT,
     check_sampling,
     make_processors,
     make_sampler,
 )
+from ...speculation.sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -14,8 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_specstream import stream_generate
-
+from ... import stream_generate
 from .session import ChatSession, Reply
 
 ROUND_TOKENS = 32

@@ -6,8 +6,9 @@ import argparse
 import os
 from dataclasses import fields
 
-from mlx_specstream.config import CacheConfig
-from mlx_specstream.decode_options import (
+from ...config import CacheConfig
+from ...errors import OptionError
+from ...generation.decode_options import (
     add_cache_options,
     add_decode_options,
     add_model_options,
@@ -15,9 +16,7 @@ from mlx_specstream.decode_options import (
     decode_config,
     load_options,
 )
-from mlx_specstream.errors import OptionError
-from mlx_specstream.sampling_options import add_sampler_options, check_sampling
-
+from ...generation.sampling_options import add_sampler_options, check_sampling
 from .limits import Access, Limits
 
 KEY_VARIABLE = "SPECSTREAM_API_KEY"
@@ -119,7 +118,7 @@ def main(argv: list[str]) -> int:
     check_access(arguments.host, access)
     listening = listen(arguments.host, arguments.port)
 
-    from mlx_specstream import load
+    from ... import load
 
     def loaded():  # type: ignore[no-untyped-def]
         return load(arguments.model, **load_options(arguments))

@@ -9,8 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_specstream.grammar import Grammar
-
+from ...generation.grammar import Grammar
 from .answering import Answering, StreamedAnswer, WholeAnswer
 from .body import read_json
 from .errors import ApiError, invalid

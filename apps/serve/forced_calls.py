@@ -15,8 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_specstream.grammar import Grammar
-
+from ...generation.grammar import Grammar
 from .errors import invalid
 from .schema import ChatRequest, FunctionChoice, FunctionDescription, PlainFormat
 

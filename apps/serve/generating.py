@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from mlx_specstream import KVCache, StreamModel
-from mlx_specstream.answer import Answer
-from mlx_specstream.answer import Piece as AnswerPiece
-from mlx_specstream.result import StepResult, to_ints
-from mlx_specstream.sampling import TokenChooser, TreeProcessor
-from mlx_specstream.statistics import SpeculationStats
-
+from ... import KVCache, StreamModel
+from ...generation.answer import Answer
+from ...generation.answer import Piece as AnswerPiece
+from ...speculation.result import StepResult, to_ints
+from ...speculation.sampling import TokenChooser, TreeProcessor
+from ...speculation.statistics import SpeculationStats
 from ..prefix import PrefixCache
 from ..tokens import decoded
 from .work import Alternative, Piece, Progress, Work

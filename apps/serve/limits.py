@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_specstream.errors import OptionError
+from ...errors import OptionError
 
 MAX_CHOICES = 8  # answers to one request: prompts times n
 MAX_STOPS = 16

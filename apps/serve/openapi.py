@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from mlx_specstream import __version__
-
+from ... import __version__
 from .schema import ChatRequest, CompletionRequest
 
 Json = dict[str, Any]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mlx_specstream import KVCache
-
+from ... import KVCache
 from ..prefix import PrefixCache, common_prefix
 
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mlx_specstream.errors import SpecStreamError
-from mlx_specstream.grammar import Grammar
-from mlx_specstream.hub import first_line
-
+from ...errors import SpecStreamError
+from ...generation.grammar import Grammar
+from ...weights.hub import first_line
 from .errors import ApiError, invalid
 from .forced_calls import forced_calls
 from .schema import ChatRequest, CompletionRequest, Message, PlainFormat, SchemaFormat

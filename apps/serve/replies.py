@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx_specstream import __version__
-from mlx_specstream.statistics import SpeculationStats
-
+from ... import __version__
+from ...speculation.statistics import SpeculationStats
 from .tool_calls import Call, CallReader
 from .work import Alternative, Piece, Progress
 

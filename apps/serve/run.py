@@ -16,8 +16,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from mlx_specstream.errors import OptionError
-
+from ...errors import OptionError
 from .limits import Access
 from .service import Service
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlx_specstream import DecodeConfig, StreamModel
-from mlx_specstream.cache.kinds import check_quantised
-from mlx_specstream.config import CacheConfig
-from mlx_specstream.grammar import Grammar
-
+from ... import DecodeConfig, StreamModel
+from ...config import CacheConfig
+from ...generation.grammar import Grammar
+from ...model.cache.kinds import check_quantised
 from .engine import Engine
 from .errors import ApiError
 from .limits import Limits

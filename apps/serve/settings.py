@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_specstream.grammar import Grammar
-from mlx_specstream.sampling import LogitsProcessor, Sampler
+from ...generation.grammar import Grammar
+from ...speculation.sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mlx_specstream import DecodeConfig, StreamModel
-from mlx_specstream.batch import BatchDecoder, Slot
-from mlx_specstream.batch.governor import governor_for
-from mlx_specstream.config import CacheConfig
-from mlx_specstream.errors import SpecStreamError
-from mlx_specstream.generation import decoder_for
-from mlx_specstream.result import StepResult
-from mlx_specstream.sampling import TokenChooser
-
+from ... import DecodeConfig, StreamModel
+from ...batch import BatchDecoder, Slot
+from ...batch.governor import governor_for
+from ...config import CacheConfig
+from ...errors import SpecStreamError
+from ...generation.generate import decoder_for
+from ...speculation.result import StepResult
+from ...speculation.sampling import TokenChooser
 from ..prefix import PrefixCache
 from .generating import Generating
 from .prefixes import PrefixStore

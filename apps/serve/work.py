@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from mlx_specstream.errors import DataError, OptionError, SpecStreamError
-from mlx_specstream.statistics import SpeculationStats
-
+from ...errors import DataError, OptionError, SpecStreamError
+from ...speculation.statistics import SpeculationStats
 from .errors import ApiError, invalid
 from .settings import Settings
 

@@ -4,7 +4,7 @@
 `tokenizer` the vocabulary; `folder` puts them together.
 """
 
-from mlx_specstream.convert.gguf.file import GGUFFile, GGUFTensor, open_gguf
-from mlx_specstream.convert.gguf.folder import write_model_folder
+from .file import GGUFFile, GGUFTensor, open_gguf
+from .folder import write_model_folder
 
 __all__ = ["GGUFFile", "GGUFTensor", "open_gguf", "write_model_folder"]

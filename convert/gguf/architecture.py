@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.convert.gguf.gemma3 import GEMMA3_KEYS, gemma3_config
-from mlx_specstream.convert.gguf.quants import Floats
-from mlx_specstream.convert.gguf.rope import rope_scaling
-from mlx_specstream.convert.gguf.sizes import Sizes, refused, sizes_of
+from .file import GGUFFile
+from .gemma3 import GEMMA3_KEYS, gemma3_config
+from .quants import Floats
+from .rope import rope_scaling
+from .sizes import Sizes, refused, sizes_of
 
 
 @dataclass(frozen=True)

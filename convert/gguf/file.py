@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_specstream.convert.gguf.quants import (
+from ...errors import CheckpointError
+from .quants import (
     FORMATS,
     UNREAD_FORMATS,
     Bytes,
@@ -25,7 +26,6 @@ from mlx_specstream.convert.gguf.quants import (
     Format,
     dequantize,
 )
-from mlx_specstream.errors import CheckpointError
 
 Value = bool | int | float | str | list[Any]
 """A metadata value; a list is flat in every file met so far, but may nest."""

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_specstream.convert.gguf.architecture import (
+from ...errors import CheckpointError
+from ...weights.tensorfile import TensorSpec, TensorWriter
+from .architecture import (
     WantedTensor,
     model_config,
     unpermute,
     wanted_tensors,
 )
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.convert.gguf.quants import Floats
-from mlx_specstream.convert.gguf.tokenizer import token_ids, tokenizer_files
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.tensorfile import TensorSpec, TensorWriter
+from .file import GGUFFile
+from .quants import Floats
+from .tokenizer import token_ids, tokenizer_files
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and in all."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.convert.gguf.sizes import Sizes, refused
+from .file import GGUFFile
+from .sizes import Sizes, refused
 
 GEMMA3_KEYS = frozenset(
     {

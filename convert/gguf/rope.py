@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.convert.gguf.sizes import Sizes, refused
+from .file import GGUFFile
+from .sizes import Sizes, refused
 
 
 def rope_scaling(gguf: GGUFFile, sizes: Sizes) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.errors import CheckpointError
+from ...errors import CheckpointError
+from .file import GGUFFile
 
 
 @dataclass(frozen=True)

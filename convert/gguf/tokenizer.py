@@ -23,9 +23,9 @@ from tokenizers import (
     processors,
 )
 
-from mlx_specstream.convert.gguf.file import GGUFFile
-from mlx_specstream.convert.gguf.sentencepiece import CONTROL, USER_DEFINED, as_pieces, piece_bpe
-from mlx_specstream.errors import CheckpointError
+from ...errors import CheckpointError
+from .file import GGUFFile
+from .sentencepiece import CONTROL, USER_DEFINED, as_pieces, piece_bpe
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.condition import Conditioner
+from ...config import StreamConfig
+from .backbone import Backbone
+from .condition import Conditioner
 
 
 class LowRank(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.states import States
+from .backbone import Backbone
+from .states import States
 
 SORT_WINDOW = 2048
 """Prompts are sorted by length inside windows of this size: neighbours pad little, a prefix stays a fair sample."""

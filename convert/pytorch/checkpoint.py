@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.errors import CheckpointError
-from mlx_specstream.files import atomic_folder
+from ...config import StreamConfig
+from ...errors import CheckpointError
+from ...weights.files import atomic_folder
+from .adapters import StreamAdapters
+from .backbone import Backbone
 
 CONFIG_NAME, WEIGHTS_NAME = "speculative_streaming.json", "stream_model.safetensors"
 SCHEMA = 1

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.cli import exit_status
-from mlx_specstream.errors import DataError, OptionError
-from mlx_specstream.files import atomic_file
+from ...cli import exit_status
+from ...errors import DataError, OptionError
+from ...weights.files import atomic_file
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

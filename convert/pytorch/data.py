@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mlx_specstream.errors import DataError
+from ...errors import DataError
 
 Key = tuple[str, int]
 T = TypeVar("T")

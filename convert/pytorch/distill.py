@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mlx_specstream.cli import exit_status
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.batched import Prompt, answer
-from mlx_specstream.convert.pytorch.states import StateShape, StateWriter
-from mlx_specstream.errors import DataError
+from ...cli import exit_status
+from ...errors import DataError
+from .backbone import Backbone
+from .batched import Prompt, answer
+from .states import StateShape, StateWriter
 
 
 def prompt_text(record: dict[str, object]) -> str:

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlx_specstream.cli import exit_status
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
-from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
-from mlx_specstream.convert.pytorch.data import Example, Selection, Targets, read_examples, targets
-from mlx_specstream.convert.pytorch.joint import JointStreams
-from mlx_specstream.convert.pytorch.measure import walk
-from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
-from mlx_specstream.convert.pytorch.states import StateReader, compute_states
-from mlx_specstream.files import atomic_file
+from ...cli import exit_status
+from ...weights.files import atomic_file
+from .backbone import Backbone
+from .checkpoint import load_checkpoint
+from .condition import NUM_CANDIDATES
+from .data import Example, Selection, Targets, read_examples, targets
+from .joint import JointStreams
+from .measure import walk
+from .packed import PackedBatch, PackedStreams
+from .states import StateReader, compute_states
 
 POSITIONS = 64
 """Positions whose trees are built together."""

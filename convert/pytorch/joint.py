@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone, attend
-from mlx_specstream.convert.pytorch.data import Example, alike
-from mlx_specstream.convert.pytorch.merged import MergedLayers
-from mlx_specstream.convert.pytorch.model import rotate_values
-from mlx_specstream.errors import DataError
+from ...errors import DataError
+from .adapters import StreamAdapters
+from .backbone import Backbone, attend
+from .data import Example, alike
+from .merged import MergedLayers
+from .model import rotate_values
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch.condition import NUM_CANDIDATES
-from mlx_specstream.convert.pytorch.data import Targets
-from mlx_specstream.convert.pytorch.packed import PackedStreams
+from .condition import NUM_CANDIDATES
+from .data import Targets
+from .packed import PackedStreams
 
 ROWS = 512
 """Rows whose logits over the whole vocabulary exist at the same time."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone, DecoderLayer, Rotation
-from mlx_specstream.convert.pytorch.kernels import GatedSiLU, MergedLinear, RMSNorm, Rotate
+from .adapters import StreamAdapters
+from .backbone import Backbone, DecoderLayer, Rotation
+from .kernels import GatedSiLU, MergedLinear, RMSNorm, Rotate
 
 
 class MergedLayers:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone, Linear, attend
+from .adapters import StreamAdapters
+from .backbone import Backbone, Linear, attend
 
 
 @dataclass(frozen=True)

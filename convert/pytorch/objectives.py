@@ -18,20 +18,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch import workers
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.data import Example, Selection, Targets, targets
-from mlx_specstream.convert.pytorch.joint import JointStreams
-from mlx_specstream.convert.pytorch.loss import (
+from . import workers
+from .adapters import StreamAdapters
+from .backbone import Backbone
+from .data import Example, Selection, Targets, targets
+from .joint import JointStreams
+from .loss import (
     HeadCrossEntropy,
     Vocabulary,
     VocabularySampler,
     stream_weights,
 )
-from mlx_specstream.convert.pytorch.measure import rank_targets, summarize
-from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams
-from mlx_specstream.convert.pytorch.states import States
+from .measure import rank_targets, summarize
+from .packed import PackedBatch, PackedStreams
+from .states import States
 
 Figures = dict[str, object]
 EVAL_TEXTS = 8

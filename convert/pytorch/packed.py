@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.merged import MergedLayers
-from mlx_specstream.convert.pytorch.model import rotate_values
-from mlx_specstream.convert.pytorch.states import States
-from mlx_specstream.convert.pytorch.stream_attention import StreamAttention, Text
-from mlx_specstream.errors import DataError
+from ...errors import DataError
+from .adapters import StreamAdapters
+from .backbone import Backbone
+from .merged import MergedLayers
+from .model import rotate_values
+from .states import States
+from .stream_attention import StreamAttention, Text
 
 
 @dataclass(frozen=True)

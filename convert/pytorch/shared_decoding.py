@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters
-from mlx_specstream.convert.pytorch.backbone import Backbone, DecoderLayer, Rotation, attend
-from mlx_specstream.convert.pytorch.batched import Decoder, Prompt, greedy
-from mlx_specstream.convert.pytorch.model import rotate_values
+from .adapters import StreamAdapters
+from .backbone import Backbone, DecoderLayer, Rotation, attend
+from .batched import Decoder, Prompt, greedy
+from .model import rotate_values
 
 
 def merge_lora(backbone: Backbone, adapters: StreamAdapters) -> None:

@@ -13,7 +13,7 @@ import sqlite3
 from collections import Counter
 from dataclasses import dataclass
 
-from mlx_specstream.errors import DataError
+from ...errors import DataError
 
 FILLINGS = 5
 ROWS = 12

@@ -6,18 +6,18 @@ import argparse
 
 import torch
 
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.convert.pytorch.adapters import StreamAdapters, grow
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
-from mlx_specstream.convert.pytorch.objectives import (
+from ...config import StreamConfig
+from ...errors import OptionError
+from .adapters import StreamAdapters, grow
+from .backbone import Backbone
+from .checkpoint import load_checkpoint
+from .objectives import (
     Common,
     LosslessObjective,
     Objective,
     PrunerObjective,
     SharedObjective,
 )
-from mlx_specstream.errors import OptionError
 
 
 def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapters:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_specstream.convert.pytorch.backbone import Backbone, attend
-from mlx_specstream.errors import DataError
+from ...errors import DataError
+from .backbone import Backbone, attend
 
 Key = tuple[str, int]
 

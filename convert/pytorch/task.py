@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mlx_specstream.cli import exit_status
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.batched import Decoder, answer
-from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint
-from mlx_specstream.convert.pytorch.distill import read_prompts
-from mlx_specstream.convert.pytorch.shared_decoding import SharedDecoder, merge_lora
-from mlx_specstream.convert.pytorch.sql_task import judge
-from mlx_specstream.files import atomic_file
+from ...cli import exit_status
+from ...weights.files import atomic_file
+from .backbone import Backbone
+from .batched import Decoder, answer
+from .checkpoint import load_checkpoint
+from .distill import read_prompts
+from .shared_decoding import SharedDecoder, merge_lora
+from .sql_task import judge
 
 QUESTION = "\n\nQuestion:"
 """What stands between schema and question in a prompt of the SQL task."""

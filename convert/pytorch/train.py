@@ -27,10 +27,10 @@ import argparse
 import math
 import sys
 
-from mlx_specstream.cli import exit_status
-from mlx_specstream.convert.pytorch import workers
-from mlx_specstream.convert.pytorch.trainer import Trainer
-from mlx_specstream.errors import OptionError
+from ...cli import exit_status
+from ...errors import OptionError
+from . import workers
+from .trainer import Trainer
 
 
 def build_parser() -> argparse.ArgumentParser:

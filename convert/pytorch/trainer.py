@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mlx_specstream.convert.pytorch import workers
-from mlx_specstream.convert.pytorch.backbone import Backbone
-from mlx_specstream.convert.pytorch.checkpoint import save_checkpoint
-from mlx_specstream.convert.pytorch.data import (
+from ...weights.files import atomic_file
+from . import workers
+from .backbone import Backbone
+from .checkpoint import save_checkpoint
+from .data import (
     Example,
     Selection,
     epoch_batches,
@@ -23,11 +24,10 @@ from mlx_specstream.convert.pytorch.data import (
     select,
     split_held_out,
 )
-from mlx_specstream.convert.pytorch.loss import VocabularySampler
-from mlx_specstream.convert.pytorch.objectives import Common
-from mlx_specstream.convert.pytorch.start import make_adapters, make_objective, parameter_groups
-from mlx_specstream.convert.pytorch.states import StateReader, States, compute_states
-from mlx_specstream.files import atomic_file
+from .loss import VocabularySampler
+from .objectives import Common
+from .start import make_adapters, make_objective, parameter_groups
+from .states import StateReader, States, compute_states
 
 
 @dataclass

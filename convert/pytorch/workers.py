@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
-from mlx_specstream.convert.pytorch.data import Selection
+from .data import Selection
 
 T = TypeVar("T")
 

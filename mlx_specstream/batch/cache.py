@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..cache import GROWTH, KVCache, LayerKV, OnValues, Span
 from ..errors import OptionError
+from ..model.cache import GROWTH, KVCache, LayerKV, OnValues, Span
 
 
 class BatchLayerKV:

@@ -11,10 +11,10 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
-from ..backbone import Backbone
-from ..cache import KVCache, LayerKV, RotatingLayer
 from ..errors import ModelError
-from ..probe import PROBE_TOLERANCE
+from ..model.backbone import Backbone
+from ..model.cache import KVCache, LayerKV, RotatingLayer
+from ..model.probe import PROBE_TOLERANCE
 from .cache import BatchKVCache
 from .rows import main_rows
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..sampling import TokenChooser
-from ..tree import chain
+from ..speculation.sampling import TokenChooser
+from ..speculation.tree import chain
 
 
 @dataclass(frozen=True)

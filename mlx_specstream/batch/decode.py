@@ -25,12 +25,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..cache import KVCache
 from ..config import DecodeConfig
 from ..errors import OptionError
-from ..loading import StreamModel
-from ..result import DraftRecord, StepResult, not_a_number
-from ..sampling import TokenChooser
+from ..loading.load import StreamModel
+from ..model.cache import KVCache
+from ..speculation.result import DraftRecord, StepResult, not_a_number
+from ..speculation.sampling import TokenChooser
 from .cache import BatchKVCache, check_cache
 from .check import check_model
 from .governor import BatchGovernor

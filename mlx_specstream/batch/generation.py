@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..answer import Answer, FinishReason
-from ..arguments import Prompt, needed_sampler, prompt_ids, token_budget, wrapped_tokenizer
-from ..cache import KVCache
 from ..config import DecodeConfig
 from ..errors import OptionError
-from ..loading import StreamModel
-from ..result import StepResult
-from ..sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
-from ..statistics import SpeculationStats
+from ..generation.answer import Answer, FinishReason
+from ..generation.arguments import (
+    Prompt,
+    needed_sampler,
+    prompt_ids,
+    token_budget,
+    wrapped_tokenizer,
+)
+from ..loading.load import StreamModel
+from ..model.cache import KVCache
+from ..speculation.result import StepResult
+from ..speculation.sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
+from ..speculation.statistics import SpeculationStats
 from .decode import PREFILL_BUDGET, BatchDecoder
 from .governor import governor_for
 from .slot import Slot

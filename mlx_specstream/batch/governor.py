@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..config import DecodeConfig
-    from ..loading import StreamModel
-    from ..streams import Streams
+    from ..loading.load import StreamModel
+    from ..speculation.streams import Streams
 
 TRIAL = 6  # passes of a kind, before it is judged or tried again
 FIRST_REST = 64  # passes until the slower way is tried again,
@@ -131,7 +131,7 @@ def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovern
 
     None where a tree was asked for, measuring is turned off, or there is nothing to draft with.
     """
-    from ..plan.ready import is_planned
+    from ..planner.costs import is_planned
 
     if model.streams is None or not is_planned(config):
         return None

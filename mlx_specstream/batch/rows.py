@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..masks import RowMask
-from ..streams import Streams
+from ..model.masks import RowMask
+from ..speculation.streams import Streams
 from .cache import BatchKVCache, BatchPass
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ..cache import KVCache
-from ..result import StepResult
-from ..sampling import TokenChooser
+from ..model.cache import KVCache
+from ..speculation.result import StepResult
+from ..speculation.sampling import TokenChooser
 
 State = Literal["waiting", "running", "finished", "failed", "removed"]
 

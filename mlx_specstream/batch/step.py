@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..backbone import Backbone
-from ..condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
 from ..config import DecodeConfig, TreeSpec
-from ..decode import StreamDecoder
 from ..errors import OptionError
-from ..loading import StreamModel
-from ..sampling import TokenChooser
-from ..streams import Streams
+from ..loading.load import StreamModel
+from ..model.backbone import Backbone
+from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
+from ..speculation.decode import StreamDecoder
+from ..speculation.sampling import TokenChooser
+from ..speculation.streams import Streams
 from .cache import BatchKVCache
 from .choose import draw
 from .rows import deferred_rows, inline_rows, main_rows

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_specstream.errors import DataError, OptionError
-from mlx_specstream.prompts import Prompt, prompt_of, read_records
+from ..errors import DataError, OptionError
+from ..prompts import Prompt, prompt_of, read_records
 
 BUILT_IN = "built-in"
 _BUILT_IN_FILE = Path(__file__).parent / "prompts.jsonl"

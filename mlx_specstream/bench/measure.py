@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_specstream.config import DecodeConfig
-from mlx_specstream.generation import stream_generate
-from mlx_specstream.statistics import SpeculationStats
+from ..config import DecodeConfig
+from ..generation.generate import stream_generate
+from ..speculation.statistics import SpeculationStats
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_specstream.loading import StreamModel
+    from ..loading.load import StreamModel
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from mlx_specstream.errors import DataError, OptionError
+from ..errors import DataError, OptionError
 
 Kind = Literal["mlx-lm", "plain", "streams", "draft-model", "look-up"]
 KINDS = ("mlx-lm", "plain", "streams", "draft-model", "look-up")

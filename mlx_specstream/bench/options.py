@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlx_specstream.config import DecodeConfig
-from mlx_specstream.decode_options import add_decode_options
-from mlx_specstream.demo import DEMO_NAME
-from mlx_specstream.errors import OptionError
-from mlx_specstream.shipped import AUTO
-
+from ..config import DecodeConfig
+from ..errors import OptionError
+from ..generation.decode_options import add_decode_options
+from ..loading.demo import DEMO_NAME
+from ..weights.shipped import AUTO
 from .cases import BUILT_IN
 from .methods import MLX_LM, Method, named, parse_setting, parse_streams
 from .result import Settings
@@ -148,7 +147,7 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
     Raises:
         OptionError: a setting cannot be read.
     """
-    from .contest import setting_config
+    from .competitors import setting_config
 
     found = [MLX_LM, Method("plain")]
     sets = arguments.streams or [AUTO]

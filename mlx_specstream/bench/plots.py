@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .figure import add_legend, look, new_figure, save_figure
 from .methods import MLX_LM
+from .plot_style import add_legend, look, new_figure, save_figure
 from .result import Result
 from .summary import ALL, summarised
 

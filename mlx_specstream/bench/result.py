@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.files import atomic_file
-from mlx_specstream.machine import Machine
-
+from ..errors import DataError
+from ..machine import Machine
+from ..weights.files import atomic_file
 from .methods import Method
 
 KIND, VERSION = "specstream-bench", 1

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.prompts import Prompt, encode_prompt
-from mlx_specstream.verify import first_difference, judge, reference_logits
-
+from ..errors import DataError
+from ..prompts import Prompt, encode_prompt
+from ..verify import first_difference, judge, reference_logits
 from .cases import Case
-from .contest import Contest
+from .competitors import Contest
 from .measure import Answered, in_turns
 from .methods import MLX_LM
 from .result import Asked, Result, Run

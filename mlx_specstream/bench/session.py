@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_specstream.machine import REFERENCE_BLAS, Machine
-
+from ..machine import REFERENCE_BLAS, Machine
 from .cases import Case, names
-from .contest import described_model, open_contest
+from .competitors import described_model, open_contest
 from .methods import MLX_LM
 from .result import Asked, Result, Run
 from .roofline import measure_ceilings

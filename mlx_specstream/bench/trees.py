@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mlx_specstream.config import DecodeConfig
-from mlx_specstream.loading import StreamModel
-from mlx_specstream.plan.check import check, scaled, small_trees
-from mlx_specstream.plan.choose import chosen
-from mlx_specstream.plan.measure import measure
-from mlx_specstream.plan.ready import costs, planner_for
-from mlx_specstream.plan.report import check_json
-from mlx_specstream.prompts import encode_prompt
-
+from ..config import DecodeConfig
+from ..loading.load import StreamModel
+from ..planner.check import check, scaled, small_trees
+from ..planner.choose import chosen
+from ..planner.costs import planner_for, step_costs
+from ..planner.measure import measure
+from ..planner.report import check_json
+from ..prompts import encode_prompt
 from .cases import Case
-from .contest import Contest
+from .competitors import Contest
 
 CHECKED_PROMPTS = 4  # per category, if the settings do not say
 MEASURE_S = 60.0
@@ -40,7 +39,7 @@ def plan_costs(contest: Contest) -> dict[str, Any]:
 def described(model: StreamModel, config: DecodeConfig) -> dict[str, Any]:
     """Return what the planner knows of a model with streams before the first token."""
     planner = planner_for(model, config)
-    curve = costs(model)
+    curve = step_costs(model)
     assert planner is not None
     assert curve is not None
     forecasts = planner.forecasts()

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from mlx_specstream.machine import Machine
-from mlx_specstream.plan.acceptance import profile_of
-from mlx_specstream.plan.prior import ModelSize, chip_named
-from mlx_specstream.plan.simulate import predict
-from mlx_specstream.shipped import SHIPPED, shipped_names
-
+from ..commands.simulate import predict
+from ..machine import Machine
+from ..planner.acceptance import profile_of
+from ..planner.prior import ModelSize, chip_named
+from ..weights.shipped import SHIPPED, shipped_names
 from .sizes import Shape
 
 LABEL = (

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mlx_specstream.machine import REFERENCE_BLAS, Machine
-
+from ..machine import REFERENCE_BLAS, Machine
 from . import mac
 from .finding import Finding, advice, fact, older, problem
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_specstream.machine import Machine
-
+from ..machine import Machine
 from .finding import Finding, advice, fact, older, problem, version
 
 WIRED = "https://github.com/ml-explore/mlx-lm#large-models"

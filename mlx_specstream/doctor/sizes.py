@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_specstream.errors import ModelError
-from mlx_specstream.families import may_be_decoded
-from mlx_specstream.hub import fetch
-from mlx_specstream.machine import Machine
+from ..errors import ModelError
+from ..machine import Machine
+from ..model.families import may_be_decoded
+from ..weights.hub import fetch
 
 CONTEXT = 8192
 """Tokens of context that a model is given room for."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.hub import first_line
-
+from ..errors import DataError
+from ..weights.hub import first_line
 from .read import Prompt
 
 if TYPE_CHECKING:

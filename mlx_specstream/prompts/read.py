@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_specstream.errors import DataError
+from ..errors import DataError
 
 BUILT_IN = Path(__file__).parent / "chat.jsonl"
 

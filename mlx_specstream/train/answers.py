@@ -16,10 +16,9 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import GROWTH, KVCache, LayerKV, Span
-from mlx_specstream.masks import Mask, RowMask, causal_mask
-
+from ..model.backbone import Backbone
+from ..model.cache import GROWTH, KVCache, LayerKV, Span
+from ..model.masks import Mask, RowMask, causal_mask
 from .base import embed_texts, kept_rows, pad_texts
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache, LayerKV
-from mlx_specstream.masks import causal_mask
+from ..model.backbone import Backbone
+from ..model.cache import KVCache, LayerKV
+from ..model.masks import causal_mask
 
 PAD_TO = 32
 """Texts of a batch are padded to a multiple of this, so that few shapes occur."""

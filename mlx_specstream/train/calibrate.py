@@ -14,16 +14,15 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache
-from mlx_specstream.config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
-from mlx_specstream.decode import StreamDecoder
-from mlx_specstream.prune import Pruner
-from mlx_specstream.result import StepResult
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.streams import Streams
-from mlx_specstream.tree import DraftTree
-
+from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
+from ..model.backbone import Backbone
+from ..model.cache import KVCache
+from ..speculation.decode import StreamDecoder
+from ..speculation.prune import Pruner
+from ..speculation.result import StepResult
+from ..speculation.sampling import TokenChooser
+from ..speculation.streams import Streams
+from ..speculation.tree import DraftTree
 from .data import Example
 from .loss import Tensors
 from .task import Task

@@ -13,9 +13,8 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_specstream.masks import causal_mask
-from mlx_specstream.streams import Streams
-
+from ..model.masks import causal_mask
+from ..speculation.streams import Streams
 from .base import base_states, embed_texts, kept_rows, pad_texts
 from .batches import BatchPlan, Selection
 from .head import Head, cross_entropy

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.hub import first_line
-
+from ..errors import DataError
+from ..weights.hub import first_line
 from .hub_data import hub_rows
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-
+from ..model.backbone import Backbone
 from .base import BaseStates
 from .batches import Selection
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.errors import OptionError
-from mlx_specstream.fingerprint import base_dims
-
+from ..config import StreamConfig
+from ..errors import OptionError
+from ..model.backbone import Backbone
+from ..weights.fingerprint import base_dims
 from .batches import Selection
 from .head import CHUNK
 from .loss import Tensors

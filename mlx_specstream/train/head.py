@@ -17,7 +17,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
+from ..model.backbone import Backbone
 
 CHUNK = 512
 """Rows whose logits exist at the same time."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_specstream.errors import DataError
-from mlx_specstream.hub import first_line
+from ..errors import DataError
+from ..weights.hub import first_line
 
 SPLIT_NAMES = {"valid": ("valid", "validation")}
 """What the hub calls our splits, where that differs."""

@@ -14,10 +14,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_specstream.checkpoint import save_streams
-from mlx_specstream.errors import OptionError, SpecStreamError
-from mlx_specstream.fingerprint import fingerprint
-
+from ..errors import OptionError, SpecStreamError
+from ..weights.checkpoint import save_streams
+from ..weights.fingerprint import fingerprint
 from .batches import BatchPlan, Selection, select, shard
 from .calibrate import calibration
 from .data import digest

@@ -18,11 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.condition import Conditioner
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.streams import Streams
-
+from ..config import StreamConfig
+from ..model.backbone import Backbone
+from ..speculation.condition import Conditioner
+from ..speculation.streams import Streams
 from .base import BaseStates
 from .head import Head, cross_entropy
 from .segments import Segments, stream_states

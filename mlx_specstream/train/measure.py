@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.condition import NUM_CANDIDATES, Conditioner, top_candidates
-
+from ..model.backbone import Backbone
+from ..speculation.condition import NUM_CANDIDATES, Conditioner, top_candidates
 from .targets import Rows
 
 CHUNK = 256

@@ -16,10 +16,9 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.streams import Streams
-
+from ..config import StreamConfig
+from ..model.backbone import Backbone
+from ..speculation.streams import Streams
 from .base import BaseStates, base_states, pad_texts
 from .batches import Selection
 from .early_exit import exit_rows, exit_states

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx_specstream.config import Mode, RopeOffset, StreamConfig
-from mlx_specstream.errors import OptionError
+from ..config import Mode, RopeOffset, StreamConfig
+from ..errors import OptionError
 
 Part = Literal["streams", "pruner"]
 Schedule = Literal["linear", "cosine", "constant"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from mlx_specstream.files import atomic_file
+from ..weights.files import atomic_file
 
 LOG_FILE = "train_log.jsonl"
 CURVE_FILE = "learning_curve.png"

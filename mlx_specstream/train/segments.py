@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.cache import KVCache, LayerKV, Span
-from mlx_specstream.masks import Mask, RowMask
-from mlx_specstream.streams import Streams
-
+from ..model.cache import KVCache, LayerKV, Span
+from ..model.masks import Mask, RowMask
+from ..speculation.streams import Streams
 from .base import BaseStates, KeptRows
 
 

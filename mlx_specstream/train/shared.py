@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.masks import causal_mask
-from mlx_specstream.streams import Streams
-
+from ..model.masks import causal_mask
+from ..speculation.streams import Streams
 from .base import KeptRows, embed_texts, kept_rows, pad_texts
 from .batches import Selection
 from .head import Head, cross_entropy

@@ -12,11 +12,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.fingerprint import base_dims
-from mlx_specstream.stream_tensors import stream_shapes
-
+from ..config import StreamConfig
+from ..model.backbone import Backbone
+from ..weights.fingerprint import base_dims
+from ..weights.stream_tensors import stream_shapes
 from .base import base_states
 from .loss import Tensors
 

@@ -19,9 +19,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_specstream.errors import OptionError, OutputError
-from mlx_specstream.files import atomic_file
-
+from ..errors import OptionError, OutputError
+from ..weights.files import atomic_file
 from .loss import Tensors
 
 STATE_FILE = "training_state.safetensors"

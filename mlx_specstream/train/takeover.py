@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.checkpoint import StreamWeights
-from mlx_specstream.config import StreamConfig
-from mlx_specstream.errors import OptionError
-
+from ..config import StreamConfig
+from ..errors import OptionError
+from ..model.backbone import Backbone
+from ..weights.checkpoint import StreamWeights
 from .loss import Tensors
 from .options import TrainOptions
 from .start import untrained

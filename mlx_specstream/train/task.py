@@ -6,9 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.config import StreamConfig
-
+from ..config import StreamConfig
+from ..model.backbone import Backbone
 from .data import Example
 from .loss import Tensors
 from .options import TrainOptions

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache
-from mlx_specstream.config import DecodeConfig, StreamConfig, TreeSpec
-from mlx_specstream.decode import StreamDecoder
-from mlx_specstream.result import StepResult
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.streams import Streams
-
+from ..config import DecodeConfig, StreamConfig, TreeSpec
+from ..model.backbone import Backbone
+from ..model.cache import KVCache
+from ..speculation.decode import StreamDecoder
+from ..speculation.result import StepResult
+from ..speculation.sampling import TokenChooser
+from ..speculation.streams import Streams
 from .data import Example
 from .loss import Tensors
 

@@ -18,9 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 from transformers import PreTrainedTokenizerFast
 
-from mlx_specstream.checkpoint import fingerprint, save_streams
 from mlx_specstream.config import StreamConfig
-from tests import tiny
+from mlx_specstream.weights.checkpoint import fingerprint, save_streams
+from tests.support import tiny
 
 NUM_STREAMS = 2
 ANSWER = """\

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_specstream.apps.prefix import PrefixCache
-from mlx_specstream.bench.exactness.models import streams_for
-from mlx_specstream.cache import RotatingLayer, new_cache
 from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
-from mlx_specstream.streams import Streams
-from tests.engine import (
+from mlx_specstream.model.cache import RotatingLayer, new_cache
+from mlx_specstream.speculation.streams import Streams
+from tests.support.engine import (
     decode,
     mlx_lm_tokens,
     random_streams,
@@ -20,6 +19,7 @@ from tests.engine import (
     stream_config,
     table_decoder,
 )
+from tests.support.exactness.models import streams_for
 
 LONGEST = 90  # tokens of text, after which a conversation begins anew
 

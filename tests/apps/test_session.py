@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-import mlx_specstream.decode as decode_module
+import mlx_specstream.speculation.decode as decode_module
 from mlx_specstream import StreamModel
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
@@ -21,8 +21,8 @@ from mlx_specstream.apps.chat.status import answer_status
 from mlx_specstream.apps.conversation import Conversation
 from mlx_specstream.errors import DataError
 from tests.apps.parrot import ANSWER
-from tests.engine import examples
-from tests.scripted import assert_holds, with_streams
+from tests.support.engine import examples
+from tests.support.scripted import assert_holds, with_streams
 
 TREE = Settings(max_tokens=12).changed("tree", "8")
 

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
 from tests.apps.thirty_turns import TURNS, chatting, compared, faults
-from tests.scripted import with_streams
+from tests.support.scripted import with_streams
 
 TREE = Settings(max_tokens=12).changed("tree", "8")
 

@@ -18,10 +18,10 @@ from mlx_specstream.apps.chat.status import fitted
 from mlx_specstream.apps.chat.text import on_one_line, printable
 from mlx_specstream.apps.chat.view import PlainView, TerminalView, block_lines
 from mlx_specstream.apps.conversation import Conversation
-from mlx_specstream.result import DraftRecord
+from mlx_specstream.speculation.result import DraftRecord
 from tests.apps.parrot import ANSWER
 from tests.apps.screen import Screen
-from tests.engine import examples
+from tests.support.engine import examples
 
 
 def console_for(screen: Screen, **options: Any) -> Console:

@@ -21,9 +21,9 @@ import mlx.core as mx
 from mlx_specstream import StreamModel, load
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
-from mlx_specstream.baseline import plain_decoder
-from mlx_specstream.cache import KVCache
-from mlx_specstream.sampling import TokenChooser
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.plain import plain_decoder
+from mlx_specstream.speculation.sampling import TokenChooser
 
 TURNS = 30
 NEXT_TOKENS = 6

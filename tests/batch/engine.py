@@ -12,13 +12,13 @@ import numpy as np
 
 from mlx_specstream.batch import BatchDecoder, Slot
 from mlx_specstream.batch.step import BatchStepper
-from mlx_specstream.cache import KVCache
 from mlx_specstream.config import DecodeConfig, TreeSpec
-from mlx_specstream.loading import StreamModel
-from mlx_specstream.result import StepResult
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.streams import Streams
-from tests.engine import committed_rows, random_streams, stream_config
+from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.result import StepResult
+from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.streams import Streams
+from tests.support.engine import committed_rows, random_streams, stream_config
 
 CHAIN = TreeSpec(kind="chain", branching=1)
 

@@ -12,16 +12,13 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_specstream.backbone import Backbone
 from mlx_specstream.batch import BatchDecoder
-from mlx_specstream.bench import against_mlx_lm
-from mlx_specstream.bench.tiny_models import tiny_random_model
-from mlx_specstream.cache import KVCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
-from mlx_specstream.loading import StreamModel
-from mlx_specstream.streams import Streams
-from tests import tiny
+from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.model.backbone import Backbone
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.streams import Streams
 from tests.batch.engine import (
     CHAIN,
     Request,
@@ -34,7 +31,9 @@ from tests.batch.engine import (
     streamed,
     with_table,
 )
-from tests.engine import (
+from tests.reference.sampling import chi_square_p
+from tests.support import against_mlx_lm, tiny
+from tests.support.engine import (
     assert_same_text,
     decode,
     examples,
@@ -44,7 +43,7 @@ from tests.engine import (
     stream_config,
     stream_decoder,
 )
-from tests.reference.sampling import chi_square_p
+from tests.support.tiny_models import tiny_random_model
 
 LENGTHS = (5, 1, 19, 3)
 

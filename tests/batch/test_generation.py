@@ -12,7 +12,7 @@ from mlx_specstream import batch_generate, stream_generate
 from mlx_specstream.batch.generation import BatchAnswer
 from mlx_specstream.errors import OptionError
 from tests.batch.engine import assert_fresh
-from tests.scripted import with_streams
+from tests.support.scripted import with_streams
 
 PROMPTS = ["one", "The second prompt.", "3", "and a fourth, of some length, to be cut in chunks"]
 

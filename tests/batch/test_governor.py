@@ -10,7 +10,7 @@ from mlx_specstream.batch.governor import LONGEST_REST, BatchGovernor, governor_
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from tests.batch.engine import Request, batch_decoder, finish, prompt_of, step, streamed
 from tests.batch.test_decode import assert_as_alone
-from tests.engine import examples, small_model
+from tests.support.engine import examples, small_model
 
 
 class Whims(BatchGovernor):

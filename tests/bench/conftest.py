@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from mlx_specstream import cli
-from mlx_specstream.bench import command, session
+from mlx_specstream.bench import session
 from mlx_specstream.bench.result import Result
 from mlx_specstream.bench.roofline import Ceilings
-from tests import tiny
-from tests.scripted import save_random_streams
+from mlx_specstream.commands import bench as command
+from tests.support import tiny
+from tests.support.scripted import save_random_streams
 
 WORDS = ["--categories", "math,chat", "--num-prompts", "2", "--max-tokens", "8", "--seed", "1"]
 TREES = ["--tree", "chain", "--setting", "tree=6 schedule=inline", "--prompt-lookup"]

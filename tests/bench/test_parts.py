@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_specstream.bench.cases import chosen_cases, read_cases
-from mlx_specstream.bench.figure import MISSING, available
 from mlx_specstream.bench.lookup import LookUpDrafter, look_up
 from mlx_specstream.bench.methods import Method, parse_setting, parse_streams
+from mlx_specstream.bench.plot_style import MISSING, available
 from mlx_specstream.bench.plots import write_plots
 from mlx_specstream.bench.result import Asked, Result, Run
 from mlx_specstream.bench.roofline import Ceilings, measure_ceilings, points

@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 from mlx_lm.utils import load_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from mlx_specstream.checkpoint import load_streams  # noqa: E402
 from mlx_specstream.convert import cli  # noqa: E402
 from mlx_specstream.convert.check import Proof  # noqa: E402
 from mlx_specstream.convert.plan import Options, make_plan  # noqa: E402
 from mlx_specstream.convert.writer import write_plan  # noqa: E402
 from mlx_specstream.errors import CheckpointError, OptionError, OutputError, StreamsError  # noqa: E402
+from mlx_specstream.weights.checkpoint import load_streams  # noqa: E402
 from tests.convert import checkpoints as made  # noqa: E402
 
 IDS = [[3, 14, 15, 2, 5, 35, 8, 9]]

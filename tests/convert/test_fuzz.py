@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_specstream.checkpoint import load_streams
 from mlx_specstream.convert.configs import base_config, peft_adapter, stream_config
 from mlx_specstream.convert.reader import open_checkpoint, read_json, read_weight_file
 from mlx_specstream.errors import SpecStreamError
-from mlx_specstream.tensorfile import TensorSpec, TensorWriter
+from mlx_specstream.weights.checkpoint import load_streams
+from mlx_specstream.weights.tensorfile import TensorSpec, TensorWriter
 
 SLOWEST_S = 5.0
 LARGEST_GROWTH_KB = 300 << 10

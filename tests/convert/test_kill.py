@@ -11,7 +11,7 @@ import time
 import pytest
 from mlx_lm.utils import load_model
 
-from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.weights.checkpoint import load_streams
 from tests.convert import checkpoints as made
 
 CONVERT_FOREVER = """

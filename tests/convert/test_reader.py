@@ -13,7 +13,7 @@ from mlx_specstream.convert.names import Named, fit_base, read_rules, sort_names
 from mlx_specstream.convert.reader import open_checkpoint
 from mlx_specstream.convert.tensors import SourceTensor
 from mlx_specstream.errors import CheckpointError, OptionError
-from mlx_specstream.tensorfile import TensorSpec, TensorWriter, cast_bits
+from mlx_specstream.weights.tensorfile import TensorSpec, TensorWriter, cast_bits
 
 
 def write_weights(path, *names):
@@ -321,8 +321,8 @@ def test_nothing_is_left_open(tmp_path):
 
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_bytes_are_copied_from_file_to_file(tmp_path, in_kernel, monkeypatch):
-    from mlx_specstream import tensorfile
-    from mlx_specstream.tensorfile import write
+    from mlx_specstream.weights import tensorfile
+    from mlx_specstream.weights.tensorfile import write
 
     if not in_kernel:
         monkeypatch.delattr(write.os, "copy_file_range", raising=False)

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
 from mlx_specstream.config import StreamConfig
+from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.batches import Selection
 from mlx_specstream.train.data import Example

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.commands.train import comparison, make_objective
 from mlx_specstream.train import loop
 from mlx_specstream.train.calibrate import threshold_of
-from mlx_specstream.train.command import comparison, make_objective
 from mlx_specstream.train.loop import Trainer
+from mlx_specstream.weights.checkpoint import load_streams
 from tests.train.tiny_run import run_tiny, tiny_task
 
 

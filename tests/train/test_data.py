@@ -19,7 +19,7 @@ from mlx_specstream.train.data import (
 )
 from mlx_specstream.train.segments import cut
 from mlx_specstream.train.targets import rows_of, stream_weights, target_counts
-from tests.tiny import ASSISTANT, EOS, USER
+from tests.support.tiny import ASSISTANT, EOS, USER
 from tests.train.plain import everything, some_texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_specstream.backbone import Backbone
+from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train import loop
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.early_exit import exit_rows
@@ -13,7 +13,7 @@ from mlx_specstream.train.head import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.record import read_log
-from tests.engine import random_tensors, small_model, stream_config
+from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
 from tests.train.tiny_run import QUICK, run_tiny
 

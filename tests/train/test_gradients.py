@@ -6,19 +6,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache
 from mlx_specstream.config import TreeSpec
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.step import Stepper
-from mlx_specstream.streams import Streams
+from mlx_specstream.model.backbone import Backbone
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.streams import Streams
+from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.head import Head, VocabularySampler, cross_entropy
 from mlx_specstream.train.segments import cut, stream_states
 from mlx_specstream.train.targets import stream_weights, target_counts
-from mlx_specstream.tree import root_only
-from tests.engine import random_tensors, small_model, stream_config
-from tests.tiny import tiny_model
+from tests.support.engine import random_tensors, small_model, stream_config
+from tests.support.tiny import tiny_model
 from tests.train.plain import assert_close, everything, some_texts, whole_loss
 
 VARIANTS = [

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_specstream.checkpoint import load_streams
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import loop
 from mlx_specstream.train.loop import DivergenceError
 from mlx_specstream.train.record import read_log
 from mlx_specstream.train.state import STATE_FILE, load_state
-from tests.engine import small_model
-from tests.tiny import tiny_model
+from mlx_specstream.weights.checkpoint import load_streams
+from tests.support.engine import small_model
+from tests.support.tiny import tiny_model
 from tests.train.tiny_run import VOCAB, own_texts, run_tiny, tiny_task
 
 
@@ -198,9 +198,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, unbroken, monkeyp
 
 
 def test_the_paper_preset_has_the_papers_parameter_count() -> None:
-    from mlx_specstream.fingerprint import BaseDims
-    from mlx_specstream.stream_tensors import stream_shapes
     from mlx_specstream.train.options import PRESETS, TrainOptions
+    from mlx_specstream.weights.fingerprint import BaseDims
+    from mlx_specstream.weights.stream_tensors import stream_shapes
 
     h = 4096
     modules = {f"self_attn.{m}_proj": (h, h) for m in "qkvo"}

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.backbone import Backbone
+from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.head import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
-from tests.engine import random_tensors, small_model, stream_config
+from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import everything, some_texts
 
 

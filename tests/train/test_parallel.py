@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.weights.checkpoint import load_streams
 from tests.train.test_loop import read_log
 
 ROOT = Path(__file__).parents[2]

@@ -6,19 +6,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.cache import KVCache
 from mlx_specstream.config import TreeSpec
-from mlx_specstream.sampling import TokenChooser
-from mlx_specstream.step import Stepper
-from mlx_specstream.streams import Streams
+from mlx_specstream.model.backbone import Backbone
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.streams import Streams
+from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train import loop
 from mlx_specstream.train.head import Head, VocabularySampler
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
-from mlx_specstream.tree import root_only
-from tests.engine import random_tensors, small_model, stream_config
+from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
 from tests.train.tiny_run import QUICK, run_tiny
 

@@ -7,14 +7,14 @@ import dataclasses
 import mlx.core as mx
 import pytest
 
-from mlx_specstream.checkpoint import load_streams
+from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError
 from mlx_specstream.train import loop
-from mlx_specstream.train.command import make_objective
 from mlx_specstream.train.compare import base_loss
 from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.record import read_log
 from mlx_specstream.train.takeover import PRUNER_RANK, take_over
+from mlx_specstream.weights.checkpoint import load_streams
 from tests.train.tiny_run import run_tiny, tiny_task
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.bench.tiny_models import tiny_random_model
+from mlx_specstream.commands import train as command
 from mlx_specstream.errors import ModelError, OptionError
-from mlx_specstream.loading import StreamModel
-from mlx_specstream.train import command
+from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.options import TrainOptions
+from tests.support.tiny_models import tiny_random_model
 from tests.train.tiny_run import QUICK, run_tiny
 
 SHORT = {"iters": 2, "verdict_prompts": 1, "verdict_tokens": 3, "steps_per_eval": 2}

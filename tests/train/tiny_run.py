@@ -13,16 +13,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.backbone import Backbone
-from mlx_specstream.fingerprint import base_dims
-from mlx_specstream.train.command import make_objective
+from mlx_specstream.commands.train import make_objective
+from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.start import hidden_rms, untrained
 from mlx_specstream.train.state import resumable
 from mlx_specstream.train.task import Task
-from tests.engine import small_model
+from mlx_specstream.weights.fingerprint import base_dims
+from tests.support.engine import small_model
 
 VOCAB = 24
 QUICK: dict[str, Any] = {

@@ -22,8 +22,8 @@ from mlx_specstream.apps.serve.service import Service, start_service
 from mlx_specstream.apps.serve.turns import Turns
 from mlx_specstream.config import DecodeConfig
 from tests.apps.parrot import save_parrot
-from tests.scripted import with_streams
-from tests.tiny import byte_tokenizer, hf_byte_tokenizer
+from tests.support.scripted import with_streams
+from tests.support.tiny import byte_tokenizer, hf_byte_tokenizer
 
 TREE = DecodeConfig(tree=TreeSpec(rows=5))
 MakeService = Callable[..., Service]

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from mlx_specstream import StreamModel, stream_generate
 from tests.apps.parrot import ANSWER
 from tests.apps.serve.conftest import CALL, CALLING, TOOL, TREE, MakeService, ask, client_of
-from tests.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -16,7 +16,7 @@ from mlx_specstream.apps.serve.errors import ApiError
 from mlx_specstream.apps.serve.settings import Settings
 from mlx_specstream.apps.serve.work import Event, Failure, Piece, Progress, Work
 from mlx_specstream.errors import ModelError, OptionError
-from mlx_specstream.statistics import SpeculationStats
+from mlx_specstream.speculation.statistics import SpeculationStats
 
 
 class Turns:

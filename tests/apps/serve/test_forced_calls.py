@@ -16,8 +16,8 @@ from mlx_specstream.apps.serve.forced_calls import forced_calls
 from mlx_specstream.apps.serve.schema import parsed_chat
 from mlx_specstream.apps.serve.tool_calls import ToolFormat
 from mlx_specstream.errors import SpecStreamError
-from tests import tiny
 from tests.apps.serve.conftest import MakeService, ask, client_of
+from tests.support import tiny
 
 pytest.importorskip("llguidance")
 

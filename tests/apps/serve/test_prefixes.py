@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mlx_specstream import KVCache, StreamModel
 from mlx_specstream.apps.prefix import PrefixCache, common_prefix
 from mlx_specstream.apps.serve.prefixes import PrefixStore
-from tests.engine import examples
-from tests.scripted import assert_holds
+from tests.support.engine import examples
+from tests.support.scripted import assert_holds
 
 IDS = st.lists(st.integers(1, 3), min_size=1, max_size=12)
 

@@ -18,9 +18,9 @@ from mlx_specstream.apps.serve.work import Failure, Work
 from mlx_specstream.config import CacheConfig
 from mlx_specstream.errors import ModelError
 from tests.apps.serve.conftest import TREE
-from tests.engine import examples
-from tests.scripted import assert_holds, with_streams
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.support.engine import examples
+from tests.support.scripted import assert_holds, with_streams
+from tests.support.tiny import byte_tokenizer, tiny_model
 
 KINDS = (
     Settings(12),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mlx.utils import tree_flatten
 
-from tests import tiny
+from tests.support import tiny
 
 F32, F16, Q8_0 = 0, 1, 8
 
@@ -130,7 +130,7 @@ GEMMA: dict[str, Any] = {
 
 
 def tiny_tensors(family: str, **overrides: Any) -> dict[str, Stored]:
-    """Return the tensors of `tests.tiny.tiny_model` as a GGUF file of its family has them."""
+    """Return the tensors of `tests.support.tiny.tiny_model` as a GGUF file of its family has them."""
     config = tiny.tiny_config(family, **overrides)
     names = GEMMA_NAMES if family == "gemma3_text" else NAMES
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from mlx_specstream import demo
 from mlx_specstream.errors import SpecStreamError
-from mlx_specstream.wheel import fetch_wheel
+from mlx_specstream.loading import demo
+from mlx_specstream.loading.wheel import fetch_wheel
 from tests.golden.demo_texts import CHATS, LOGIT_PROMPTS, demo_texts
 
 pytestmark = pytest.mark.demo

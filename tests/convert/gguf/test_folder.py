@@ -13,8 +13,8 @@ import pytest
 
 from mlx_specstream.convert.gguf import architecture, open_gguf, write_model_folder
 from mlx_specstream.errors import CheckpointError
-from tests import tiny
 from tests.convert.gguf import made
+from tests.support import tiny
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlx_specstream.convert.gguf import open_gguf
 from mlx_specstream.convert.gguf.tokenizer import CUTS, build_tokenizer, token_ids, tokenizer_files
 from mlx_specstream.errors import CheckpointError
-from tests import tiny
 from tests.convert.gguf import made
+from tests.support import tiny
 
 
 def tokenizer_of(tmp_path: Path, **changes: made.Typed):

@@ -15,8 +15,7 @@ from mlx_specstream.convert.pytorch.data import Example, grouped  # noqa: E402
 from mlx_specstream.convert.pytorch.joint import JointStreams, families  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
-
-from .conftest import tiny_adapters, tiny_backbone  # noqa: E402
+from tests.convert.pytorch.conftest import tiny_adapters, tiny_backbone  # noqa: E402
 
 SCHEMA, OTHER = (5, 6, 7, 8, 9, 10), (40, 41, 42, 43, 44, 45)
 TEXTS = [

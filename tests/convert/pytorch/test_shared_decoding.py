@@ -12,8 +12,7 @@ pytest.importorskip("transformers")
 from mlx_specstream.convert.pytorch.batched import Prompt, answer  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
 from mlx_specstream.convert.pytorch.shared_decoding import SharedDecoder, merge_lora  # noqa: E402
-
-from .conftest import tiny_adapters, tiny_backbone  # noqa: E402
+from tests.convert.pytorch.conftest import tiny_adapters, tiny_backbone  # noqa: E402
 
 
 def greedy_reference(model: SpeculativeModel, prompt: list[int], count: int) -> list[int]:

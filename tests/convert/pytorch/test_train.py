@@ -67,7 +67,7 @@ def work(tmp_path_factory) -> Path:
     """A model folder with a word tokenizer, prompts, and the model's own answers with their states."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from .conftest import VOCAB, tiny_backbone
+    from tests.convert.pytorch.conftest import VOCAB, tiny_backbone
 
     path = tmp_path_factory.mktemp("work")
     words = {f"w{i}": i for i in range(VOCAB)}

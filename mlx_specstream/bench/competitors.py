@@ -1,0 +1,227 @@
+"""The competitors, ready to answer: one model in memory, with all streams and decoders around it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import ModelError, OptionError, StreamsError
+from ..generation.decode_options import add_decode_options, decode_config
+from ..loading.load import StreamModel, load, model_folder
+from ..speculation.streams import Streams
+from ..weights.checkpoint import load_streams
+from ..weights.fingerprint import fingerprint
+from ..weights.shipped import AUTO, SHIPPED, find_streams, shipped_names
+from .lookup import LookUpDrafter
+from .measure import TimedAnswer, mlx_lms, ours
+from .methods import Method, parse_streams
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..config import DecodeConfig
+
+
+@dataclass
+class Contest:
+    """The model with everything that competes on it.
+
+    methods: by name; those without streams of their own have them resolved. by_streams: the
+    model joined to each set of streams. drafter: mlx-lm's draft model, if one competes.
+    """
+
+    model: StreamModel
+    tokenizer: TokenizerWrapper
+    methods: dict[str, Method]
+    by_streams: dict[str, StreamModel]
+    drafter: nn.Module | None = None
+    configs: dict[str, DecodeConfig] = field(default_factory=dict)
+
+    def answer(self, name: str, category: str, prompt: list[int], max_tokens: int) -> TimedAnswer:
+        """Return the answer to a prompt with the method of that name, not begun yet."""
+        method, model = self.methods[name], self.model
+        if method.kind == "streams":
+            joined = self.by_streams[method.streams_for(category)]
+            config = self.configs[name]
+            return ours(joined, self.tokenizer, prompt, max_tokens, config)
+        if method.kind == "plain":
+            return ours(model, self.tokenizer, prompt, max_tokens, None)
+        drafter: nn.Module | None = None
+        if method.kind == "look-up":
+            drafter = LookUpDrafter(model.backbone.vocab_size)
+        elif method.kind == "draft-model":
+            drafter = self.drafter
+        return mlx_lms(
+            model.model, self.tokenizer, prompt, max_tokens, drafter, method.num_draft_tokens
+        )
+
+    def streams_of(self, name: str) -> dict[str, StreamModel]:
+        """Return the model joined to each set of streams that a method uses."""
+        default, others = parse_streams(self.methods[name].streams)
+        return {streams: self.by_streams[streams] for streams in (default, *others.values())}
+
+    def first_streams(self, category: str) -> str:
+        """Return the streams that the first method with any uses for a category.
+
+        Raises:
+            OptionError: no method has streams.
+        """
+        for method in self.methods.values():
+            if method.kind == "streams":
+                return method.streams_for(category)
+        raise OptionError("trees can only be compared with streams; leave out --streams none.")
+
+
+def open_contest(
+    model_name: str,
+    adapter_path: str | None,
+    methods: dict[str, Method],
+    categories: list[str],
+    draft_model: str | None,
+) -> Contest:
+    """Load the model, and all that the methods need.
+
+    Raises:
+        ModelError, StreamsError, OptionError: something cannot be loaded or used.
+    """
+    configs = {
+        name: setting_config(method) for name, method in methods.items() if method.kind == "streams"
+    }
+    folder = model_folder(model_name)
+    model, tokenizer = load(str(folder), adapter_path=adapter_path, streams=None)
+    resolved, by_streams = {}, {}
+    for name, method in methods.items():
+        if method.kind == "streams":
+            text = method.streams
+            if parse_streams(text)[0] == AUTO:
+                text = _automatic(text, model, model_name, categories)
+            method = Method(**{**method.to_dict(), "streams": text})  # type: ignore[arg-type]
+            default, others = parse_streams(text)
+            for streams in (default, *others.values()):
+                if streams not in by_streams:
+                    weights = find_streams(streams, model.model, folder)
+                    assert weights is not None
+                    joined = Streams(model.backbone, weights.config, weights.tensors)
+                    by_streams[streams] = StreamModel(
+                        model.model, model.backbone, joined, model_name, str(weights.folder)
+                    )
+        resolved[name] = method
+    drafter = None
+    if draft_model is not None:
+        drafter = _draft_model(draft_model, tokenizer)
+    return Contest(model, tokenizer, resolved, by_streams, drafter, configs)
+
+
+def setting_config(method: Method) -> DecodeConfig:
+    """Return the config of a method with streams, as the command line would make it.
+
+    Raises:
+        OptionError: a value cannot be read.
+    """
+    parser = ArgumentParser()
+    add_decode_options(parser)
+    words = ["--tree", method.tree, "--schedule", method.schedule]
+    words += ["--prune", method.prune] if method.prune else []
+    words += [] if method.conditioning else ["--no-conditioning"]
+    return decode_config(parser.parse_args(words))
+
+
+def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) -> str:
+    """Name the streams that `auto` finds, with shipped sets for the categories they are made for.
+
+    A shipped set belongs to a category if its name ends in it: `demo-sql`.
+    """
+    folder = model_folder(name)
+    weights = find_streams(AUTO, model.model, folder)
+    if weights is None:
+        raise StreamsError(
+            f"there are no streams for {name}, so speculation cannot be measured; name some with "
+            "--streams, or compare the others with --streams none."
+        )
+    if weights.folder.parent != SHIPPED:
+        return ",".join([str(weights.folder), *text.split(",")[1:]])
+    words = [weights.folder.name, *text.split(",")[1:]]
+    named = {word.partition("=")[0] for word in words[1:]}
+    for shipped in shipped_names():
+        category = shipped.rpartition("-")[2]
+        if category in categories and category not in named and shipped != words[0]:
+            config = load_streams(SHIPPED / shipped)
+            try:
+                config.check_base(model.model)
+            except StreamsError:
+                continue
+            words.append(f"{category}={shipped}")
+    return ",".join(words)
+
+
+def _draft_model(name: str, tokenizer: TokenizerWrapper) -> nn.Module:
+    """Load mlx-lm's draft model, which must have the model's own tokens."""
+    loaded, its_tokenizer = load(name, streams=None)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"the draft model {name} has other tokens than the model; name one of the same family."
+        )
+    return loaded.model
+
+
+def described_model(contest: Contest, name: str) -> dict[str, Any]:
+    """Return what a result says of the model and its streams, in JSON's terms."""
+    backbone, module = contest.model.backbone, contest.model.model
+    parameters = _arrays(module)
+    return {
+        "name": Path(name).name if Path(name).expanduser().exists() else name,
+        "family": type(module).__module__.rpartition(".")[2],
+        "fingerprint": fingerprint(module),
+        "dtype": str(backbone.dtype).rpartition(".")[2],
+        "bits": _bits(module),
+        "layers": backbone.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "vocab_size": backbone.vocab_size,
+        "params": _num_params(module),
+        "layer_params": sum(map(_num_params, backbone.layers)) // backbone.num_layers,
+        "head_params": backbone.vocab_size * backbone.hidden_size,
+        "weight_bytes": sum(array.nbytes for array in parameters),
+        "used": {
+            method_name: method.streams
+            for method_name, method in contest.methods.items()
+            if method.kind == "streams"
+        },
+        "streams": {
+            Path(streams).name: {
+                "num_streams": joined.streams.config.num_streams,
+                "num_msa_layers": joined.streams.config.num_msa_layers,
+                "mode": joined.streams.config.mode,
+                "conditioned": bool(joined.streams.config.conditioner_rank),
+            }
+            for streams, joined in contest.by_streams.items()
+            if joined.streams is not None
+        },
+    }
+
+
+def _num_params(module: nn.Module) -> int:
+    """Return how many weights a module has; packed ones count as what they stand for."""
+    from mlx_lm.utils import get_total_parameters
+
+    return int(get_total_parameters(module))
+
+
+def _bits(module: nn.Module) -> int:
+    """Return the bits of a weight: those of quantised layers, else of the largest tensor."""
+    quantised = {int(layer.bits) for _, layer in module.named_modules() if hasattr(layer, "bits")}
+    if quantised:
+        return min(quantised)
+    largest = max(_arrays(module), key=lambda array: array.size)
+    return 8 * int(mx.array([], dtype=largest.dtype).itemsize)
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    return [
+        array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    ]

@@ -1,0 +1,224 @@
+"""`specstream distill`: the model's own answers to a file of prompts, to train its streams on.
+
+Streams learn to foresee what *this* model says, so their best training text is what it says. The
+output is mlx-lm's chat format, with the exact token ids beside the text:
+
+    {"messages": [..., {"role": "assistant", "content": "..."}], "prompt_ids": [...],
+     "answer_ids": [...], "index": 17}
+
+Answers are written as they are finished; a run that was stopped continues where it was, and a
+line that was cut off by a kill is made again. What a prompt is answered at a temperature depends
+on the seed and the prompt, not on the order or on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import DataError, OptionError, OutputError
+from ..loading.load import load
+from ..train.answers import BatchDecoder, Waiting
+from ..train.data import read_records
+from ..train.starter import STARTER, starter_records
+from ..weights.hub import first_line
+
+SORT_WINDOW = 1024
+"""Prompts are sorted by length inside windows of this size, so that any prefix is a fair sample."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer: its place in the file, its messages, its tokens."""
+
+    index: int
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    tokens: list[int] = field(default_factory=list)
+
+
+def read_prompts(
+    source: str, tokenizer: Any, split: str, max_length: int
+) -> tuple[list[Prompt], int]:
+    """Return the prompts of a file in any of mlx-lm's formats, and how many were too long.
+
+    A chat is answered at its last user turn; `{"prompt": ...}` alone will do. A tokenizer without
+    a chat template, which a model has that was never taught to chat, takes the bare text.
+
+    Raises:
+        DataError: unreadable data, or a record without a user's turn.
+    """
+    prompts, too_long = [], 0
+    own = source == STARTER and not Path(source).exists()
+    records = starter_records() if own else read_records(source, split, need_answer=False)
+    for index, record in enumerate(records):
+        fields = record.fields
+        messages = fields.get("messages") or [
+            {"role": "user", "content": fields.get("prompt", fields.get("text"))}
+        ]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        if last < 0:
+            raise DataError(f"{record.where} has no message of the user to answer.")
+        messages, tools = messages[: last + 1], fields.get("tools")
+        try:
+            if tokenizer.has_chat_template:
+                tokens = tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, return_dict=False
+                )
+            else:
+                tokens = tokenizer.encode("\n\n".join(turn["content"] for turn in messages))
+        except Exception as error:  # templates are programs and raise what they like
+            raise DataError(
+                f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's "
+                "chat template refuses it."
+            ) from error
+        if len(tokens) > max_length:
+            too_long += 1
+            continue
+        prompts.append(Prompt(index, messages, tools, list(tokens)))
+    return prompts, too_long
+
+
+def finished(path: Path) -> set[int]:
+    """Return the indices of the answers in a file, cutting off a last line that is incomplete.
+
+    Raises:
+        OutputError: the file is something else.
+    """
+    if not path.exists():
+        return set()
+    done, whole = set(), 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(int(json.loads(line)["index"]))
+            except (ValueError, KeyError, TypeError):
+                raise OutputError(
+                    f"{path} exists and was not written by specstream distill; name another file."
+                ) from None
+            whole += len(line)
+    os.truncate(path, whole)
+    return done
+
+
+def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield prompts with neighbours of like length, longest windows' members first to last."""
+    for start in range(0, len(prompts), SORT_WINDOW):
+        yield from sorted(prompts[start : start + SORT_WINDOW], key=lambda p: len(p.tokens))
+
+
+def record_of(prompt: Prompt, answer: list[int], tokenizer: Any) -> dict[str, Any]:
+    """Return the line to write for an answer."""
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    tools = {"tools": prompt.tools} if prompt.tools else {}
+    return {
+        "messages": [*prompt.messages, {"role": "assistant", "content": text}],
+        **tools,
+        "prompt_ids": prompt.tokens,
+        "answer_ids": answer,
+        "index": prompt.index,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specstream distill", description="Write a model's own answers to prompts."
+    )
+    parser.add_argument("--model", required=True, help="folder or hub id of the model, or demo")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="prompts: .jsonl, a folder, a hub data set, or 'starter' for 200 built-in ones",
+    )
+    parser.add_argument("--split", default="train", choices=("train", "valid", "test"))
+    parser.add_argument("--output", required=True, help=".jsonl file to write, or to continue")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (%(default)s)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="leave longer ones out")
+    parser.add_argument("--num-prompts", type=int, default=0, help="answer the first n; 0: all")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="answers at a time (%(default)s)"
+    )
+    parser.add_argument("--temp", type=float, default=0.0, help="0: greedy (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.0, help="0: off (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+        OptionError: which one.
+    """
+    for name, low in (("max_tokens", 1), ("max_prompt_tokens", 1), ("batch_size", 1),
+                      ("num_prompts", 0), ("temp", 0), ("top_p", 0)):  # fmt: skip
+        if not getattr(args, name) >= low:
+            flag = "--" + name.replace("_", "-")
+            raise OptionError(f"{flag} must be at least {low}, got {getattr(args, name)}.")
+    if args.top_p > 1:
+        raise OptionError(f"--top-p is a probability, got {args.top_p}.")
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    check(args)
+    output = Path(args.output).expanduser()
+    done = finished(output)
+    model, tokenizer = load(args.model, streams=None)
+    room = (model.context_length or args.max_prompt_tokens + args.max_tokens) - args.max_tokens
+    prompts, too_long = read_prompts(
+        args.data, tokenizer, args.split, min(args.max_prompt_tokens, room)
+    )
+    if args.num_prompts:
+        prompts = [prompt for prompt in prompts if prompt.index < args.num_prompts]
+    if not prompts:
+        raise DataError(f"{args.data} holds no prompts of at most {args.max_prompt_tokens} tokens.")
+    left = [prompt for prompt in prompts if prompt.index not in done]
+    print(
+        f"{len(prompts)} prompts, {len(prompts) - len(left)} answered already"
+        + (f", {too_long} too long and left out." if too_long else "."),
+        flush=True,
+    )
+    decoder = BatchDecoder(
+        model.backbone,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        stop=set(tokenizer.eos_token_ids),
+        temp=args.temp,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    by_index = {prompt.index: prompt for prompt in left}
+    waiting = [Waiting(prompt.index, prompt.tokens) for prompt in in_order(left)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            output.open("a", encoding="utf-8") as file,
+            tqdm(
+                total=len(prompts), initial=len(prompts) - len(left), unit="answer", disable=None
+            ) as bar,
+        ):
+            tokens = 0
+            for index, answer in decoder.answers(waiting):
+                line = json.dumps(record_of(by_index[index], answer, tokenizer), ensure_ascii=False)
+                file.write(line + "\n")
+                file.flush()
+                tokens += len(answer)
+                bar.update()
+                bar.set_postfix(tokens=tokens)
+    except OSError as error:
+        raise OutputError(
+            f"{output} cannot be written ({error.strerror or error}); what was finished is kept, "
+            "give the same command again to continue."
+        ) from error
+    print(f"{output} holds {len(prompts)} answers.")
+    return 0

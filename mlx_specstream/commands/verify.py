@@ -1,0 +1,232 @@
+"""`specstream verify`: are speculative answers the plain ones, token for token, and if not, why.
+
+Exit status 1 if a divergence is more than rounding explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TextIO
+
+from ..config import DecodeConfig, TreeSpec
+from ..errors import OptionError, StreamsError
+from ..generation.decode_options import (
+    add_decode_options,
+    add_model_options,
+    decode_config,
+    described,
+    load_options,
+)
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..loading.load import StreamModel
+    from ..verify import Comparison
+
+DEFAULT_MAX_TOKENS = 64
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `specstream verify`."""
+    parser = argparse.ArgumentParser(
+        prog="specstream verify",
+        description=(
+            "Answer prompts plainly and speculatively, greedily, and compare the tokens. "
+            "Exits 1 if they differ by more than rounding explains."
+        ),
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=(
+            "mlx-lm's chat, completions or text JSONL, or plain text with a prompt per line "
+            "(default: a built-in dozen)"
+        ),
+    )
+    parser.add_argument("--num-prompts", type=int, help="use only the first prompts of the file")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help="most tokens per answer (default: %(default)s)",
+    )
+    add_decode_options(parser, tree=TreeSpec(), several_trees=True, lossy=True)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Replay the prompts and print what was found."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.num_prompts is not None and arguments.num_prompts < 1:
+        raise OptionError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
+    if arguments.max_tokens < 1:
+        raise OptionError(f"--max-tokens must be at least 1, got {arguments.max_tokens}.")
+    if arguments.lossy_typical is not None:
+        raise OptionError(
+            "verify compares with plain decoding, from which typical acceptance (lossy) differs by "
+            "design; leave --lossy-typical out."
+        )
+    trees = arguments.tree or [str(TreeSpec())]
+    configs = [decode_config(arguments, tree) for tree in trees]
+
+    from ..loading.load import load
+    from ..prompts import built_in_prompts, encode_prompt, read_prompts
+
+    prompts = (
+        read_prompts(arguments.prompts, arguments.num_prompts)
+        if arguments.prompts
+        else built_in_prompts()[: arguments.num_prompts]
+    )
+    model, tokenizer = load(arguments.model, **load_options(arguments))
+    if model.streams is None:
+        raise StreamsError(
+            f"{arguments.model} has no streams, so there is nothing to verify; name some with "
+            "--streams."
+        )
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    titles = [prompt.title for prompt in prompts]
+    found: list[list[Comparison]] = []
+    try:
+        for comparisons in _compared(model, tokenizer, ids, arguments.max_tokens, configs):
+            found.append(comparisons)
+            if not arguments.json:
+                place = f"[{len(found)}/{len(ids)}] {_cut(titles[len(found) - 1])}"
+                _say("\n".join([place, *_lines(configs, comparisons)]))
+    except KeyboardInterrupt:
+        # An hour's comparing is not lost to a key: what is known is reported, and is not a pass.
+        if not found:
+            raise
+        _say(f"interrupted after {len(found)} of {len(ids)} prompts", sys.stderr)
+    if arguments.json:
+        print(json.dumps(_record(model, configs, found, len(ids)), ensure_ascii=False))
+    else:
+        print("\n".join(_sums(configs, found)))
+    mismatch = any(c.verdict == "mismatch" for comparisons in found for c in comparisons)
+    if mismatch:
+        return 1
+    return 0 if len(found) == len(ids) else 130
+
+
+def _compared(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompts: list[list[int]],
+    max_tokens: int,
+    configs: list[DecodeConfig],
+) -> Iterator[list[Comparison]]:
+    """Answer each prompt plainly, then with every config; yield its comparisons with the first."""
+    from tqdm import tqdm
+
+    from ..verify import compare, replay
+
+    # Where nobody watches, a line a minute still tells a log that it lives.
+    total, pace = len(prompts) * (1 + len(configs)), 0.1 if sys.stderr.isatty() else 60.0
+    with tqdm(total=total, unit="answer", mininterval=pace, dynamic_ncols=True) as bar:
+        for prompt in prompts:
+            plain = replay(model, tokenizer, prompt, max_tokens, None)
+            bar.update()
+            comparisons = []
+            for config in configs:
+                speculative = replay(model, tokenizer, prompt, max_tokens, config)
+                comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
+                bar.update()
+            yield comparisons
+
+
+def counted(comparisons: Sequence[Comparison]) -> dict[str, int]:
+    """Return how many comparisons had each verdict."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    return {name: verdicts.count(name) for name in ("identical", "near-tie", "mismatch")}
+
+
+def _lines(configs: list[DecodeConfig], comparisons: list[Comparison]) -> list[str]:
+    """Return a prompt's lines: one per config, and one more where the answers part."""
+    lines = []
+    for config, comparison in zip(configs, comparisons, strict=True):
+        stats = comparison.speculative.stats
+        lines.append(
+            f"  {_name(config):<18} {comparison.verdict:<9}  {stats.tokens:>4} tokens "
+            f"{stats.passes:>4} passes {stats.tokens_per_step:5.2f} per pass"
+        )
+        if comparison.divergence is not None:
+            lines.append(f"    {comparison.divergence}")
+    return lines
+
+
+def _sums(configs: list[DecodeConfig], found: list[list[Comparison]]) -> list[str]:
+    """Return a line per config: the verdicts of all prompts and their figures."""
+    from ..speculation.statistics import SpeculationStats
+
+    lines = [f"all {len(found)} prompts"]
+    for config, comparisons in zip(configs, zip(*found, strict=True), strict=True):
+        total = sum((c.speculative.stats for c in comparisons), SpeculationStats())
+        counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())
+        lines.append(f"  {_name(config):<18} {counts}: {total}")
+    return lines
+
+
+def _name(config: DecodeConfig) -> str:
+    return f"{config.tree}, pruned to {config.prune.keep}" if config.prune else f"{config.tree}"
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print above the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=file)
+
+
+def _record(
+    model: StreamModel, configs: list[DecodeConfig], found: list[list[Comparison]], asked: int
+) -> dict[str, object]:
+    """Return what --json prints; fewer prompts than `asked` if it was interrupted."""
+    from ..verify import precision_of
+
+    return {
+        "prompts_asked": asked,
+        "model": model.name,
+        "streams": model.streams_name,
+        "dtype": str(model.backbone.dtype).rpartition(".")[2],
+        "precision": precision_of(model),
+        "runs": [
+            {
+                "config": described(config),
+                **counted(comparisons),
+                "prompts": [_prompt_record(comparison) for comparison in comparisons],
+            }
+            for config, comparisons in zip(configs, zip(*found, strict=True), strict=True)
+        ],
+    }
+
+
+def _prompt_record(comparison: Comparison) -> dict[str, object]:
+    divergence = comparison.divergence
+    record: dict[str, object] = {
+        "verdict": comparison.verdict,
+        "divergence": None if divergence is None else _finite(asdict(divergence)),
+    }
+    for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
+        record[name] = {
+            "tokens": run.tokens,
+            "seconds": round(run.seconds, 4),
+            "figures": run.stats.to_dict(),
+        }
+    return record
+
+
+def _finite(values: dict[str, object]) -> dict[str, object]:
+    """Return values as JSON can hold them: infinity becomes null."""
+    infinite = (float("inf"), -float("inf"))
+    return {key: None if value in infinite else value for key, value in values.items()}
+
+
+def _cut(title: str, width: int = 48) -> str:
+    return title if len(title) <= width else title[: width - 1] + "…"

@@ -1,0 +1,141 @@
+"""What callers give as they would give it to mlx-lm, checked and brought into our own form."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..config import CacheConfig
+from ..errors import OptionError
+from ..loading.load import StreamModel
+from ..model.cache import KVCache, from_mlx_lm
+from ..model.cache.kinds import check_quantised, quantization
+from ..speculation.sampling import Sampler
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+log = logging.getLogger("mlx_specstream")
+
+Prompt = str | Sequence[int] | mx.array
+
+# mlx-lm's options that are not supported; None means that they are not in use.
+_UNSUPPORTED = ("draft_model", "input_embeddings", "stream")
+# mlx-lm's options that only qualify an unsupported one.
+_WITHOUT_EFFECT = ("num_draft_tokens",)
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Refuse options of mlx-lm that would otherwise be ignored, and words nobody knows.
+
+    Raises:
+        OptionError: there is one.
+    """
+    for name, value in options.items():
+        if name in _UNSUPPORTED:
+            if value is not None:
+                raise OptionError(
+                    f"the option {name} of mlx-lm is not supported yet; leave it out, or use "
+                    "mlx-lm itself for this."
+                )
+        elif name not in _WITHOUT_EFFECT:
+            raise OptionError(f"stream_generate has no option {name!r}.")
+
+
+def wrapped_tokenizer(tokenizer: Any) -> TokenizerWrapper:
+    """Return a tokenizer as mlx-lm hands one to its callers."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+
+
+def needed_sampler(sampler: Sampler | None) -> Sampler | None:
+    """Return None for mlx-lm's greedy sampler, which needs no log-probabilities."""
+    from mlx_lm import sample_utils
+
+    return None if sampler is getattr(sample_utils, "greedy_sampler", None) else sampler
+
+
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt, vocab_size: int) -> list[int]:
+    """Return a prompt's token ids; a text gets its special tokens unless it begins with them.
+
+    Raises:
+        OptionError: the prompt is empty, or holds ids the model does not have.
+    """
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+        ids = list(ids) if prompt else []
+    elif isinstance(prompt, mx.array):
+        if prompt.ndim != 1:
+            raise OptionError(f"a prompt of ids must have one dimension, got shape {prompt.shape}.")
+        ids = [int(token) for token in prompt.tolist()]  # type: ignore[union-attr, arg-type]
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise OptionError("the prompt is empty; give at least one token.")
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise OptionError(
+            f"the prompt holds the token id {wrong[0]}, but the model's ids are 0 to "
+            f"{vocab_size - 1}; encode it with the model's own tokenizer."
+        )
+    return ids
+
+
+def cache_for(
+    model: StreamModel, given: KVCache | list[Any] | None, config: CacheConfig
+) -> KVCache:
+    """Return the cache to decode in: the given one, a copy of mlx-lm's layers, or a new one.
+
+    Raises:
+        OptionError: it has another number of layers than the model, or the config does not fit.
+    """
+    backbone = model.backbone
+    check_quantised(backbone.forward, backbone.windows, config)
+    if given is None:
+        return backbone.new_cache(config)
+    size = len(given.layers) if isinstance(given, KVCache) else len(given)
+    if size != backbone.num_layers:
+        raise OptionError(
+            f"the prompt cache has {size} layers and the model {backbone.num_layers}; make it for "
+            "this model."
+        )
+    if config.max_kv_size is not None:
+        log.warning("note: max_kv_size is for new caches; the one that was given keeps its size.")
+    if not isinstance(given, KVCache):
+        return from_mlx_lm(given, backbone.windows, quantization(config))
+    if config.kv_bits is not None:
+        given.quantize = quantization(config)
+    return given
+
+
+def token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:
+    """Return how many tokens may be generated within the model's context; -1 for any number.
+
+    Raises:
+        OptionError: none, because the prompt fills the context, or max_tokens makes no sense.
+    """
+    if max_tokens == 0 or max_tokens < -1:
+        raise OptionError(
+            f"max_tokens must be at least 1, or -1 for no limit of its own, got {max_tokens}."
+        )
+    if context_length is None:
+        return max_tokens
+    left = context_length - prompt_tokens
+    if left < 1:
+        raise OptionError(
+            f"the prompt has {prompt_tokens} tokens, but the model's context holds "
+            f"{context_length}, answer included; shorten the prompt."
+        )
+    if max_tokens > left:
+        log.warning(
+            "note: at most %d more tokens fit into the model's context of %d, fewer than the %d "
+            "asked for.",
+            left,
+            context_length,
+            max_tokens,
+        )
+    return left if max_tokens == -1 else min(max_tokens, left)

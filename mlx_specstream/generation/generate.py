@@ -1,0 +1,169 @@
+"""Text in, text out: `generate` and `stream_generate`, drop-in for mlx-lm's.
+
+    prompt ids ──► prefill ──► step ──► tokens of the accepted path ──► text, one response a token
+                                ▲                    │
+                                └── next step ◄── more wanted? (end of turn, stop string, budget)
+
+Whether another step is wanted is decided before it is scheduled; the text is handed out while
+the device computes it. `arguments.py` reads what the caller gives, `answering.py` runs the loop,
+`response.py` is what comes out of it.
+
+The module is not named `generate`, because `mlx_specstream.generate` is the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+
+from ..config import CacheConfig, DecodeConfig
+from ..errors import OptionError
+from ..loading.load import StreamModel
+from ..model.cache import KVCache
+from ..model.prefill import PREFILL_CHUNK
+from ..planner.adaptive import AutoDecoder
+from ..planner.costs import planner_for
+from ..speculation.decode import StreamDecoder
+from ..speculation.plain import PlainDecoder, plain_decoder
+from ..speculation.sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
+from ..speculation.statistics import SpeculationStats
+from .answer import Answer
+from .answering import Answering, Decoder, Progress
+from .arguments import (
+    Prompt,
+    cache_for,
+    needed_sampler,
+    prompt_ids,
+    refuse_unknown,
+    token_budget,
+    wrapped_tokenizer,
+)
+from .response import GenerationResponse, summary
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def generate(
+    model: StreamModel | nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """Return the whole answer to a prompt; `options` are those of `stream_generate`.
+
+    `verbose` prints the text as it comes, then the figures.
+    """
+    if verbose:
+        print("=" * 10)
+    text, response = "", None
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        if verbose:
+            print(response.text, end="", flush=True)
+        text += response.text
+    if verbose:
+        print()
+        print("=" * 10)
+        if response is None or not text:
+            print("No text generated for this prompt")
+        else:
+            print(summary(response))
+    return text
+
+
+def stream_generate(
+    model: StreamModel | nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_cache: KVCache | list[Any] | None = None,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prefill_step_size: int = PREFILL_CHUNK,
+    prompt_progress_callback: Progress | None = None,
+    config: DecodeConfig | None = None,
+    speculative: bool = True,
+    stop: Sequence[str] = (),
+    keep_drafts: bool = False,
+    seed: int | None = None,
+    **mlx_lm_options: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate an answer token by token.
+
+    Args:
+        model: what `load` returns, or a bare mlx-lm model, which is decoded plainly.
+        prompt: a text, or token ids.
+        max_tokens: the most tokens to generate; -1 for as many as the model's context holds.
+        sampler: log-probabilities (n, V) to tokens (n,), as mlx-lm's `make_sampler` makes them;
+            None takes the most likely token.
+        logits_processors: as in mlx-lm; every draft token gets its own history. Also a
+            grammar's (`grammar.py`), for answers that fit a JSON schema.
+        prompt_cache: what earlier text left: a `KVCache`, or a list of mlx-lm's. It is updated.
+        max_kv_size: how many rows a new cache holds where the model has no sliding window (the
+            first four always among them); also for models that mlx-lm ignores it for.
+        kv_bits, kv_group_size, quantized_kv_start: store rows in a few bits, from so many on.
+        config: how to decode; None for the tree that pays here, plain decoding included.
+        speculative: False decodes one token per pass, with the same result.
+        stop: strings that end the answer and are not part of it.
+        seed: of this answer's random numbers; None takes one from MLX's global generator, so
+            that `mx.random.seed` before the call repeats the answer. The same seed gives the
+            same text with any tree and without speculation.
+        keep_drafts: put every verified tree into its tokens' responses.
+
+    Raises:
+        OptionError: an argument that cannot be used. Raised by the call, before the first token.
+        ModelError: the model computes NaN.
+    """
+    refuse_unknown(mlx_lm_options)
+    if not isinstance(model, StreamModel):
+        model = StreamModel.plain(model)
+    tokenizer = wrapped_tokenizer(tokenizer)
+    ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
+    caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
+    cache = cache_for(model, prompt_cache, caching)
+    max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
+    if prefill_step_size < 1:
+        raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
+    chooser = TokenChooser(
+        needed_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed
+    )
+    for process in chooser.processors:
+        if isinstance(process, TreeProcessor):
+            process.begin(len(ids))
+    decoder = decoder_for(model, config, chooser, speculative)
+    if not isinstance(decoder, PlainDecoder):
+        decoder.keep_drafts = keep_drafts
+    run = Answering(
+        decoder=decoder,
+        answer=Answer(tokenizer.detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
+        prompt=ids,
+        cache=cache,
+        lent=None if isinstance(prompt_cache, KVCache) else prompt_cache,
+        processors=chooser.processors,
+        stats=SpeculationStats(lossy=chooser.typical is not None),
+    )
+    return run.responses(model.model, prefill_step_size, prompt_progress_callback)
+
+
+def decoder_for(
+    model: StreamModel, config: DecodeConfig | None, chooser: TokenChooser, speculative: bool
+) -> Decoder:
+    """Return the loop over token ids that generates with these settings.
+
+    With the tree `auto` the first call may take some seconds, to measure what steps cost here.
+    """
+    if model.streams is None or not speculative:
+        return plain_decoder(model.backbone, model.streams, chooser)
+    config = config or DecodeConfig()
+    planner = planner_for(model, config)
+    if planner is not None:
+        return AutoDecoder(model.streams, config, chooser, planner)
+    return StreamDecoder(model.streams, config, chooser)

@@ -1,0 +1,58 @@
+"""Stop strings in text that arrives in pieces.
+
+Text that could still become a stop string is held back until it is decided. Feeding the same
+text in other pieces changes nothing: the stop string that is complete first ends the text.
+
+    stop "###"     fed     "a#"   "#b"   "##"   "#c"
+                   given   "a"    "##b"  ""     ""  and stopped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import OptionError
+
+
+class StopStrings:
+    """Finds the first of some strings in a text and holds back what may be its beginning.
+
+    Raises:
+        OptionError: a stop string is empty or no string.
+    """
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        self.strings = (strings,) if isinstance(strings, str) else tuple(strings)
+        if not all(isinstance(string, str) and string for string in self.strings):
+            raise OptionError(
+                f"stop strings must be strings of at least one character, got {self.strings!r}."
+            )
+        self.held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Return the text that is decided now, and whether a stop string ended it."""
+        text = self.held + text
+        ends = [
+            (start + len(string), start)
+            for string in self.strings
+            if (start := text.find(string)) >= 0
+        ]
+        if ends:
+            self.held = ""
+            return text[: min(ends)[1]], True
+        kept = len(text) - self._undecided(text)
+        self.held = text[kept:]
+        return text[:kept], False
+
+    def flush(self) -> str:
+        """Return what was held back: the text is over, so no stop string will be completed."""
+        held, self.held = self.held, ""
+        return held
+
+    def _undecided(self, text: str) -> int:
+        """Return the length of the longest end of `text` that begins a stop string."""
+        longest = max((len(string) - 1 for string in self.strings), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self.strings):
+                return length
+        return 0

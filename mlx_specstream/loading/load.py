@@ -1,0 +1,245 @@
+"""A model with its streams: `load` is mlx-lm's, underneath and in its signature.
+
+What loads is checked before a token is decoded: the family is known, a probe through our view
+gives mlx-lm's own logits, and the streams belong to this base.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import ModelError, OptionError
+from ..model.backbone import Backbone
+from ..model.cache import KVCache
+from ..model.prefill import PREFILL_CHUNK, prefill_chunks
+from ..model.probe import check_backbone
+from ..speculation.streams import Streams
+from ..weights.hub import fetch, first_line, refuse_revision
+from ..weights.shipped import AUTO, find_streams
+from .demo import DEMO_NAME, resolve_demo
+from .gemma import GEMMA_NAME, resolve_gemma
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+log = logging.getLogger("mlx_specstream")
+
+# What mlx-lm fetches, less Python files, plus the streams.
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model", "model*.safetensors")
+STREAM_FILES = ("streams.safetensors",)
+
+
+@dataclass(frozen=True)
+class StreamModel:
+    """An mlx-lm model with the view that decodes it, and its streams if it has any.
+
+    `name` is what it was loaded as, `streams_name` where the streams come from.
+    """
+
+    model: nn.Module
+    backbone: Backbone
+    streams: Streams | None = None
+    name: str = ""
+    streams_name: str = ""
+
+    @classmethod
+    def plain(cls, model: nn.Module) -> StreamModel:
+        """Wrap a bare mlx-lm model, to be decoded without speculation.
+
+        Raises:
+            ModelError: its family is not supported, or the probe shows a difference to mlx-lm.
+        """
+        backbone = Backbone(model)
+        check_backbone(backbone)
+        return cls(model, backbone)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Return the decoder layers; lets mlx-lm's `make_prompt_cache` take this object."""
+        layers: list[nn.Module] = self.model.layers
+        return layers
+
+    @property
+    def context_length(self) -> int | None:
+        """Return how many tokens the model was made for, if its config says so."""
+        limit = getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def prefill(
+        self, tokens: Sequence[int], cache: KVCache, chunk: int = PREFILL_CHUNK
+    ) -> Iterator[int]:
+        """Append `tokens` to a cache a chunk at a time, yielding how many are done.
+
+        For callers that do other work between chunks. The prompt's last token is not for here:
+        `stream_generate` begins from it.
+        """
+        forward = self.backbone.forward if self.streams is None else self.streams.forward
+        return prefill_chunks(forward, tokens, cache, chunk)
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: Literal[False] = False,
+    revision: str | None = None,
+    *,
+    streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
+) -> tuple[StreamModel, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    *,
+    return_config: Literal[True],
+    revision: str | None = None,
+    streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
+) -> tuple[StreamModel, TokenizerWrapper, dict[str, Any]]: ...
+
+
+def load(
+    path_or_hf_repo: str,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    *,
+    streams: str | Path | None = AUTO,
+    streams_revision: str | None = None,
+) -> tuple[StreamModel, TokenizerWrapper] | tuple[StreamModel, TokenizerWrapper, dict[str, Any]]:
+    """Load a model, its tokenizer and its streams.
+
+    Everything but the streams is as in `mlx_lm.load`; `demo` names the demo model. A folder here
+    comes before the hub, where `owner/name@revision` pins a branch, tag or commit as `revision`
+    does. Code that a model brings along is never fetched or run.
+
+    Args:
+        streams_revision: branch, tag or commit of streams on the hub.
+        streams: `auto` (what the model's folder holds, else a shipped set for this base, else
+            none), None (decode plainly), a folder, a hub id or the name of a shipped set.
+
+    Raises:
+        ModelError: the model is missing, damaged, needs code of its own, is of an unsupported
+            family, or does not compute the same through our view as in mlx-lm.
+        StreamsError: the streams are missing, damaged, or of another base.
+    """
+    folder = model_folder(path_or_hf_repo, revision)
+    model, tokenizer, config = _load_mlx_lm(
+        folder, path_or_hf_repo, tokenizer_config, model_config, adapter_path, lazy
+    )
+    backbone = Backbone(model)
+    if not lazy:
+        check_backbone(backbone)
+    weights = find_streams(streams, model, folder, streams_revision)
+    joined = None
+    if weights is not None:
+        joined = Streams(backbone, weights.config, weights.tensors)
+    elif streams == AUTO:
+        log.warning(
+            "note: there are no streams for %s, so it decodes plainly, one token per pass.",
+            path_or_hf_repo,
+        )
+    result = StreamModel(
+        model, backbone, joined, path_or_hf_repo, str(weights.folder) if weights else ""
+    )
+    return (result, tokenizer, config) if return_config else (result, tokenizer)
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: `demo`, a folder here, `gemma3-270m`, or a hub id, fetched if need be.
+
+    Raises:
+        ModelError: there is no such model.
+        OptionError: a revision of what is not on the hub.
+    """
+    if name == DEMO_NAME:
+        refuse_revision(name, revision, "the demo model")
+        return resolve_demo()
+    folder = Path(name).expanduser()
+    if folder.exists():
+        refuse_revision(name, revision, "a path here")
+    elif name == GEMMA_NAME:
+        refuse_revision(name, revision, "a model of the package index")
+        return resolve_gemma()
+    else:
+        folder = fetch(
+            name, "model", ModelError, patterns=(*MODEL_FILES, *STREAM_FILES), revision=revision
+        )
+    if not folder.is_dir():
+        raise ModelError(
+            f"{name} is a file, but a model is a folder with config.json and model*.safetensors; "
+            "name that folder, or make one with specstream convert."
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name} holds no config.json, so it is no model folder; name a folder that mlx-lm "
+            "loads, or make one with specstream convert."
+        )
+    return folder
+
+
+def _load_mlx_lm(
+    folder: Path,
+    name: str,
+    tokenizer_config: dict[str, Any] | None,
+    model_config: dict[str, Any] | None,
+    adapter_path: str | None,
+    lazy: bool,
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Load a folder with mlx-lm, running no code from it; every failure becomes one sentence."""
+    import mlx_lm
+    from mlx_lm.utils import load_config
+
+    tokenizer_config = dict(tokenizer_config or {})
+    if tokenizer_config.get("trust_remote_code"):
+        raise OptionError(
+            "trust_remote_code is not supported: mlx-specstream never runs code that a model "
+            "brings along; leave it out."
+        )
+    # None would make transformers ask on the terminal.
+    tokenizer_config["trust_remote_code"] = False
+    try:
+        if load_config(folder).get("model_file"):
+            raise ModelError(
+                f"the model {name} wants to run Python code of its own (model_file), which "
+                "mlx-specstream never does; use a model whose architecture mlx-lm knows."
+            )
+        loaded = mlx_lm.load(
+            str(folder),
+            tokenizer_config=tokenizer_config,
+            model_config=model_config,
+            adapter_path=adapter_path,
+            lazy=lazy,
+            return_config=True,
+        )
+        # A truncated file only shows when its last tensor is read.
+        if not lazy:
+            mx.eval(loaded[0].parameters())
+    except ModelError:
+        raise
+    except Exception as error:  # whatever mlx, mlx-lm, transformers and tokenizers raise
+        raise ModelError(
+            f"the model {name} cannot be loaded: {first_line(error)}; its files are damaged or "
+            "incomplete, or this version of mlx-lm does not know it."
+        ) from error
+    model, tokenizer, config = loaded
+    return model, tokenizer, config

@@ -1,0 +1,237 @@
+"""A planner for a loaded model: costs from the cache of earlier measurements, or measured now.
+
+Costs are measured once for a machine, a model and its streams, and kept as JSON in the cache
+folder under a name made of all they hold for (`identity.py`). A file that cannot be read is
+measured again; a folder that cannot be written is no reason to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
+
+from ..config import DecodeConfig
+from ..errors import OptionError, OutputError
+from ..loading.model_cache import cache_folder
+from ..speculation.streams import Streams
+from ..weights.files import atomic_file
+from .acceptance import AcceptanceProfile, assumed_profile, profile_of
+from .choose import forecasts
+from .curve import CostCurve
+from .identity import identity, this_machine, weight_bits
+from .measure import BUDGET_S, measure
+from .planner import Planner
+from .prior import ModelSize, chip_named, prior_curve
+from .settings import Plan, candidates, fused_row_limit
+
+if TYPE_CHECKING:
+    from ..loading.load import StreamModel
+
+log = logging.getLogger("mlx_specstream")
+
+VERSION = 1
+ENOUGH = 2
+BUDGET = "SPECSTREAM_PLAN_SECONDS"
+"""Environment variable: seconds that measuring may take; 0 for none."""
+
+# The first measured tell most of the others; then small before large.
+_FIRST = ("4", "8", "chain", "16", "chain2", "5", "4 inline")
+
+PROMISING = 4  # plans that are measured before these, where published figures tell which
+
+_planners: weakref.WeakKeyDictionary[Streams, dict[tuple[str, bool], Planner]]
+_planners = weakref.WeakKeyDictionary()
+
+
+def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Planner | None:
+    """Return the planner of a loaded model, made at the first call; it lives as long as the model.
+
+    Where measuring is turned off, its costs are those published for the chip. None if there are
+    none, `config` leaves nothing to plan, the model has no streams, or it computes NaN.
+    """
+    config = config or DecodeConfig()
+    streams = model.streams
+    if streams is None or config.tree.kind != "auto":
+        return None
+    if config.prune is not None or config.stream_nodes:
+        return None
+    known = _planners.setdefault(streams, {})
+    key = (config.schedule, config.use_conditioner)
+    if key not in known:
+        curve = step_costs(model) if _budget(BUDGET_S) else published_costs(model)
+        if curve is None:
+            return None
+        allowed = set(model_plans(model, config))
+        plans = [plan for plan in curve.steps if plan in allowed]
+        if not plans:
+            return None
+        known[key] = Planner(curve, acceptance(model), plans, clock=time.perf_counter)
+    return known[key]
+
+
+def is_planned(config: DecodeConfig | None) -> bool:
+    """Tell whether what pays is to be found out: no tree was named, and measuring is not turned off."""
+    return (config is None or config.tree.kind == "auto") and _budget(BUDGET_S) > 0
+
+
+def acceptance(model: StreamModel) -> AcceptanceProfile:
+    """Return what was recorded with the model's streams, or what is assumed of any streams."""
+    assert model.streams is not None
+    G = model.streams.num_streams
+    found = profile_of(model.streams_name)
+    return found if found is not None and found.num_streams == G else assumed_profile(G)
+
+
+def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[Plan]:
+    """Return the plans worth a look for a model, in the order in which to measure them."""
+    assert model.streams is not None
+    trained, schedule = model.streams.config, (config or DecodeConfig()).schedule
+    recorded = profile_of(model.streams_name)
+    plans = candidates(
+        trained.num_streams,
+        trained.mode,
+        schedule,
+        prunable=bool(trained.pruner_rank and recorded and recorded.has_pruned),
+        ends_known=bool(recorded and recorded.has_ends),
+        row_limit=_row_limit(model),
+    )
+    first = [f"chain{trained.num_streams}" if name == "chain" else name for name in _FIRST]
+    if (prior := published_costs(model, plans)) is not None:
+        promising = forecasts(prior, acceptance(model))[:PROMISING]
+        first = [*(f.name for f in promising), *first]
+    return sorted(plans, key=lambda p: first.index(p.name) if p.name in first else len(first))
+
+
+def published_costs(model: StreamModel, plans: Sequence[Plan] | None = None) -> CostCurve | None:
+    """Return what `plans` (None: all) should cost on this chip, None if no figures are published.
+
+    They are of dense models: experts are read by as many rows as ask for them.
+    """
+    assert model.streams is not None
+    machine = this_machine()
+    chip = chip_named(machine.chip) if machine.backend == "metal" else None
+    if chip is None or has_experts(model.model):
+        return None
+    trained, backbone = model.streams.config, model.backbone
+    size = ModelSize(
+        model.name,
+        backbone.num_layers,
+        float(sum(map(get_total_parameters, backbone.layers))),
+        float(backbone.vocab_size * backbone.hidden_size),
+        trained.num_msa_layers,
+    )
+    plans = model_plans(model) if plans is None else plans
+    return prior_curve(chip, weight_bits(model.model), size, trained.num_streams, plans)
+
+
+def step_costs(
+    model: StreamModel,
+    *,
+    budget_s: float | None = None,
+    refresh: bool = False,
+    announce: Callable[[str], None] | None = None,
+) -> CostCurve | None:
+    """Return the cost curve of a model with streams: cached, else measured now and cached.
+
+    None if measuring is turned off (a budget of 0), or the model computes NaN.
+
+    Args:
+        budget_s: seconds that measuring may take; None for SPECSTREAM_PLAN_SECONDS, else 8.
+        refresh: measure even if the cache has it.
+        announce: told in a sentence that measuring begins; None logs it.
+
+    Raises:
+        OptionError: SPECSTREAM_PLAN_SECONDS is no number of seconds.
+    """
+    assert model.streams is not None
+    budget_s = _budget(BUDGET_S) if budget_s is None else budget_s
+    key = identity(model)
+    path = cached_at(key)
+    if not refresh and (known := read_curve(path, key)) is not None:
+        return known
+    if budget_s <= 0:
+        return None
+    profile = acceptance(model)
+    (announce or log.warning)(
+        f"note: measuring once, for up to {budget_s:g} seconds, what decoding steps of {model.name} "
+        "cost on this machine."
+    )
+    curve = measure(
+        model.streams,
+        model_plans(model),
+        budget_s=budget_s,
+        tokens_per_step=profile.tokens_per_step,
+    )
+    if curve is None:
+        return None
+    curve = replace(curve, key=key)
+    # Of a machine that was too busy for more than one plan, nothing is kept.
+    if curve.complete or len(curve.steps) >= ENOUGH:
+        write_curve(path, curve)
+    return curve
+
+
+def cached_at(key: dict[str, object]) -> Path:
+    """Return the file that costs with this key are kept in."""
+    text = json.dumps({"version": VERSION, **key}, sort_keys=True)
+    return cache_folder() / "costs" / f"{sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+def read_curve(path: Path, key: dict[str, object]) -> CostCurve | None:
+    """Return the curve in a file; None if there is none for this key, or it is damaged."""
+    try:
+        curve = CostCurve.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return curve if dict(curve.key) == json.loads(json.dumps(key)) and curve.steps else None
+
+
+def write_curve(path: Path, curve: CostCurve) -> None:
+    """Keep a curve; one that cannot be kept is measured again next time."""
+    try:
+        with atomic_file(path, if_exists="replace") as partial:
+            partial.write_text(json.dumps(curve.to_dict(), indent=1), encoding="utf-8")
+    except (OutputError, OSError) as error:
+        log.debug("costs are not kept: %s", error)
+
+
+def _budget(otherwise: float) -> float:
+    text = os.environ.get(BUDGET)
+    if text is None:
+        return otherwise
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 3600:
+        raise OptionError(f"{BUDGET} must be a number of seconds from 0 to 3600, got {text!r}.")
+    return seconds
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Tell whether a row goes through some of a layer's weights only."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return any(isinstance(m, QuantizedSwitchLinear | SwitchLinear) for m in model.modules())
+
+
+def _row_limit(model: StreamModel) -> int | None:
+    """Return how many rows Metal's attention for short queries takes; None on other back ends."""
+    import mlx.core as mx
+
+    if "gpu" not in str(mx.default_device()).lower() or not mx.metal.is_available():
+        return None
+    arguments = getattr(model.model, "args", None)
+    heads = getattr(arguments, "num_attention_heads", 0) or 1
+    return fused_row_limit(heads, getattr(arguments, "num_key_value_heads", 0) or heads)

@@ -1,0 +1,118 @@
+"""Samples of what a cost curve is made of: plain tokens and dependent steps at a fixed context.
+
+A cache of zeros stands in for committed text: what the model says there is nonsense, but it costs
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+from ..config import DecodeConfig
+from ..model.cache import KVCache
+from ..speculation.decode import StreamDecoder
+from ..speculation.plain import PlainDecoder, plain_decoder
+from ..speculation.result import StepResult
+from ..speculation.sampling import TokenChooser
+from ..speculation.streams import Streams
+from ..speculation.tree import DraftTree, root_only
+from .settings import Plan
+
+TOKENS = 3  # of plain decoding per sample
+_TOKEN = 1
+
+
+class PlainTokens:
+    """Plain decoding at a fixed context, pipelined as it really runs."""
+
+    def __init__(self, streams: Streams, clock: Callable[[], float]) -> None:
+        self.decoder = plain_decoder(streams.backbone, streams, TokenChooser())
+        self.caches = _Caches(streams)
+        self.clock = clock
+
+    def sample(self, context: int) -> float:
+        """Return the seconds of a token, on average over a pipelined run.
+
+        Timed from an idle device to an idle device: a result alone tells little, since scheduling
+        the pass after it may take until most of that is computed.
+        """
+        cache = self.caches.at(context)
+        self.decoder.chooser.history.clear()
+        left = TOKENS
+
+        def more(_: StepResult) -> bool:
+            nonlocal left
+            left -= 1
+            return left > 0
+
+        # The last pass is known to be the last, so that none runs on into the next sample.
+        steps: Iterator[StepResult] = (
+            self.decoder.steps(_TOKEN, cache, more, lambda: left > 1)
+            if isinstance(self.decoder, PlainDecoder)
+            else self.decoder.steps(_TOKEN, cache, more)
+        )
+        mx.synchronize()
+        begin = self.clock()
+        for _ in steps:
+            pass
+        mx.synchronize()
+        return (self.clock() - begin) / TOKENS
+
+
+class Steps:
+    """Dependent steps with one plan at a fixed context."""
+
+    def __init__(self, streams: Streams, plan: Plan, clock: Callable[[], float]) -> None:
+        self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenChooser())
+        self.caches = _Caches(streams)
+        self.clock = clock
+        self.tree: DraftTree | None = None
+
+    def sample(self, context: int, number: int) -> float:
+        """Return the seconds of a step, on average over `number` of them."""
+        cache = self.caches.at(context)
+        if self.tree is None:
+            self.tree = self._step(root_only(mx.array([_TOKEN])), cache)
+        begin = self.clock()
+        for _ in range(number):
+            self.tree = self._step(self.tree, cache)
+        # Only now is the last step's draft complete; in a loop the next step would wait for it.
+        mx.eval(self.tree.arrays)
+        return (self.clock() - begin) / number
+
+    def restart(self, context: int) -> float:
+        """Return the seconds of a step of the root alone."""
+        cache = self.caches.at(context)
+        begin = self.clock()
+        mx.eval(self._step(root_only(mx.array([_TOKEN])), cache).arrays)
+        return self.clock() - begin
+
+    def _step(self, tree: DraftTree, cache: KVCache) -> DraftTree:
+        self.decoder.chooser.history.clear()
+        step = self.decoder.stepper.step(tree, cache)
+        step.schedule()
+        tree = step.next_tree  # also where the path ends without streams: it costs the same
+        self.decoder.finish(step, cache)
+        return tree
+
+
+class _Caches:
+    """A KV cache whose committed text is nothing but zeros, rewound for every sample."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+        self.made: dict[int, KVCache] = {}
+
+    def at(self, context: int) -> KVCache:
+        if context not in self.made:
+            cache = KVCache(self.streams.backbone.num_layers)
+            # A row at the far end makes buffers of zeros before it.
+            cache.length = context
+            self.streams.forward(mx.array([_TOKEN]), cache)
+            mx.eval(cache.arrays)
+            self.made = {context: cache}  # one at a time: long ones are large
+        cache = self.made[context]
+        cache.rewind(context)
+        return cache

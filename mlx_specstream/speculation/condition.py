@@ -1,0 +1,155 @@
+"""Parent-conditioned candidates: re-rank what a stream proposes, given the token it follows.
+
+The paper's streams are marginals: stream 2 does not know which token stream 1 proposed, nor
+stream 1 which root was chosen. For a parent token p with embedding row e_p, and the final
+normed hidden state s of stream j,
+
+    Δ(p, s) = W2 · silu(W1 · [ê_p ; ŝ]) + B·A·ê_p        x̂ = x / rms(x)
+
+and the logits of the stream's best candidates c gain E_c · Δ, renormalised over the probability
+those candidates had together. An extension of ours, not in the paper; acceptance does not care
+where candidates come from, so decoding stays exactly lossless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..model.backbone import Backbone
+
+NUM_CANDIDATES = 32  # of a stream's best, the ones that are re-ranked
+GROUP = 64  # neighbouring ids whose maximum is looked at first
+NUM_GROUPS = 128  # at least NUM_CANDIDATES, the widest TreeSpec.branching
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best candidates of each stream, without regard to a parent, best first.
+
+    ids: (γ, C) int32. log_probs: (γ, C) float32. hidden: (γ, h), the final normed states.
+    """
+
+    ids: mx.array
+    log_probs: mx.array
+    hidden: mx.array
+
+
+def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates:
+    """Return the `count` best candidates of each stream from logits (γ, V).
+
+    In two rounds: the best `count` all lie in the `count` groups of neighbouring ids with the
+    highest maxima, so only the best groups are looked into. Partitioning and normalising whole
+    rows of a large vocabulary is many times slower; probabilities are therefore relative to the
+    best `NUM_GROUPS` groups, which hold nearly all of a row's mass. They only rank drafts.
+    """
+    R, V = logits.shape
+    count = min(count, V)
+    logits = logits.astype(mx.float32)
+    if V > 2 * GROUP * NUM_GROUPS:
+        if missing := -V % GROUP:
+            logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
+        groups = logits.reshape(R, -1, GROUP)
+        best = mx.argpartition(-groups.max(axis=-1), kth=NUM_GROUPS - 1, axis=-1)
+        best = best[:, :NUM_GROUPS, None]
+        logits = mx.take_along_axis(groups, best, axis=1).reshape(R, -1)
+        # Only streams that overflowed to NaN rank behind the padding: any token will do then.
+        ids = mx.minimum(best * GROUP + mx.arange(GROUP), V - 1).reshape(R, -1)
+    else:
+        ids = mx.broadcast_to(mx.arange(V), (R, V))
+    if count == 1:
+        top = mx.argmax(logits, axis=-1, keepdims=True)
+    else:
+        top = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
+    values = mx.take_along_axis(logits, top, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    values = mx.take_along_axis(values, order, axis=-1)
+    ids = mx.take_along_axis(ids, mx.take_along_axis(top, order, axis=-1), axis=-1)
+    log_probs = values - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return Candidates(ids.astype(mx.int32), log_probs, hidden)
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """The correction's weights: mlp_in (m, 2h), mlp_out (h, m), lora_a (h, r), lora_b (r, h)."""
+
+    mlp_in: mx.array
+    mlp_out: mx.array
+    lora_a: mx.array
+    lora_b: mx.array
+
+    def correction(self, parents: mx.array, hidden: mx.array) -> mx.array:
+        """Return Δ (W, h) for the parents' embedding rows (W, h) and one stream's state (h,)."""
+        e = _unit(parents)
+        s = mx.broadcast_to(_unit(hidden), e.shape)
+        mlp = nn.silu(mx.concatenate([e, s], axis=-1) @ self.mlp_in.T) @ self.mlp_out.T
+        return mlp + (e @ self.lora_a) @ self.lora_b
+
+
+class ConditionedProposer:
+    """Candidates of each level given their parents, as `tree.build` asks for them.
+
+    What does not depend on the parent is computed once for all levels: the stream's half of W1,
+    and E_c·W2 and E_c·B of every candidate, so that a level costs two small products.
+    """
+
+    def __init__(self, conditioner: Conditioner, backbone: Backbone, marginal: Candidates) -> None:
+        self.backbone = backbone
+        self.marginal = marginal
+        m, h = conditioner.mlp_out.shape[::-1]
+        from_parent, from_stream = conditioner.mlp_in[:, :h], conditioner.mlp_in[:, h:]
+        self.hidden_size = m
+        self.from_parent = mx.concatenate([from_parent.T, conditioner.lora_a], axis=1)  # (h, m + r)
+        self.of_stream = _unit(marginal.hidden) @ from_stream.T  # (γ, m)
+        rows = backbone.head_rows(marginal.ids.reshape(-1))
+        out = mx.concatenate([conditioner.mlp_out, conditioner.lora_b.T], axis=1)  # (h, m + r)
+        self.keys = (rows @ out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
+        # The candidates' mass is the same for every parent.
+        self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
+
+    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
+        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
+        m = self.hidden_size
+        state = mx.concatenate([nn.silu(e[:, :m] + self.of_stream[level]), e[:, m:]], axis=1)
+        gain = (state @ self.keys[level].T).astype(mx.float32)
+        scores = self.marginal.log_probs[level] + gain
+        log_probs = scores + (self.mass[level] - mx.logsumexp(scores, axis=-1, keepdims=True))
+        return mx.broadcast_to(self.marginal.ids[level], scores.shape), log_probs
+
+    def best(self, rows: mx.array, parents: mx.array) -> mx.array:
+        """Return the best candidate (W,) int32 of each parent (W,) at a stream of its own.
+
+        rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
+        row per sequence and stream.
+        """
+        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
+        m = self.hidden_size
+        of_stream = mx.take(self.of_stream, rows, axis=0)
+        state = mx.concatenate([nn.silu(e[:, :m] + of_stream), e[:, m:]], axis=1)
+        gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None])[..., 0].astype(mx.float32)
+        scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        ids = mx.take(self.marginal.ids, rows, axis=0)
+        return mx.take_along_axis(ids, best, axis=-1)[:, 0]
+
+
+class MarginalProposer:
+    """The paper's candidates: the same for every parent."""
+
+    def __init__(self, marginal: Candidates) -> None:
+        self.marginal = marginal
+
+    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
+        shape = (parents.shape[0], self.marginal.ids.shape[1])
+        ids, log_probs = self.marginal.ids[level], self.marginal.log_probs[level]
+        return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)
+
+
+def _unit(x: mx.array) -> mx.array:
+    """Return x (..., h) divided by its root mean square."""
+    return mx.fast.rms_norm(x, None, _EPSILON)

@@ -1,0 +1,195 @@
+"""Draft trees: which tokens a step verifies, and who descends from whom.
+
+A tree lives on the device as three vectors. Node 0 is the root, a token the main stream has
+already chosen; a node at depth d was proposed by stream d; parents come before their children.
+
+    tokens   [ A   B   C   D ]          A ── B ── D
+    parents  [ 0   0   0   1 ]            └─ C
+    depths   [ 0   1   1   2 ]
+
+    ancestors (row sees column)   A B C D
+                              A [ 1 . . . ]
+                              B [ 1 1 . . ]
+                              C [ 1 . 1 . ]
+                              D [ 1 1 . 1 ]
+
+Trees are built level by level, so that candidates may depend on the token they follow
+(`condition.py`); streams alone give marginals, for which every parent gets the same candidates.
+Pure functions of arrays: nothing here knows a model, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import TreeSpec
+
+# (level from 0, parent tokens (W,)) -> candidates (W, k) int32 and their log-probabilities
+# (W, k) float32, in any order. Candidates of one parent are distinct.
+Proposer = Callable[[int, mx.array], tuple[mx.array, mx.array]]
+
+# Taken off a path's log-probability per level, so that a certain child (log-probability 0)
+# never ranks before its parent: the best nodes always include their ancestors.
+_LEVEL_COST = 1e-4
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree of draft tokens on the device; `depth` is the deepest a node can lie.
+
+    tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
+    node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
+    float32, what the nodes' paths were ranked by, if the tree was ranked.
+    """
+
+    tokens: mx.array
+    parents: mx.array
+    depths: mx.array
+    depth: int
+    alive: mx.array | None = None
+    scores: mx.array | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return the vectors to evaluate together with a step."""
+        scores = [] if self.scores is None else [self.scores]
+        return [self.tokens, self.parents, self.depths, *scores]
+
+    def expected(self) -> mx.array | None:
+        """Return how many drafts should be accepted by their own probabilities, () float32.
+
+        The sum of the probabilities that the path reaches a node; None without scores.
+        """
+        if self.scores is None or self.num_nodes < 2:
+            return None
+        return mx.sum(mx.exp(self.scores[1:].astype(mx.float32)))
+
+
+def root_only(token: mx.array) -> DraftTree:
+    """Return the tree of one node; `token` is a scalar or (1,) integer array."""
+    zero = mx.zeros((1,), dtype=mx.int32)
+    return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0)
+
+
+def chain(tokens: mx.array) -> DraftTree:
+    """Return root and drafts in a row, (T,) integers, as a tree."""
+    T = tokens.shape[0]
+    nodes = mx.arange(T, dtype=mx.int32)
+    return DraftTree(tokens.astype(mx.int32), mx.maximum(nodes - 1, 0), nodes, depth=T - 1)
+
+
+def ancestors(parents: mx.array, depth: int) -> mx.array:
+    """Return the mask (T, T) bool in which node i sees itself and every node above it.
+
+    `parents` is (T,) int32 with parents[0] = 0; `depth` bounds the depth of any node. A node
+    sees what its parent sees, and itself.
+    """
+    T = parents.shape[0]
+    itself = mx.eye(T, dtype=mx.bool_)
+    seen = itself
+    for _ in range(depth):
+        seen = itself | mx.take(seen, parents, axis=0)
+    return seen
+
+
+def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -> DraftTree:
+    """Grow a tree below `root` level by level and keep the nodes the spec asks for.
+
+    A path's score is the sum of its nodes' log-probabilities (the product of probabilities).
+    Every level keeps its best `spec.level_widths` nodes; of all levels together, a best-first
+    tree keeps the best `spec.rows` (root included). Shapes depend on the spec alone.
+
+    Args:
+        root: scalar or (1,) integer array, the token of node 0.
+        propose: candidates for the next level, given the tokens of this one.
+    """
+    root = root.reshape(1).astype(mx.int32)
+    widths = spec.level_widths(num_streams)
+    tokens, scores = [root], [mx.zeros((1,), dtype=mx.float32)]
+    parents = [mx.zeros((1,), dtype=mx.int32)]
+    depths = [0]
+    first, level_tokens, level_scores = 0, root, scores[0]
+    for level, width in enumerate(widths):
+        ids, log_probs = propose(level, level_tokens)
+        above, k = int(level_tokens.shape[0]), int(ids.shape[1])
+        if spec.kind == "product" and k > spec.branching:
+            k = spec.branching
+            best = mx.argsort(-log_probs, axis=-1)[:, :k]
+            ids, log_probs = (mx.take_along_axis(a, best, axis=-1) for a in (ids, log_probs))
+        paths = (level_scores[:, None] + (log_probs - _LEVEL_COST)).reshape(-1)
+        ids = ids.reshape(-1)
+        width = min(width, above * k)
+        if width < above * k:
+            best = _best(paths, width)
+            paths, ids = mx.take(paths, best), mx.take(ids, best)
+        else:
+            best = mx.arange(above * k, dtype=mx.int32)
+        parents.append(first + best // k)
+        first = sum(int(t.shape[0]) for t in tokens)
+        tokens.append(ids.astype(mx.int32))
+        scores.append(paths)
+        depths += [level + 1] * width
+        level_tokens, level_scores = tokens[-1], paths
+    tree = DraftTree(
+        mx.concatenate(tokens),
+        mx.concatenate(parents).astype(mx.int32),
+        mx.array(depths, dtype=mx.int32),
+        depth=len(widths),
+        scores=mx.concatenate(scores),
+    )
+    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
+        # The root's score 0 is the highest of all, so it is always among the best.
+        assert tree.scores is not None
+        return select(tree, best_nodes(tree.scores, spec.rows))
+    return tree
+
+
+def select(tree: DraftTree, kept: mx.array) -> DraftTree:
+    """Return the tree of the nodes `kept` alone.
+
+    `kept` is (m,) int32, ascending, holds node 0 and with every node its parent.
+    """
+    place = mx.zeros((tree.num_nodes,), dtype=mx.int32)
+    place[kept] = mx.arange(kept.shape[0], dtype=mx.int32)
+    return DraftTree(
+        mx.take(tree.tokens, kept),
+        mx.take(place, mx.take(tree.parents, kept)),
+        mx.take(tree.depths, kept),
+        depth=min(tree.depth, kept.shape[0] - 1),
+        alive=None if tree.alive is None else mx.take(tree.alive, kept),
+        scores=None if tree.scores is None else mx.take(tree.scores, kept),
+    )
+
+
+def end_chances(tree: DraftTree) -> mx.array:
+    """Return the probability that the accepted path ends at each node, (T,) float32.
+
+    A path ends at a node if it gets there and none of the node's children is right: with p the
+    probability of getting somewhere, p(node) − Σ p(children). `tree` has scores.
+    """
+    assert tree.scores is not None
+    reached = mx.exp(tree.scores)
+    if tree.alive is not None:
+        reached = mx.where(tree.alive, reached, 0)
+    return reached - mx.zeros_like(reached).at[tree.parents[1:]].add(reached[1:])
+
+
+def likely_ends(tree: DraftTree, count: int) -> mx.array:
+    """Return the `count` nodes at which the accepted path likeliest ends, ascending, int32."""
+    return best_nodes(end_chances(tree), count)
+
+
+def best_nodes(scores: mx.array, count: int) -> mx.array:
+    """Return the indices of the `count` highest of `scores` (T,), ascending, (count,) int32."""
+    return mx.sort(_best(scores, count))
+
+
+def _best(scores: mx.array, count: int) -> mx.array:
+    return mx.argsort(-scores)[:count].astype(mx.int32)

@@ -1,0 +1,221 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written beside its target under a temporary name ending in `.partial`, and renamed when complete:
+
+    folder/                            folder/
+      .model.3f9a1c.partial/   --->      model/
+        config.json                        config.json
+        model.safetensors                  model.safetensors
+
+A failure, Ctrl-C included, removes the temporary sibling and leaves what was there before. A killed process leaves at
+worst a `.partial` sibling, which nothing ever reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from ..errors import OutputError
+
+IfExists = Literal["error", "replace", "keep"]
+"""What to do when the target exists already: refuse before any work, replace it when the new one is complete, or keep
+the old one if it has appeared by then (two processes making the same thing)."""
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def atomic_folder(target: str | Path, *, if_exists: IfExists) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `target` when the block ends without an error.
+
+    Parents of `target` are created. An existing empty folder counts as absent.
+
+    Raises:
+        OutputError: `target` exists (`if_exists="error"`), is a file, or cannot be written.
+    """
+    final = _final_path(target)
+    if final.exists() and not final.is_dir():
+        raise OutputError(
+            f"{final} is a file where a folder is to be written; move it or name another folder."
+        )
+    if if_exists == "error" and _occupied(final):
+        raise _exists_already(final)
+    with _plain_sentences(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial_sibling(final)
+        partial.mkdir()
+    try:
+        with _plain_sentences(final, partial):
+            yield partial
+            _sync_tree(partial)
+            _move_folder(partial, final, if_exists)
+            _sync_folder(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: str | Path, *, if_exists: IfExists) -> Iterator[Path]:
+    """Yield a path to write (same suffix as `target`); it becomes `target` when the block ends without an error.
+
+    The file does not exist yet when the block starts, and must when it ends. Parents of `target` are created.
+
+    Raises:
+        OutputError: `target` exists (`if_exists="error"`), is a folder, or cannot be written.
+    """
+    final = _final_path(target)
+    if final.is_dir():
+        raise OutputError(f"{final} is a folder where a file is to be written; name a file.")
+    if if_exists == "error" and final.exists():
+        raise _exists_already(final)
+    with _plain_sentences(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial_sibling(final, final.suffix)
+    try:
+        with _plain_sentences(final, partial):
+            yield partial
+            _sync_file(partial)
+            _move_file(partial, final, if_exists)
+            _sync_folder(final.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(target: str | Path) -> None:
+    """Remove the `.partial` siblings that killed processes left beside `target`.
+
+    Only for a caller that knows nobody is writing `target` now (it holds a lock).
+    """
+    final = _final_path(target)
+    for sibling in final.parent.glob(f".{_escaped(final.name)}.*{_PARTIAL}*"):
+        if sibling.is_dir() and not sibling.is_symlink():
+            shutil.rmtree(sibling, ignore_errors=True)
+        else:
+            sibling.unlink(missing_ok=True)
+
+
+def _final_path(target: str | Path) -> Path:
+    """Return `target` as an absolute path with links followed, so that a link keeps pointing where it does."""
+    return Path(os.path.realpath(Path(target).expanduser()))
+
+
+def _partial_sibling(final: Path, suffix: str = "") -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{_PARTIAL}{suffix}")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _occupied(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _exists_already(final: Path) -> OutputError:
+    return OutputError(
+        f"{final} exists already and is left as it is; remove it or name another place."
+    )
+
+
+def _move_folder(partial: Path, final: Path, if_exists: IfExists) -> None:
+    """Rename `partial` to `final`; on POSIX a rename onto an empty folder succeeds, onto a full one fails."""
+    try:
+        partial.rename(final)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if if_exists == "keep":
+        return
+    if if_exists == "error":
+        raise _exists_already(final)
+    old = _partial_sibling(final)
+    final.rename(old)
+    try:
+        partial.rename(final)
+    except BaseException:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_file(partial: Path, final: Path, if_exists: IfExists) -> None:
+    if if_exists == "replace":
+        partial.replace(final)
+        return
+    try:
+        os.link(partial, final)  # unlike a rename, fails if somebody made the file meanwhile
+    except FileExistsError:
+        if if_exists == "error":
+            raise _exists_already(final) from None
+    except OSError:  # a file system without hard links
+        if not final.exists():
+            partial.replace(final)
+        elif if_exists == "error":
+            raise _exists_already(final) from None
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames inside `path` durable; some file systems do not offer it for folders."""
+    with suppress(OSError):
+        _sync_file(path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_file(Path(parent) / name)
+        _sync_folder(Path(parent))
+
+
+@contextmanager
+def _plain_sentences(final: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn a failure to write `final` into one sentence; let every other error through."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
+        reason = _reason(error, partial)
+        if reason is None:
+            raise
+        raise OutputError(
+            f"{final} cannot be written: {reason}; nothing was left behind."
+        ) from error
+
+
+def _reason(error: Exception, partial: Path | None) -> str | None:
+    """Say why writing failed, or None if `error` is about something else (an input file, a bug)."""
+    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        return "the disk is full; free some space or name another place"  # safetensors gives the words, no errno
+    if not isinstance(error, OSError):
+        return None
+    if error.filename and partial and not str(error.filename).startswith(str(partial)):
+        return None
+    reasons = {
+        errno.EACCES: "permission is missing; name a place you may write to",
+        errno.EPERM: "permission is missing; name a place you may write to",
+        errno.EROFS: "the file system is read-only; name another place",
+        errno.ENOTDIR: "a part of its path is a file, not a folder",
+        errno.EEXIST: "a part of its path is a file, not a folder",
+        errno.ENAMETOOLONG: "its name is too long for this file system",
+        errno.EFBIG: "it is larger than this file system allows",
+        errno.EIO: "the device reports an input/output error",
+    }
+    return reasons.get(error.errno or 0)

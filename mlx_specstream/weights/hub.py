@@ -1,0 +1,107 @@
+"""Fetching from the Hugging Face hub, with every way it can fail told in one sentence.
+
+`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the token of `hf auth login` do what they always
+do: the hub's own client reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import OptionError, SpecStreamError
+
+_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+
+
+def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Split `owner/name@revision` into the id and the revision, a branch, tag or commit.
+
+    Raises:
+        OptionError: `revision` names another one.
+    """
+    bare, at, own = name.rpartition("@")
+    if not at or not own or not _ID.fullmatch(bare):
+        return name, revision
+    if revision not in (None, own):
+        raise OptionError(f"{name} names the revision {own}, and the option names {revision}.")
+    return bare, own
+
+
+def refuse_revision(name: str, revision: str | None, kind: str) -> None:
+    """Refuse a revision of what is not on the hub.
+
+    Raises:
+        OptionError: a revision is given.
+    """
+    if revision is not None:
+        raise OptionError(
+            f"a revision is for the Hugging Face hub, and {name} is {kind}; leave out {revision!r}."
+        )
+
+
+def fetch(
+    name: str,
+    what: str,
+    error: type[SpecStreamError],
+    *,
+    patterns: Sequence[str],
+    revision: str | None = None,
+) -> Path:
+    """Return the local folder of the hub's `name`, fetching the files of these patterns if need be.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+
+    Raises:
+        SpecStreamError: of the type `error`: no such id, no access, no network, no space.
+    """
+    from huggingface_hub import snapshot_download
+
+    bare, revision = pinned(name, revision)
+    try:
+        return Path(snapshot_download(bare, revision=revision, allow_patterns=list(patterns)))
+    except Exception as failure:  # its own, requests', httpx's and the system's errors alike
+        raise error(
+            f"there is no folder {name!r} here, and {_reason(bare, what, revision, failure)}."
+        ) from failure
+
+
+def _reason(name: str, what: str, revision: str | None, failure: Exception) -> str:
+    """Say why the hub gave nothing, and what to do."""
+    from huggingface_hub import constants, errors
+
+    offline = isinstance(failure, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+    if offline and constants.HF_HUB_OFFLINE:
+        at = f" at revision {revision}" if revision else ""
+        return (
+            f"the hub's cache does not hold {name}{at}, while HF_HUB_OFFLINE forbids to fetch it; "
+            "fetch it once with HF_HUB_OFFLINE unset, or name a folder"
+        )
+    if isinstance(failure, errors.GatedRepoError):
+        return (
+            f"the Hugging Face hub gives {name} only to those who accepted its terms; accept them "
+            "on its page, log in with 'hf auth login' and try again"
+        )
+    if isinstance(failure, errors.RevisionNotFoundError):
+        return (
+            f"{name} on the Hugging Face hub has no revision {revision!r}; name a branch, a tag "
+            "or a commit of it"
+        )
+    if isinstance(failure, errors.RepositoryNotFoundError):
+        return (
+            f"no {what} {name!r} on the Hugging Face hub that may be read; check the name, and "
+            "log in with 'hf auth login' if it is private"
+        )
+    return (
+        f"no {what} of that name could be fetched from the Hugging Face hub "
+        f"({first_line(failure)}); check the name and the network"
+    )
+
+
+def first_line(failure: BaseException, limit: int = 200) -> str:
+    """Return what an error says in one line without a closing full stop, or its class's name."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    said = lines[0] if lines else type(failure).__name__
+    return (said if len(said) <= limit else said[: limit - 1] + "…").rstrip(".:")

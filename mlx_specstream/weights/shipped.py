@@ -1,0 +1,94 @@
+"""Which streams to use: those a person names, those in the model's folder, or a set shipped here.
+
+streams=None      decode plainly
+streams="auto"    what the model's folder holds, else a shipped set for this base, else none
+streams="x"       a folder, the name of a shipped set, or `owner/name[@revision]` on the hub
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mlx.nn as nn
+
+from ..errors import StreamsError
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
+from .fingerprint import fingerprint, same_base
+from .hub import fetch, refuse_revision
+
+SHIPPED = Path(__file__).parents[1] / "shipped"
+AUTO = "auto"
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(@\S+)?")
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the stream sets that come with the package."""
+    if not SHIPPED.is_dir():
+        return []
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / CONFIG_FILE).is_file())
+
+
+def find_streams(
+    streams: str | Path | None,
+    model: nn.Module,
+    model_folder: Path,
+    revision: str | None = None,
+) -> StreamWeights | None:
+    """Load the streams asked for and make sure that they belong to `model`.
+
+    Raises:
+        StreamsError: there are none of that name, they are damaged or of another base.
+        OptionError: a revision of what is not on the hub.
+    """
+    if streams is None or streams == AUTO:
+        refuse_revision("--streams", revision, f"{streams or 'none'}")
+        if streams is None:
+            return None
+    folder = _automatic(model, model_folder) if streams == AUTO else _named(streams, revision)
+    if folder is None:
+        return None
+    weights = load_streams(folder)
+    weights.check_base(model)
+    return weights
+
+
+def _automatic(model: nn.Module, model_folder: Path) -> Path | None:
+    """Return the model folder if it holds streams, else a shipped set for the same base.
+
+    A shipped set is only taken unasked if it is lossless: shared streams change the text.
+    """
+    if any((model_folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return model_folder
+    own = fingerprint(model)
+    for name in shipped_names():
+        fields = json.loads((SHIPPED / name / CONFIG_FILE).read_text(encoding="utf-8"))
+        wanted = fields.get("base_fingerprint")
+        if wanted and fields.get("mode", "lossless") == "lossless" and not same_base(wanted, own):
+            return SHIPPED / name
+    return None
+
+
+def _named(streams: str | Path, revision: str | None) -> Path:
+    """Return the folder of a name: a folder here, a shipped set, or fetched from the hub."""
+    folder = Path(streams).expanduser()
+    if folder.is_dir():
+        refuse_revision(str(streams), revision, "a folder here")
+        return folder
+    if str(streams) in shipped_names():
+        refuse_revision(str(streams), revision, "a set shipped with mlx-specstream")
+        return SHIPPED / str(streams)
+    known = ", ".join(shipped_names()) or "none yet"
+    if folder.exists():
+        raise StreamsError(
+            f"{folder} is a file, but streams are a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
+            "name that folder."
+        )
+    if not _HUB_ID.fullmatch(str(streams)):
+        raise StreamsError(
+            f"there are no streams {str(streams)!r}: neither a folder here nor one of the shipped "
+            f"sets ({known}) nor an id like owner/name on the Hugging Face hub."
+        )
+    files = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")  # what was accepted (plan/acceptance.py)
+    return fetch(str(streams), "streams", StreamsError, patterns=files, revision=revision)

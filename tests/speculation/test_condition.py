@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_specstream.model.backbone import Backbone
+from mlx_specstream.speculation.condition import (
+    GROUP,
+    NUM_GROUPS,
+    Candidates,
+    ConditionedProposer,
+    Conditioner,
+    MarginalProposer,
+    top_candidates,
+)
+from tests.support.engine import examples, random_tensors, small_model, stream_config
+
+
+@examples(60)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 12, 63, 64, 65, 1000, 2 * GROUP * NUM_GROUPS, 16385, 20001]),
+    st.sampled_from([1, 2, 8, 32, 64]),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_top_candidates_against_a_sort(
+    rows: int, vocab: int, count: int, seed: int, together: bool
+) -> None:
+    logits = np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32)
+    if together:  # the best ones side by side, in one group of ids
+        logits[:, : min(vocab, 40)] += 9
+    hidden = mx.zeros((rows, 4))
+    found = top_candidates(mx.array(logits), hidden, count)
+    assert found.ids.dtype == mx.int32
+    order = np.argsort(-logits, axis=-1)[:, : min(count, vocab)]
+    np.testing.assert_array_equal(np.array(found.ids), order)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    wanted = np.take_along_axis(exact, order, axis=-1)
+    if vocab <= 2 * GROUP * NUM_GROUPS:
+        np.testing.assert_allclose(np.array(found.log_probs), wanted, atol=1e-4)
+    else:  # relative to the best groups: too high by one number per row, never above certainty
+        gap = np.array(found.log_probs) - wanted
+        assert (gap > -1e-4).all()
+        np.testing.assert_allclose(gap, np.repeat(gap[:, :1], gap.shape[1], axis=1), atol=1e-4)
+        assert (np.exp(np.array(found.log_probs)).sum(-1) <= 1 + 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_logits(dtype: mx.Dtype) -> None:
+    logits = mx.array([[1.0, 5.0, 3.0, 4.0]], dtype=dtype)
+    found = top_candidates(logits, mx.zeros((1, 2)), 3)
+    assert found.ids.tolist() == [[1, 3, 2]]
+    assert found.log_probs.dtype == mx.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_conditioned_candidates_against_the_formula(seed: int, tied: bool) -> None:
+    """Δ(p, s) = W2·silu(W1·[ê; ŝ]) + B·A·ê; the candidates' own mass stays what it was."""
+    model = small_model(layers=2, vocab=30, seed=seed, tie_word_embeddings=tied)
+    backbone = Backbone(model)
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1), seed)
+    parts = [tensors[f"conditioner.{n}"] for n in ("mlp_in", "mlp_out", "lora_a", "lora_b")]
+    random = np.random.default_rng(seed)
+    hidden = mx.array(random.normal(size=(3, 32)).astype(np.float32))
+    logits = backbone.head(hidden[None])[0]
+    marginal = top_candidates(logits, hidden, 7)
+    proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
+    w1, w2, a, b = (np.array(part).astype(np.float64) for part in parts)
+    embedding = np.array(model.model.embed_tokens.weight).astype(np.float64)
+    head = embedding if tied else np.array(model.lm_head.weight).astype(np.float64)
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean() + 1e-6)
+
+    for level in range(3):
+        parents = [5, 0, 29, 5]
+        ids, log_probs = proposer(level, mx.array(parents, dtype=mx.int32))
+        base = dict(
+            zip(marginal.ids[level].tolist(), marginal.log_probs[level].tolist(), strict=True)
+        )
+        for row, parent in enumerate(parents):
+            e, s = unit(embedding[parent]), unit(np.array(hidden[level]).astype(np.float64))
+            z = w1 @ np.concatenate([e, s])
+            delta = w2 @ (z / (1 + np.exp(-z))) + b.T @ (a.T @ e)
+            scores = {c: p + head[c] @ delta for c, p in base.items()}
+            total = np.log(sum(np.exp(v) for v in scores.values()))
+            mass = np.log(sum(np.exp(v) for v in base.values()))
+            found = dict(zip(ids[row].tolist(), log_probs[row].tolist(), strict=True))
+            assert set(found) == set(base)
+            for c, value in found.items():
+                assert abs(value - (scores[c] - total + mass)) < 2e-3
+        assert mx.array_equal(log_probs[0], log_probs[3])
+
+
+def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
+    model = small_model(layers=2, vocab=30)
+    backbone = Backbone(model)
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
+    parts = [tensors[f"conditioner.{n}"] for n in ("mlp_in", "mlp_out", "lora_a", "lora_b")]
+    hidden = mx.random.normal((4, 32), key=mx.random.key(1))
+    marginal = top_candidates(backbone.head(hidden[None])[0], hidden, 8)
+    proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
+    rows, parents = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1]
+    wanted = []
+    for row, parent in zip(rows, parents, strict=True):
+        ids, log_probs = proposer(row, mx.array([parent]))
+        wanted.append(ids[0, mx.argmax(log_probs[0])].item())
+    best = proposer.best(mx.array(rows), mx.array(parents))
+    assert best.tolist() == wanted
+    assert len(set(wanted)) > 2
+    assert wanted != [marginal.ids[row, 0].item() for row in rows]
+
+
+def test_marginal_candidates_do_not_know_their_parent() -> None:
+    ids, log_probs = mx.array([[4, 2], [9, 1]]), mx.array([[-0.1, -3.0], [-0.5, -1.0]])
+    proposer = MarginalProposer(Candidates(ids, log_probs, mx.zeros((2, 3))))
+    found_ids, found = proposer(1, mx.array([7, 8, 9]))
+    assert found_ids.tolist() == [[9, 1]] * 3
+    assert found.tolist() == [[-0.5, -1.0]] * 3
