@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
-from mlx_specstream.cli import exit_status
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import StreamsError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.generation.decode_options import parse_schedule
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.cache import KVCache

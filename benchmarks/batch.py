@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_specstream.batch.generation import batch_generate
-from mlx_specstream.cli import exit_status
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError, StreamsError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.generation.generate import stream_generate
 from mlx_specstream.loading.load import StreamModel, load
 from mlx_specstream.machine import Machine

@@ -1,4 +1,4 @@
-"""`specstream families`: which families of the installed mlx-lm can be decoded, tried one by one.
+"""`python -m benchmarks.families`: which families of the installed mlx-lm can be decoded, tried one by one.
 
 Of every model module of mlx-lm that the table of sizes can shrink, a tiny random model is made
 and decoded with random streams, as chain and tree, beyond the edge of its windows; every token is
@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import ModelError, OptionError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.families.refused import REFUSED
 from mlx_specstream.weights.files import atomic_file
@@ -28,7 +28,7 @@ PROMPT = [3, 7, 1, 9, 4, 2, 8]
 INTRODUCTION = """\
 # Families of mlx-lm
 
-Made by `specstream families`, with mlx-lm {mlx_lm} and mlx {mlx}, on {date}.
+Made by `python -m benchmarks.families`, with mlx-lm {mlx_lm} and mlx {mlx}, on {date}.
 
 *Supported* means: a tiny random float32 model of the family, made by mlx-lm's own class, was
 decoded with random streams as a chain and as a tree, with both schedules and pruned, {tokens}
@@ -117,9 +117,9 @@ def rows(names: Iterable[str], max_tokens: int) -> Iterator[Row]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the options of `specstream families`."""
+    """Return the options of the study."""
     parser = argparse.ArgumentParser(
-        prog="specstream families",
+        prog="python -m benchmarks.families",
         description="Try every family of the installed mlx-lm and print a table, in Markdown.",
     )
     parser.add_argument("families", nargs="*", help="names of mlx-lm model modules (default: all)")

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import OptionError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.generation.decode_options import (
     add_cache_options,
     add_decode_options,

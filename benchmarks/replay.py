@@ -21,8 +21,8 @@ import mlx.core as mx
 
 from mlx_specstream.bench.cases import BUILT_IN, Case, chosen_cases
 from mlx_specstream.bench.methods import Method
-from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import StreamsError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.planner.curve import CostCurve
 from mlx_specstream.planner.planner import Planner
 from mlx_specstream.planner.settings import Plan
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from mlx_specstream.bench.competitors import open_contest
-    from mlx_specstream.planner.costs import acceptance
+    from mlx_specstream.planner.costs import acceptance, step_costs
     from mlx_specstream.planner.record import record_answer
     from mlx_specstream.prompts import encode_prompt
 

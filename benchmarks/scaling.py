@@ -25,8 +25,8 @@ from benchmarks.studies import STEP_STUDIES, TINY, made, run_study, say, studies
 from benchmarks.yields import yield_points
 from mlx_specstream.bench.run import now
 from mlx_specstream.bench.session import duration, warnings_for
-from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import DataError, OptionError, StreamsError
+from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import StreamModel, load, model_folder
 from mlx_specstream.machine import Machine
 from mlx_specstream.speculation.streams import Streams

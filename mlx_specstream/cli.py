@@ -16,11 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, cast
 
 from . import __version__
-from .errors import SpecStreamError
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+from .exit_status import EXIT_USER_ERROR, exit_status
 
 
 class Verb(NamedTuple):
@@ -43,18 +39,17 @@ VERBS: dict[str, Verb] = {
         "mlx_specstream.commands.demo", "answer a few prompts both ways with the demo model"
     ),
     "doctor": Verb("mlx_specstream.commands.doctor", "say what runs here, and what to change"),
-    "families": Verb("benchmarks.families", "try every model family of mlx-lm"),
     "generate": Verb("mlx_specstream.commands.generate", "answer one prompt, streaming the text"),
     "plan": Verb("mlx_specstream.commands.plan", "show what steps cost here and which tree pays"),
-    "simulate": Verb(
-        "mlx_specstream.commands.simulate", "predict trees and speed-ups on Apple chips"
-    ),
     "train": Verb("mlx_specstream.commands.train", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.commands.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),
     "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""
+
+OTHER_NAMES = {"families": ("doctor", "--families"), "simulate": ("doctor", "--chips")}
+"""Verbs of earlier versions, and what they are called now."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "verb", metavar="VERB", choices=VERBS, nargs="?", help="what to do; listed below"
+        "verb",
+        metavar="VERB",
+        choices=[*VERBS, *OTHER_NAMES],
+        nargs="?",
+        help="what to do; listed below",
     )
     return parser
 
@@ -79,27 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 the verb's own no, 2 what the user gave is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return exit_status(lambda: _dispatch(arguments))
-
-
-def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
-    """Return the status of `work`, or that of the error that ended it, told on one line of stderr."""
-    try:
-        status = work()
-        sys.stdout.flush()
-        return status
-    except SpecStreamError as error:
-        return _complain(name, str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        return _complain(name, "interrupted.", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last
-        # flush quiet as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except OSError as error:
-        # A file that is not there, may not be read, or does not fit on the disk.
-        place = f"{error.filename}: " if error.filename else ""
-        return _complain(name, f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
 
 
 def run() -> NoReturn:
@@ -122,14 +100,10 @@ def _dispatch(arguments: list[str]) -> int:
     if verb is None:
         parser.print_help()
         return EXIT_USER_ERROR
+    verb, *words = list(OTHER_NAMES.get(verb, [verb])) + arguments[1:]
     module = importlib.import_module(VERBS[verb].module)
     run = cast(Callable[[list[str]], int], module.main)
-    return run(arguments[1:])
-
-
-def _complain(name: str, message: str, status: int) -> int:
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-    return status
+    return run(words)
 
 
 if __name__ == "__main__":

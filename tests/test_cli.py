@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from mlx_specstream import __version__, cli
+from mlx_specstream import __version__, cli, exit_status
 from mlx_specstream.errors import ModelError
 
 
@@ -169,5 +169,5 @@ def test_a_reader_that_goes_away() -> None:
     os.close(reading)
     done = python(code, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    assert done.returncode == cli.EXIT_BROKEN_PIPE
+    assert done.returncode == exit_status.EXIT_BROKEN_PIPE
     assert done.stderr == ""

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...cli import exit_status
 from ...errors import DataError, OptionError
+from ...exit_status import exit_status
 from ...weights.files import atomic_file
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ...cli import exit_status
 from ...errors import DataError
+from ...exit_status import exit_status
 from .backbone import Backbone
 from .batched import Prompt, answer
 from .states import StateShape, StateWriter

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...cli import exit_status
+from ...exit_status import exit_status
 from ...weights.files import atomic_file
 from .backbone import Backbone
 from .checkpoint import load_checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ...cli import exit_status
+from ...exit_status import exit_status
 from ...weights.files import atomic_file
 from .backbone import Backbone
 from .batched import Decoder, answer

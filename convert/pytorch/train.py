@@ -27,8 +27,8 @@ import argparse
 import math
 import sys
 
-from ...cli import exit_status
 from ...errors import OptionError
+from ...exit_status import exit_status
 from . import workers
 from .trainer import Trainer
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from ..config import DecodeConfig
 from ..loading.load import StreamModel
-from ..planner.check import check, scaled, small_trees
 from ..planner.choose import chosen
 from ..planner.costs import planner_for, step_costs
 from ..planner.measure import measure
-from ..planner.report import check_json
 from ..prompts import encode_prompt
 from .cases import Case
 from .competitors import Contest
+from .planner_check import check, scaled, small_trees
+from .planner_report import check_json
 
 CHECKED_PROMPTS = 4  # per category, if the settings do not say
 MEASURE_S = 60.0

@@ -39,13 +39,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--machine", metavar="FILE", help="diagnose another machine, from the --json it printed"
     )
+    parser.add_argument(
+        "--families",
+        action="store_true",
+        help="list mlx-lm's model families, and which are refused",
+    )
+    parser.add_argument(
+        "--chips",
+        action="store_true",
+        help="predict trees and speed-ups on Apple's chips; its own options: doctor --chips --help",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Examine the machine and print what was found."""
+    if "--chips" in argv:
+        from ..doctor import chips
+
+        return chips.main([word for word in argv if word != "--chips"])
     arguments = build_parser().parse_args(argv)
+    if arguments.families:
+        from ..doctor.families import show_families
+
+        return show_families(as_json=arguments.json)
     machine = read_machine(arguments.machine) if arguments.machine else Machine.read()
     shape = read_shape(arguments.model) if arguments.model else None
     found = findings(machine)

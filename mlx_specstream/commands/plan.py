@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         )
     if arguments.record:
         return _record(arguments, model, tokenizer)
-    from ..planner.costs import acceptance, model_plans
+    from ..planner.costs import acceptance, model_plans, step_costs
 
     curve = step_costs(model, budget_s=arguments.budget, refresh=arguments.refresh)
     if curve is None:
@@ -104,8 +104,8 @@ def main(argv: list[str]) -> int:
         profile = profile.only(arguments.task)
     allowed = set(model_plans(model, DecodeConfig(schedule=arguments.schedule)))
     plans = [plan for plan in curve.steps if plan in allowed]
+    from ..bench.planner_report import as_json, show
     from ..planner.choose import forecasts
-    from ..planner.report import as_json, show
 
     found = forecasts(curve, profile, plans=plans, context=arguments.context)
     if arguments.json:
@@ -148,9 +148,9 @@ def _checked(arguments: argparse.Namespace, model: Any, tokenizer: Any, curve: C
     """Compare predictions with measurements and print both."""
     from tqdm import tqdm
 
-    from ..planner.check import check, scaled, small_trees
+    from ..bench.planner_check import check, scaled, small_trees
+    from ..bench.planner_report import check_json, show_check
     from ..planner.measure import measure
-    from ..planner.report import check_json, show_check
     from ..prompts import built_in_prompts, encode_prompt, read_prompts
 
     prompts = (

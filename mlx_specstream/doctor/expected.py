@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..commands.simulate import predict
 from ..machine import Machine
 from ..planner.acceptance import profile_of
 from ..planner.prior import ModelSize, chip_named
 from ..weights.shipped import SHIPPED, shipped_names
+from .chips import predict
 from .sizes import Shape
 
 LABEL = (

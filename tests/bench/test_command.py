@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_specstream import cli
+from mlx_specstream import cli, exit_status
 from mlx_specstream.bench import run as bench_run
 from mlx_specstream.bench.result import Result
 from tests.bench.conftest import TREES, WORDS
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(bench_run.Bench, "_ask", ask)
     words = ("--model", bench_model, *WORDS, *TREES)
-    assert bench(*words, "--output", str(tmp_path)) == cli.EXIT_INTERRUPTED
+    assert bench(*words, "--output", str(tmp_path)) == exit_status.EXIT_INTERRUPTED
     path = tmp_path / "result.json"
     assert len(Result.load(path).asked) == 2
     assert f"--resume {path}" in capsys.readouterr().out.replace("\n", "")

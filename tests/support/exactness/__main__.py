@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_specstream import __version__
-from mlx_specstream.cli import exit_status
 from mlx_specstream.errors import OptionError
+from mlx_specstream.exit_status import exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .acceptance import AcceptanceProfile
-from .choose import MARGIN, Forecast, chosen
-from .curve import CostCurve
-from .settings import Plan
+from ..planner.acceptance import AcceptanceProfile
+from ..planner.choose import MARGIN, Forecast, chosen
+from ..planner.curve import CostCurve
+from ..planner.settings import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .check import Verdict
+    from .planner_check import Verdict
 
 
 def as_json(

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..bench.measure import Answered, in_turns, ours
 from ..config import DecodeConfig, TreeSpec
-from .acceptance import AcceptanceProfile
-from .choose import chosen, forecasts
-from .curve import CostCurve
-from .record import positions_of
-from .settings import Plan
-from .trace import AnswerTrace
+from ..planner.acceptance import AcceptanceProfile
+from ..planner.choose import chosen, forecasts
+from ..planner.curve import CostCurve
+from ..planner.record import positions_of
+from ..planner.settings import Plan
+from ..planner.trace import AnswerTrace
+from .measure import Answered, in_turns, ours
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -1,9 +1,9 @@
-"""`specstream simulate`: what the planner would do on Macs, predicted from records and published costs.
+"""`specstream doctor --chips`: what the planner would do on Macs, predicted from records and published costs.
 
 Recorded acceptance is replayed through the cost tables of Apple's chips (`prior.py`). Nothing it
 prints was measured on a Mac. A Mac's owner can hold it to account:
 
-    specstream bench --output run && specstream simulate --compare run/result.json
+    specstream bench --output run && specstream doctor --chips --compare run/result.json
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def compare_steps(curve: CostCurve, chip: Chip, bits: int, size: ModelSize) -> l
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `specstream simulate`."""
+    """Return the parser of `specstream doctor --chips`."""
     parser = argparse.ArgumentParser(
-        prog="specstream simulate",
+        prog="specstream doctor --chips",
         description=f"Predict tree and speed-up on Apple chips from recorded acceptance. {LABEL}",
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_specstream.commands.simulate import _curves, compare_steps, main, predict
+from mlx_specstream.doctor.chips import _curves, compare_steps, main, predict
 from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.planner import Plan
 from mlx_specstream.planner.acceptance import assumed_profile

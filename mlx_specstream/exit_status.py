@@ -1,0 +1,39 @@
+"""How every command ends: one line on stderr for what a user can mend, and a status for the shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import SpecStreamError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
+    """Return the status of `work`, or that of the error that ended it, told on one line of stderr."""
+    try:
+        status = work()
+        sys.stdout.flush()
+        return status
+    except SpecStreamError as error:
+        return _complain(name, str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _complain(name, "interrupted.", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output is gone (`specstream ... | head`); keep the interpreter's last
+        # flush quiet as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # A file that is not there, may not be read, or does not fit on the disk.
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(name, f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
+
+
+def _complain(name: str, message: str, status: int) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status
