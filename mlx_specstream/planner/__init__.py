@@ -1,9 +1,23 @@
-"""The planner: what a step costs here, what it will yield, and which tree pays best.
+"""The planner: which tree pays here, and whether any does.
 
-step_costs(model)            what steps cost on this machine, measured once and cached
-acceptance(model)       what was recorded with the streams, tree by tree
-forecasts(curve, ...)   tokens per second of every plan; `chosen` picks one, or plain decoding
-planner_for(model)      the governor of `--tree auto`, which follows the text as it goes
+| file | the idea it holds |
+|---|---|
+| `planner.py` | keeps the tree that pays, decodes plainly where none does, and looks again |
+| `adaptive.py` | the decoding loop that follows it: speculative while that pays, plain while it does not |
+| `settings.py` | a setting of a step: tree, schedule, pruning |
+| `choose.py` | which setting pays best: expected tokens over seconds, plain decoding included |
+| `costs.py` | `step_costs`: what steps cost here, measured once and kept; `planner_for` a model |
+| `measure.py` | measuring them: real steps, in turn with plain decoding |
+| `timing.py` | the samples measuring takes |
+| `curve.py` | seconds per step for each setting |
+| `identity.py` | what costs hold for: machine, software, model, streams |
+| `prior.py` | costs on Apple's chips from published figures: predictions |
+| `acceptance.py` | `acceptance`: what was recorded with the streams, tree by tree |
+| `trace.py` | one recorded answer |
+| `record.py` | recording it |
+| `outlook.py` | what the next steps are worth by the streams' own probabilities |
+| `live.py` | how far the text at hand is from the recorded |
+| `pace.py` | what steps really cost, by the clock while decoding |
 """
 
 from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates

@@ -1,4 +1,10 @@
-"""Prompts: reading them from files, the built-in dozen, and turning them into token ids."""
+"""Prompts: read from files, built in, and turned into token ids.
+
+| file | the idea it holds |
+|---|---|
+| `read.py` | mlx-lm's data formats, one JSON object a line, or plain text |
+| `encode.py` | a prompt as the model reads it, through its chat template |
+"""
 
 from .encode import encode_prompt
 from .read import Prompt, built_in_prompts, prompt_of, read_prompts, read_records

@@ -1,0 +1,12 @@
+"""Stream files, and the base model they belong to.
+
+| file | the idea it holds |
+|---|---|
+| `checkpoint.py` | `streams.safetensors` and `streams_config.json`, read and written |
+| `stream_tensors.py` | the tensors that streams consist of: names and shapes |
+| `fingerprint.py` | know a base model again |
+| `shipped.py` | which streams to use: named, in the model's folder, or shipped here |
+| `tensorfile/` | safetensors files, read strictly and written as a stream |
+| `files.py` | files and folders that appear whole or not at all |
+| `hub.py` | fetching from the Hugging Face hub, every failure in one sentence |
+"""
