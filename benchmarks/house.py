@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -122,6 +123,32 @@ def top_level() -> list[str]:
     return sorted(entry.name for entry in kept)
 
 
+MAP_PAGE = ROOT / "docs" / "how-it-works.md"
+_MAP = re.compile(r"(<!-- map -->\n).*(<!-- end of map -->\n)", re.DOTALL)
+# The order in which a newcomer meets the folders.
+FOLDERS = (
+    *("speculation", "model", "generation", "planner", "batch", "config", "weights", "loading"),
+    *("prompts", "train", "bench", "doctor", "commands"),
+)
+
+
+def folder_map() -> str:
+    """Return the tables that the folders open with, in Markdown."""
+    parts = []
+    for name in FOLDERS:
+        source = (ROOT / PACKAGE / name / "__init__.py").read_text(encoding="utf-8")
+        purpose, *rest = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")
+        table = next(part for part in rest if part.startswith("| file |"))
+        parts.append(f"### `{name}/`\n\n{' '.join(purpose.split())}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def page_with_map() -> str:
+    """Return docs/how-it-works.md with the folders' present tables in it."""
+    page = MAP_PAGE.read_text(encoding="utf-8")
+    return _MAP.sub(lambda found: f"{found[1]}\n{folder_map()}\n{found[2]}", page)
+
+
 def entered(words: list[str]) -> set[str]:
     """Return the package's own files in which a function is called while `specstream` runs `words`."""
     from mlx_specstream import cli
@@ -147,7 +174,12 @@ def main(argv: list[str]) -> int:
     """Print the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.house", description=__doc__)
     parser.add_argument("--entered", action="store_true", help="run the demo model, count files")
-    if parser.parse_args(argv).entered:
+    parser.add_argument("--map", action="store_true", help="renew the tables of the documentation")
+    options = parser.parse_args(argv)
+    if options.map:
+        MAP_PAGE.write_text(page_with_map(), encoding="utf-8")
+        return 0
+    if options.entered:
         for tree in ("16", "auto"):
             words = ["generate", "--model", "demo", "--prompt", "Hi", "-m", "24", "--tree", tree]
             files = entered(words)

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import ROOT, Arrow, arrows, class_names, modules, top_level
+from benchmarks.house import (
+    MAP_PAGE,
+    ROOT,
+    Arrow,
+    arrows,
+    class_names,
+    modules,
+    page_with_map,
+    top_level,
+)
 
 # From the ground up: a room imports from those before it. Two folders of convert/ are rooms of
 # their own: GGUF files, which the demo model is loaded from, and the PyTorch reference and trainer.
@@ -39,6 +48,11 @@ def test_a_folder_opens_with_its_purpose_and_a_table_of_its_files(folder: Path) 
     folders = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
     assert docstring.splitlines()[0].endswith(".")
     assert sorted(named) == sorted(files | folders)
+
+
+def test_the_documentation_shows_the_same_tables() -> None:
+    """If this fails: python -m benchmarks.house --map."""
+    assert MAP_PAGE.read_text("utf-8") == page_with_map()
 
 
 def test_every_room_has_its_place() -> None:

@@ -1,6 +1,6 @@
 """What speculation should gain with a model that is not here yet: a prediction, labelled as one.
 
-Costs come from published figures of the chip (`plan/prior.py`), acceptance from the records of the
+Costs come from published figures of the chip (`planner/prior.py`), acceptance from the records of the
 shipped streams; both are another model's, so this tells whether trying is worth while, no more.
 """
 
