@@ -120,7 +120,7 @@ class Chat:
 
     def _speed_key(self) -> Hashable:
         settings = self.session.settings
-        return (settings.decode, settings.mode, settings.temp, settings.top_p, settings.top_k)
+        return (settings.decode, settings.mode, repr(settings.sampling))
 
     def _remark(self, answered: bool) -> None:
         """Say what the answer itself does not show."""

@@ -152,7 +152,7 @@ def _retry(chat: Chat, argument: str) -> Outcome:
     _takes_nothing("retry", argument)
     conversation = chat.session.conversation.copy()
     conversation.retry()
-    if chat.session.settings.temp == 0:
+    if chat.session.settings.sampling.is_greedy:
         chat.view.note("(at temperature 0 the answer stays the same; /set temperature 0.7)")
     return conversation
 

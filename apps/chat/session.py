@@ -101,8 +101,8 @@ class ChatSession:
     def use(self, settings: Settings) -> None:
         """Change the settings; a new seed starts its random numbers over."""
         self.settings = settings
-        if settings.seed is not None:
-            mx.random.seed(settings.seed)
+        if settings.sampling.seed is not None:
+            mx.random.seed(settings.sampling.seed)
 
     @property
     def mode(self) -> str:
@@ -154,8 +154,8 @@ class ChatSession:
                 self.tokenizer,
                 rest,
                 max_tokens=self._budget(len(ids)),
-                sampler=settings.sampler(vocab_size, self.tokenizer),
-                logits_processors=settings.processors(vocab_size),
+                sampler=settings.sampling.sampler(vocab_size, self.tokenizer),
+                logits_processors=settings.sampling.processors(vocab_size),
                 prompt_cache=self.prefix.kv,
                 prefill_step_size=PREFILL_STEP,
                 prompt_progress_callback=progress,

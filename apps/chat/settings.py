@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ... import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
+from ...config import SamplingConfig
 from ...errors import OptionError
 from ...generation.decode_options import decode_config, parse_prune, parse_typical
-from ...generation.sampling_options import (
-    PENALTY_CONTEXT,
-    check_sampling,
-    make_processors,
-    make_sampler,
-)
-from ...speculation.sampling import LogitsProcessor, Sampler
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ...generation.sampling_options import sampling_config
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -34,61 +26,28 @@ class Settings:
         OptionError: a value is out of range.
     """
 
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_context_size: int = PENALTY_CONTEXT
-    logit_bias: str | None = None
-    seed: int | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = DEFAULT_MAX_TOKENS
     mode: DecodeMode = "speculative"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        check_sampling(self._as_arguments())
         if self.max_tokens == 0 or self.max_tokens < -1:
             raise OptionError(
                 f"max-tokens must be at least 1, or -1 for no limit, got {self.max_tokens}."
             )
         if self.mode not in ("speculative", "plain"):
             raise OptionError(f"mode must be speculative or plain, got {self.mode!r}.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise OptionError(f"seed must be a whole number of at least 0, got {self.seed}.")
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
         """Return the settings that the command line's options describe."""
-        check_sampling(arguments)
         return cls(
-            **{name: getattr(arguments, name) for name in _SAMPLING},
-            seed=arguments.seed,
+            sampling=sampling_config(arguments),
             max_tokens=arguments.max_tokens,
             mode="plain" if arguments.no_speculation else "speculative",
             decode=decode_config(arguments),
         )
-
-    def sampler(self, vocab_size: int, tokenizer: TokenizerWrapper) -> Sampler | None:
-        """Return what draws tokens; None takes the likeliest.
-
-        Raises:
-            OptionError: top-k does not fit the vocabulary.
-        """
-        return make_sampler(self._as_arguments(), vocab_size, tokenizer)
-
-    def processors(self, vocab_size: int) -> list[LogitsProcessor]:
-        """Return the logits processors.
-
-        Raises:
-            OptionError: the logit bias does not fit the vocabulary.
-        """
-        return make_processors(self._as_arguments(), vocab_size)
 
     def changed(self, name: str, text: str) -> Settings:
         """Return the settings with one changed, as `/set name text` does it.
@@ -109,26 +68,6 @@ class Settings:
         """Return name, value and meaning of every setting."""
         return [(name, s.show(self), s.wanted) for name, s in SETTINGS.items()]
 
-    def _as_arguments(self) -> argparse.Namespace:
-        return argparse.Namespace(**{name: getattr(self, name) for name in _SAMPLING})
-
-
-# The fields that say how tokens are drawn, named as the command line's flags.
-_SAMPLING = (
-    "temp",
-    "top_p",
-    "top_k",
-    "min_p",
-    "min_tokens_to_keep",
-    "xtc_probability",
-    "xtc_threshold",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "penalty_context_size",
-    "logit_bias",
-)
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -148,6 +87,19 @@ def _plain(name: str, read: Callable[[str], Any], wanted: str, *values: str) -> 
         return "none" if value is None else str(value)
 
     return Setting(wanted, lambda s, text: replace(s, **{name: read(text)}), show, values)
+
+
+def _sampling(name: str, read: Callable[[str], Any], wanted: str, *values: str) -> Setting:
+    """Return the setting of a field of `SamplingConfig`."""
+
+    def show(settings: Settings) -> str:
+        value = getattr(settings.sampling, name)
+        return "none" if value is None else str(value)
+
+    def change(settings: Settings, text: str) -> Settings:
+        return replace(settings, sampling=replace(settings.sampling, **{name: read(text)}))
+
+    return Setting(wanted, change, show, values)
 
 
 def _decode(name: str, read: Callable[[str], Any], wanted: str, *values: str) -> Setting:
@@ -178,22 +130,22 @@ def _switch(text: str) -> bool:
 
 
 SETTINGS: dict[str, Setting] = {
-    "temperature": _plain("temp", float, "a number, 0 for the likeliest token", "0", "0.7", "1"),
-    "top-p": _plain("top_p", float, "a probability, 1 for off", "1", "0.9"),
-    "top-k": _plain("top_k", int, "a whole number, 0 for off", "0", "40"),
-    "min-p": _plain("min_p", float, "a probability, 0 for off", "0", "0.05"),
-    "xtc-probability": _plain(
+    "temperature": _sampling("temp", float, "a number, 0 for the likeliest token", "0", "0.7", "1"),
+    "top-p": _sampling("top_p", float, "a probability, 1 for off", "1", "0.9"),
+    "top-k": _sampling("top_k", int, "a whole number, 0 for off", "0", "40"),
+    "min-p": _sampling("min_p", float, "a probability, 0 for off", "0", "0.05"),
+    "xtc-probability": _sampling(
         "xtc_probability", float, "how often XTC is applied, 0 for off", "0", "0.5"
     ),
-    "xtc-threshold": _plain(
+    "xtc-threshold": _sampling(
         "xtc_threshold", float, "XTC cuts likelier tokens, 0 to 0.5", "0.1", "0.2"
     ),
-    "repetition-penalty": _plain(
+    "repetition-penalty": _sampling(
         "repetition_penalty", float, "a number above 0, 1 for off", "1", "1.1"
     ),
-    "presence-penalty": _plain("presence_penalty", float, "a number, 0 for off", "0", "0.5"),
-    "frequency-penalty": _plain("frequency_penalty", float, "a number, 0 for off", "0", "0.5"),
-    "seed": _plain("seed", _optional(int), "a whole number, or none", "none", "0"),
+    "presence-penalty": _sampling("presence_penalty", float, "a number, 0 for off", "0", "0.5"),
+    "frequency-penalty": _sampling("frequency_penalty", float, "a number, 0 for off", "0", "0.5"),
+    "seed": _sampling("seed", _optional(int), "a whole number, or none", "none", "0"),
     "max-tokens": _plain("max_tokens", int, "a whole number, -1 for no limit", "256", "-1"),
     "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
     "tree": _decode(

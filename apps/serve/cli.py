@@ -16,7 +16,7 @@ from ...generation.decode_options import (
     decode_config,
     load_options,
 )
-from ...generation.sampling_options import add_sampler_options, check_sampling
+from ...generation.sampling_options import add_sampler_options, sampling_config
 from .limits import Access, Limits
 
 KEY_VARIABLE = "SPECSTREAM_API_KEY"
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Load the model and serve it until told to stop."""
     arguments = build_parser().parse_args(argv)
-    check_sampling(arguments)
+    sampling_config(arguments)  # refuses what is out of range before a model is loaded
     config = decode_config(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     caching = cache_config(arguments)

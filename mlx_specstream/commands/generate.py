@@ -23,10 +23,8 @@ from ..generation.decode_options import (
 from ..generation.sampling_options import (
     add_grammar_options,
     add_sampling_options,
-    check_sampling,
     make_grammar_processors,
-    make_processors,
-    make_sampler,
+    sampling_config,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +110,7 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     text = prompt_text(arguments.prompt)
     config, caching = decode_config(arguments), cache_config(arguments)
-    check_sampling(arguments)
+    sampling = sampling_config(arguments)
     template_options = _template_options(arguments.chat_template_config)
 
     import mlx.core as mx
@@ -143,9 +141,9 @@ def main(argv: list[str]) -> int:
         tokenizer,
         prompt,
         max_tokens=arguments.max_tokens,
-        sampler=make_sampler(arguments, vocab_size, tokenizer),
+        sampler=sampling.sampler(vocab_size, tokenizer),
         logits_processors=[
-            *make_processors(arguments, vocab_size),
+            *sampling.processors(vocab_size),
             *make_grammar_processors(arguments, tokenizer, vocab_size),
         ],
         config=config,

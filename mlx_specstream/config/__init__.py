@@ -8,11 +8,13 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 | `streams.py` | `StreamConfig`: the trained streams, as `streams_config.json` describes them |
 | `tree.py` | `TreeSpec`: the shape of the draft trees, and how the command line says it |
 | `decode.py` | `DecodeConfig`: tree, pruning, schedule and acceptance of a run |
+| `sampling.py` | `SamplingConfig`: temperature, samplers, penalties and their bounds |
 | `cache.py` | `CacheConfig`: how many rows a new KV cache holds, and in how many bits |
 """
 
 from .cache import CacheConfig
 from .decode import DecodeConfig, PruneSpec, Schedule, TypicalSpec
+from .sampling import SamplingConfig
 from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
 from .tree import TreeKind, TreeSpec
 
@@ -24,6 +26,7 @@ __all__ = [
     "Mode",
     "PruneSpec",
     "RopeOffset",
+    "SamplingConfig",
     "Schedule",
     "StreamConfig",
     "TreeKind",

@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import SamplingConfig
+from ..config.sampling import PENALTY_CONTEXT
 from ..errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..speculation.sampling import LogitsProcessor, Sampler
+    from ..speculation.sampling import LogitsProcessor
 
-PENALTY_CONTEXT = 20  # mlx-lm's
+_CONTEXTS = ("repetition_context_size", "presence_context_size", "frequency_context_size")
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -83,86 +86,25 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--grammar", metavar="FILE", help="the answer fits a grammar in Lark's form")
 
 
-def check_sampling(arguments: argparse.Namespace) -> None:
-    """Refuse flags out of range before a model is loaded.
+def sampling_config(arguments: argparse.Namespace) -> SamplingConfig:
+    """Return the config that the flags describe; not every verb has every flag.
 
     Raises:
-        OptionError: a flag is out of range.
+        OptionError: a flag is out of range, or the logit bias cannot be read.
     """
-    number = math.isfinite
-    checks = (
-        ("temp", lambda x: 0 <= x < math.inf, "a number of at least 0"),
-        ("top_p", lambda x: 0 <= x <= 1, "a probability"),
-        ("min_p", lambda x: 0 <= x <= 1, "a probability"),
-        ("top_k", lambda x: x >= 0, "at least 0 (0: off)"),
-        ("min_tokens_to_keep", lambda x: x >= 1, "at least 1"),
-        ("xtc_probability", lambda x: 0 <= x <= 1, "a probability"),
-        ("xtc_threshold", lambda x: 0 <= x <= 0.5, "between 0 and 0.5"),
-        ("repetition_penalty", lambda x: 0 < x < math.inf, "a number above 0 (1: off)"),
-        ("presence_penalty", number, "a number (0: off)"),
-        ("frequency_penalty", number, "a number (0: off)"),
-        ("penalty_context_size", lambda x: x >= 1, "at least 1"),
-    )
-    for name, right, wanted in checks:
-        value = getattr(arguments, name, None)  # not every verb has every flag
-        if value is not None and not right(value):
-            raise OptionError(f"--{name.replace('_', '-')} must be {wanted}, got {value}.")
-
-
-def make_sampler(
-    arguments: argparse.Namespace, vocab_size: int, tokenizer: TokenizerWrapper
-) -> Sampler | None:
-    """Return mlx-lm's sampler for the sampling flags, None for the likeliest token.
-
-    Like mlx-lm's command line, XTC spares line breaks and the tokens that end an answer.
-
-    Raises:
-        OptionError: --top-k is not below the size of the vocabulary.
-    """
-    if arguments.temp == 0:
-        return None
-    if arguments.top_k >= vocab_size:
-        raise OptionError(
-            f"--top-k must be below the model's {vocab_size} tokens, got {arguments.top_k}."
-        )
-    from mlx_lm import sample_utils
-
-    spared: list[int] = []
-    if arguments.xtc_probability:
-        spared = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
-    sampler: Sampler = sample_utils.make_sampler(
-        arguments.temp,
-        arguments.top_p,
-        arguments.min_p,
-        arguments.min_tokens_to_keep,
-        top_k=arguments.top_k,
-        xtc_probability=arguments.xtc_probability,
-        xtc_threshold=arguments.xtc_threshold,
-        xtc_special_tokens=spared,
-    )
-    return sampler
-
-
-def make_processors(arguments: argparse.Namespace, vocab_size: int) -> list[LogitsProcessor]:
-    """Return mlx-lm's logits processors for the flags.
-
-    Raises:
-        OptionError: the logit bias cannot be read, or names a token that is not there.
-    """
-    from mlx_lm import sample_utils
-
-    size = arguments.penalty_context_size
-    penalty = arguments.repetition_penalty
-    processors: list[LogitsProcessor] = sample_utils.make_logits_processors(
-        _logit_bias(arguments.logit_bias, vocab_size),
-        None if penalty == 1 else penalty,
-        size,
-        arguments.presence_penalty,
-        size,
-        arguments.frequency_penalty,
-        size,
-    )
-    return processors
+    given = {
+        field.name: value
+        for field in fields(SamplingConfig)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
+    if (size := getattr(arguments, "penalty_context_size", None)) is not None:
+        given |= dict.fromkeys(_CONTEXTS, size)
+    given["logit_bias"] = read_logit_bias(getattr(arguments, "logit_bias", None))
+    try:
+        return SamplingConfig(**given)
+    except OptionError as error:
+        text = str(error).replace("repetition-context-size", "penalty-context-size")
+        raise OptionError(f"--{text}") from None
 
 
 def make_grammar_processors(
@@ -187,24 +129,22 @@ def make_grammar_processors(
     return [grammar.processor()]
 
 
-def _logit_bias(option: str | None, vocab_size: int) -> dict[int, float] | None:
-    """Read `{"TOKEN_ID": BIAS}`."""
-    if option is None:
-        return None
-    wrong = f"--logit-bias must be a JSON object like '{{\"42\": -5.0}}', got {option!r}."
+def read_logit_bias(text: str | None) -> dict[int, float]:
+    """Read `{"TOKEN_ID": BIAS}`.
+
+    Raises:
+        OptionError: it has another form.
+    """
+    if text is None:
+        return {}
+    wrong = f"--logit-bias must be a JSON object like '{{\"42\": -5.0}}', got {text!r}."
     try:
-        values: Any = json.loads(option)
+        values: Any = json.loads(text)
         biases = {int(token): float(bias) for token, bias in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise OptionError(wrong) from None
     if any(math.isnan(bias) for bias in biases.values()):
         raise OptionError(wrong)
-    for token in biases:
-        if not 0 <= token < vocab_size:
-            raise OptionError(
-                f"--logit-bias names the token id {token}, but the model's ids are 0 to "
-                f"{vocab_size - 1}."
-            )
     return biases
 
 

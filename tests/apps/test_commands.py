@@ -163,21 +163,22 @@ def test_settings_are_read_and_shown() -> None:
         ("conditioning", "off"),
     ]:
         settings = settings.changed(name, value)
-    assert (settings.temp, settings.top_p, settings.top_k, settings.min_p) == (0.5, 0.9, 40, 0.1)
-    assert (settings.seed, settings.max_tokens, settings.mode) == (7, -1, "plain")
+    assert (settings.sampling.temp, settings.sampling.top_p) == (0.5, 0.9)
+    assert (settings.sampling.top_k, settings.sampling.min_p) == (40, 0.1)
+    assert (settings.sampling.seed, settings.max_tokens, settings.mode) == (7, -1, "plain")
     assert settings.decode.tree == TreeSpec.parse("3^2")
     assert settings.decode.prune == PruneSpec(8, 0.5)
     assert not settings.decode.use_conditioner
     assert settings.decode.typical == TypicalSpec(0.2, 0.3)
-    assert (settings.xtc_probability, settings.xtc_threshold) == (0.5, 0.2)
-    assert settings.repetition_penalty == 1.1
-    assert len(settings.processors(256)) == 3
-    assert Settings().processors(256) == []
+    assert (settings.sampling.xtc_probability, settings.sampling.xtc_threshold) == (0.5, 0.2)
+    assert settings.sampling.repetition_penalty == 1.1
+    assert len(settings.sampling.processors(256)) == 3
+    assert Settings().sampling.processors(256) == []
     shown = {name: value for name, value, _ in settings.rows()}
     assert shown["tree"] == "3^2"
     assert shown["prune"] == "8:0.5"
     assert shown["conditioning"] == "off"
-    assert settings.changed("seed", "none").seed is None
+    assert settings.changed("seed", "none").sampling.seed is None
     for name, value in shown.items():
         assert settings.changed(name, value) == settings, "what is shown can be typed"
 

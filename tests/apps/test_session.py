@@ -19,6 +19,7 @@ from mlx_specstream.apps.chat.settings import Settings
 from mlx_specstream.apps.chat.speed import measure
 from mlx_specstream.apps.chat.status import answer_status
 from mlx_specstream.apps.conversation import Conversation
+from mlx_specstream.config import SamplingConfig
 from mlx_specstream.errors import DataError
 from tests.apps.parrot import ANSWER
 from tests.support.engine import examples
@@ -229,7 +230,7 @@ def test_a_question_too_long_for_the_context(parrot: tuple[StreamModel, Any]) ->
 
 
 def test_measuring_changes_nothing(parrot: tuple[StreamModel, Any]) -> None:
-    session = ChatSession(*parrot, settings=Settings(temp=1.0, seed=5))
+    session = ChatSession(*parrot, settings=Settings(sampling=SamplingConfig(temp=1.0, seed=5)))
     assert measure(session, 1.0) is None, "there is nothing to measure yet"
     ask(session, "one")
     tokens, state = session.prefix.tokens[:], mx.random.state[0].tolist()

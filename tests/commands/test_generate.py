@@ -166,7 +166,7 @@ def test_an_interrupt_exits_130(
         (["-p", "hi", "--top-p", "1.5"], "--top-p must be"),
         (["-p", "hi", "--min-p", "-0.1"], "--min-p must be"),
         (["-p", "hi", "--top-k", "-1"], "--top-k must be"),
-        (["-p", "hi", "--temp", "1", "--top-k", "256"], "--top-k must be below"),
+        (["-p", "hi", "--temp", "1", "--top-k", "256"], "top-k must be below"),
         (["-p", "hi", "--xtc-threshold", "0.7"], "--xtc-threshold must be between 0 and 0.5"),
         (["-p", "hi", "--repetition-penalty", "0"], "--repetition-penalty must be"),
         (["-p", "hi", "--presence-penalty", "inf"], "--presence-penalty must be"),
