@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 
-from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
+from mlx_specstream.config import DecodeConfig
 from mlx_specstream.errors import StreamsError
 from mlx_specstream.exit_status import exit_status
-from mlx_specstream.generation.decode_options import parse_schedule
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
@@ -188,11 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(COLUMNS)
     for tree in args.tree or ["chain", "8", "16"]:
         for schedule in args.schedule.split(","):
-            name, stream_nodes = parse_schedule(schedule)
-            prune = None if args.prune is None else PruneSpec(args.prune)
-            config = DecodeConfig(
-                TreeSpec.parse(tree), prune, schedule=name, stream_nodes=stream_nodes
-            )
+            prune = None if args.prune is None else str(args.prune)
+            config = DecodeConfig.of_words(tree, prune=prune, schedule=schedule)
             found = measure(model.streams, config, prompt, args.rounds)
             text = json.dumps(asdict(found)) if args.json else as_row(found)
             print(text, flush=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ... import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
 from ...config import SamplingConfig
 from ...errors import OptionError
-from ...generation.decode_options import decode_config, parse_prune, parse_typical
+from ...generation.decode_options import decode_config
 from ...generation.sampling_options import sampling_config
 
 DEFAULT_MAX_TOKENS = 1024
@@ -107,8 +107,6 @@ def _decode(name: str, read: Callable[[str], Any], wanted: str, *values: str) ->
 
     def show(settings: Settings) -> str:
         value = getattr(settings.decode, name)
-        if isinstance(value, PruneSpec):
-            return f"{value.keep}:{value.threshold}" if value.threshold else str(value.keep)
         if isinstance(value, bool):
             return "on" if value else "off"
         return "none" if value is None else str(value)
@@ -151,12 +149,12 @@ SETTINGS: dict[str, Setting] = {
     "tree": _decode(
         "tree", TreeSpec.parse, "auto, chain, chain3, 16 (rows) or 3^4", "auto", "chain", "8", "16"
     ),
-    "prune": _decode("prune", _optional(parse_prune), "8, 8:0.02 or none", "none", "8"),
+    "prune": _decode("prune", _optional(PruneSpec.parse), "8, 8:0.02 or none", "none", "8"),
     "schedule": _decode("schedule", str, "auto, inline or deferred", "auto", "inline", "deferred"),
     "conditioning": _decode("use_conditioner", _switch, "on or off", "on", "off"),
     "lossy-typical": _decode(
         "typical",
-        _optional(parse_typical),
+        _optional(TypicalSpec.parse),
         "LOSSY typical acceptance, 0.09 or 0.09:0.3, or none",
         "none",
         str(TypicalSpec()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..config import DecodeConfig
 from ..errors import ModelError, OptionError, StreamsError
-from ..generation.decode_options import add_decode_options, decode_config
 from ..loading.load import StreamModel, load, model_folder
 from ..speculation.streams import Streams
 from ..weights.checkpoint import load_streams
@@ -24,8 +23,6 @@ from .methods import Method, parse_streams
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-    from ..config import DecodeConfig
 
 
 @dataclass
@@ -124,12 +121,12 @@ def setting_config(method: Method) -> DecodeConfig:
     Raises:
         OptionError: a value cannot be read.
     """
-    parser = ArgumentParser()
-    add_decode_options(parser)
-    words = ["--tree", method.tree, "--schedule", method.schedule]
-    words += ["--prune", method.prune] if method.prune else []
-    words += [] if method.conditioning else ["--no-conditioning"]
-    return decode_config(parser.parse_args(words))
+    return DecodeConfig.of_words(
+        method.tree,
+        prune=method.prune,
+        schedule=method.schedule,
+        use_conditioner=method.conditioning,
+    )
 
 
 def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from ..errors import OptionError
 from .streams import Mode
@@ -31,6 +31,27 @@ class PruneSpec:
             raise OptionError(f"pruning keeps at least 1 row (the root), got {self.keep}.")
         if not 0.0 <= self.threshold <= 1.0:
             raise OptionError(f"the pruning threshold is a probability, got {self.threshold}.")
+
+    @classmethod
+    def parse(cls, text: str) -> PruneSpec:
+        """Read `8` (rows to keep) or `8:0.02` (and the threshold).
+
+        Raises:
+            OptionError: the text has neither form, or a value is out of range.
+        """
+        keep, colon, threshold = text.partition(":")
+        try:
+            return cls(int(keep), float(threshold) if colon else 0.0)
+        except OptionError:
+            raise
+        except ValueError:
+            raise OptionError(
+                f"cannot read the pruning {text!r}; use '8' (rows to keep) or '8:0.02' (and the "
+                "lowest probability)."
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.threshold}" if self.threshold else str(self.keep)
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,24 @@ class TypicalSpec:
                 raise OptionError(
                     f"typical acceptance: {name} must be above 0 and at most 1, got {value}."
                 )
+
+    @classmethod
+    def parse(cls, text: str) -> TypicalSpec:
+        """Read `0.09` (epsilon) or `0.09:0.3` (epsilon and delta).
+
+        Raises:
+            OptionError: the text has neither form, or a value is out of range.
+        """
+        epsilon, colon, delta = text.partition(":")
+        try:
+            return cls(float(epsilon), float(delta) if colon else cls.delta)
+        except OptionError:
+            raise
+        except ValueError:
+            raise OptionError(
+                f"cannot read the typical acceptance {text!r}; use '0.09' (epsilon) or '0.09:0.3' "
+                "(epsilon and delta)."
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.epsilon:g}:{self.delta:g}"
@@ -104,6 +143,53 @@ class DecodeConfig:
             raise OptionError(
                 f"schedule must be 'auto', 'inline' or 'deferred', got {self.schedule!r}."
             )
+
+    @classmethod
+    def of_words(
+        cls,
+        tree: str,
+        *,
+        prune: str | None = None,
+        schedule: str = "auto",
+        use_conditioner: bool = True,
+        typical: str | None = None,
+    ) -> DecodeConfig:
+        """Read each part in its command-line form; the schedule is `auto`, `deferred`, `inline` or `inline:2`.
+
+        Raises:
+            OptionError: a part cannot be read or is out of range.
+        """
+        word, colon, count = schedule.strip().lower().partition(":")
+        known = word in get_args(Schedule)
+        if not known or (colon and not (word == "inline" and count.isdecimal())):
+            raise OptionError(
+                f"cannot read the schedule {schedule!r}; use 'auto', 'inline', 'deferred', or "
+                "'inline:2' (streams at the two likeliest nodes)."
+            )
+        return cls(
+            tree=TreeSpec.parse(tree),
+            prune=None if prune is None else PruneSpec.parse(prune),
+            schedule=cast(Schedule, word),
+            stream_nodes=int(count or 0),
+            use_conditioner=use_conditioner,
+            typical=None if typical is None else TypicalSpec.parse(typical),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> DecodeConfig:
+        """Read `TREE[:PRUNE] [SCHEDULE]`: `auto`, `chain3 inline`, `16:8`, `16:8:0.02 inline:2`.
+
+        Raises:
+            OptionError: a part cannot be read or is out of range.
+        """
+        tree_and_prune, _, schedule = text.strip().partition(" ")
+        tree, colon, prune = tree_and_prune.partition(":")
+        return cls.of_words(tree, prune=prune if colon else None, schedule=schedule or "auto")
+
+    def __str__(self) -> str:
+        prune = "" if self.prune is None else f":{self.prune}"
+        schedule = "" if self.schedule == "auto" else f" {self.schedule}"
+        return f"{self.tree}{prune}{schedule}{f':{self.stream_nodes}' if self.stream_nodes else ''}"
 
     def resolved_schedule(self, mode: Mode) -> Literal["inline", "deferred"]:
         """Return the schedule to use in `mode`.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, fields
-from typing import NoReturn, TypedDict, cast, get_args
+from typing import NoReturn, TypedDict
 
-from ..config import CacheConfig, DecodeConfig, PruneSpec, Schedule, TreeSpec, TypicalSpec
+from ..config import CacheConfig, DecodeConfig, TreeSpec, TypicalSpec
 from ..errors import OptionError
 from ..loading.demo import DEMO_NAME
 from ..weights.shipped import AUTO
@@ -172,67 +172,13 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
     Raises:
         OptionError: an option cannot be read or is out of range.
     """
-    schedule, stream_nodes = parse_schedule(arguments.schedule)
-    typical = getattr(arguments, "lossy_typical", None)
-    return DecodeConfig(
-        tree=TreeSpec.parse(arguments.tree if tree is None else tree),
-        prune=None if arguments.prune is None else parse_prune(arguments.prune),
-        schedule=schedule,
-        stream_nodes=stream_nodes,
+    return DecodeConfig.of_words(
+        arguments.tree if tree is None else tree,
+        prune=arguments.prune,
+        schedule=arguments.schedule,
         use_conditioner=not arguments.no_conditioning,
-        typical=None if typical is None else parse_typical(typical),
+        typical=getattr(arguments, "lossy_typical", None),
     )
-
-
-def parse_prune(text: str) -> PruneSpec:
-    """Read `8` (keep) or `8:0.02` (keep and threshold).
-
-    Raises:
-        OptionError: the text has neither form.
-    """
-    keep, colon, threshold = text.partition(":")
-    try:
-        return PruneSpec(int(keep), float(threshold) if colon else 0.0)
-    except OptionError:
-        raise
-    except ValueError:
-        raise OptionError(
-            f"cannot read the pruning {text!r}; use '8' (rows to keep) or '8:0.02' (and the "
-            "lowest probability)."
-        ) from None
-
-
-def parse_schedule(text: str) -> tuple[Schedule, int]:
-    """Read `auto`, `inline`, `deferred` or `inline:2`; return the schedule and `stream_nodes`.
-
-    Raises:
-        OptionError: the text has none of these forms.
-    """
-    word, colon, count = text.strip().lower().partition(":")
-    if word in get_args(Schedule) and (not colon or (word == "inline" and count.isdecimal())):
-        return cast(Schedule, word), int(count or 0)
-    raise OptionError(
-        f"cannot read the schedule {text!r}; use 'auto', 'inline', 'deferred', or 'inline:2' "
-        "(streams at the two likeliest nodes)."
-    )
-
-
-def parse_typical(text: str) -> TypicalSpec:
-    """Read `0.09` (epsilon) or `0.09:0.3` (epsilon and delta).
-
-    Raises:
-        OptionError: the text has neither form, or a value is out of range.
-    """
-    epsilon, colon, delta = text.partition(":")
-    try:
-        return TypicalSpec(float(epsilon), float(delta) if colon else TypicalSpec.delta)
-    except OptionError:
-        raise
-    except ValueError:
-        raise OptionError(
-            f"cannot read the typical acceptance {text!r}; use '0.09' (epsilon) or '0.09:0.3' "
-            "(epsilon and delta)."
-        ) from None
 
 
 def described(config: DecodeConfig) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config import DecodeConfig, Mode, PruneSpec, TreeSpec
+from ..config import DecodeConfig, Mode, PruneSpec, Schedule, TreeSpec
 
 RunSchedule = Literal["inline", "deferred"]
 
@@ -57,9 +57,8 @@ class Plan:
     @property
     def name(self) -> str:
         """Return the short form that `parse` reads: `8`, `chain3 inline`, `16:8`, `8 inline:2`."""
-        keep = f":{self.prune.keep}" if self.prune is not None else ""
-        nodes = f":{self.stream_nodes}" if self.stream_nodes else ""
-        return f"{self.tree}{keep}{f' inline{nodes}' if self.schedule == 'inline' else ''}"
+        schedule: Schedule = "inline" if self.schedule == "inline" else "auto"
+        return str(DecodeConfig(self.tree, self.prune, schedule, stream_nodes=self.stream_nodes))
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -68,15 +67,9 @@ class Plan:
         Raises:
             OptionError: the tree or what is kept of it cannot be read.
         """
-        words, _, schedule = text.partition(" ")
-        tree, colon, keep = words.partition(":")
-        schedule, _, nodes = schedule.strip().partition(":")
-        return cls(
-            TreeSpec.parse(tree),
-            "inline" if schedule == "inline" else "deferred",
-            PruneSpec(int(keep)) if colon else None,
-            int(nodes or 0),
-        )
+        config = DecodeConfig.parse(text)
+        schedule: RunSchedule = "inline" if config.schedule == "inline" else "deferred"
+        return cls(config.tree, schedule, config.prune, config.stream_nodes)
 
 
 def candidates(
