@@ -67,6 +67,8 @@ def _streams(plan: Plan) -> list[str]:
         "LoRA rank, alpha": f"{config.lora_rank}, {config.lora_alpha:g}",
         "adapted modules": ", ".join(config.target_modules) or "none",
         "conditioned candidates": "yes" if config.conditioner_rank else "no",
+        "tokens that condition": str(config.conditioner_tokens if config.conditioner_rank else 0),
+        "rank of the next token": str(config.next_token_rank),
         "pruner rank": str(config.pruner_rank),
         "parameters": f"{count:,} ({', '.join(sorted({spec.dtype for spec in specs}))})",
     }

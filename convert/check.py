@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -202,7 +202,10 @@ def _trace_streams(streams: Streams, prompt: list[int]) -> Trace:
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
     look = Stepper(streams, config.tree, inline=True, chooser=TokenChooser())
-    seen = look.verify(root_only(mx.array([prompt[-1]])), cache)
+    root = root_only(mx.array([prompt[-1]]))
+    alone = replace(look, inline=False).verify(root, cache)
+    following = mx.argmax(streams.backbone.head(alone.last)[0], axis=-1)
+    seen = look.verify(root, cache, following)
     assert seen.streams is not None
     normed = streams.backbone.norm(seen.streams)[0, 0]
     heads = [streams.backbone.head(x)[0] for x in (seen.last, normed[None])]

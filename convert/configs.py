@@ -101,7 +101,9 @@ def stream_config(
         )
     if "conditioner_rank" not in values and len(conditioner.get("conditioner.lora_a", ())) == 2:
         values["conditioner_rank"] = conditioner["conditioner.lora_a"][1]
-        values["conditioner_hidden"] = conditioner.get("conditioner.mlp_in", (0,))[0]
+        seen = conditioner.get("conditioner.mlp_in", (0, 0))
+        values["conditioner_hidden"] = seen[0]
+        values["conditioner_tokens"] = seen[-1] // conditioner["conditioner.lora_a"][0] - 1
     try:
         return StreamConfig.from_dict({**values, "version": FORMAT_VERSION})
     except (StreamsError, TypeError) as error:

@@ -52,8 +52,8 @@ LAYOUTS: dict[str, tuple[Rule, ...]] = {
     # Our schema 1, which is PEFT's naming for adapters; all become MLX stream names.
     "streams": _rules(
         (r"(?:model\.)?stream_embeddings(?:\.weight)?", r"stream_embeddings"),
-        (r"(stream_init|pruner|conditioner)\.lora_A(?:\.weight)?", r"\1.lora_a", True),
-        (r"(stream_init|pruner|conditioner)\.lora_B(?:\.weight)?", r"\1.lora_b", True),
+        (r"(stream_init|next_token|pruner|conditioner)\.lora_A(?:\.weight)?", r"\1.lora_a", True),
+        (r"(stream_init|next_token|pruner|conditioner)\.lora_B(?:\.weight)?", r"\1.lora_b", True),
         (r"conditioner\.(mlp_in|mlp_out)(?:\.weight)?", r"conditioner.\1"),
         (r"(?:model\.)*layers\.(\d+)\.(.+)\.lora_A(?:\.weight)?", r"layers.\1.\2.lora_a", True),
         (r"(?:model\.)*layers\.(\d+)\.(.+)\.lora_B(?:\.weight)?", r"layers.\1.\2.lora_b", True),

@@ -70,7 +70,7 @@ class Oracle:
                 findings.error("main logits", ours.main, _numpy(logits[P - 1]))
             else:
                 at = torch.arange(P - 1, P + n - 1)
-                out = self.model.forward(ids, at=at)
+                out = self.model.forward(ids, at=at, following=torch.tensor([ours.tokens]))
                 logits = self.backbone.head(out.main[0])
                 first = self.backbone.head(out.streams[0, 0])
                 findings.error("hidden state", ours.insertion, _numpy(out.insertion[0, P - 1]))
@@ -78,8 +78,9 @@ class Oracle:
                 findings.error("stream logits", ours.streams, _numpy(first))
                 for root, drafts in ours.steps:
                     if root < P + n:
-                        root_id = ([*prompt, *ours.tokens])[root]
-                        self._compare_drafts(out.streams[0, root - P], root_id, drafts, findings)
+                        text = [*prompt, *ours.tokens]
+                        states = out.streams[0, root - P]
+                        self._compare_drafts(states, text[root - 1 : root + 1], drafts, findings)
         for row, token in enumerate(ours.tokens):
             findings.tokens += 1
             scores = logits[P - 1 + row]
@@ -87,10 +88,13 @@ class Oracle:
                 findings.wrong_tokens.append(float(scores.max() - scores[token]))
 
     def _compare_drafts(
-        self, states: torch.Tensor, root: int, drafts: list[int], findings: Findings
+        self, states: torch.Tensor, path: list[int], drafts: list[int], findings: Findings
     ) -> None:
-        """Compare one step's chain with what these stream states (γ, h) propose after `root`."""
-        torch, parent = self.torch, root
+        """Compare one step's chain with what these stream states (γ, h) propose after `path`.
+
+        path: the root, and the token before it.
+        """
+        torch = self.torch
         assert self.model is not None
         conditioner = self.model.adapters.conditioner
         head = self.backbone.head(states)
@@ -99,14 +103,15 @@ class Oracle:
             allowed = torch.arange(scores.shape[-1])
             if conditioner is not None:
                 allowed = scores.topk(min(32, scores.shape[-1])).indices
-                embedded = self.backbone.embed(torch.tensor([parent]))
-                change = conditioner(embedded, states[level][None]) - states[level][None]
+                before, parent = self.backbone.embed(torch.tensor(path[-2:]))[:, None]
+                state = states[level][None]
+                change = conditioner(parent, state, before) - state
                 scores = scores + (change @ self.backbone.head_weight.t())[0]
             best = allowed[scores[allowed].argmax()]
             findings.drafts += 1
             if int(best) != draft:
                 findings.wrong_drafts.append(max(0.0, float(scores[best] - scores[draft])))
-            parent = draft
+            path = [*path, draft]
 
 
 def _base_model(plan: Plan) -> Any:

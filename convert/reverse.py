@@ -21,8 +21,8 @@ from .reader import STREAMS
 WEIGHTS = "stream_model.safetensors"
 _TABLE: tuple[tuple[re.Pattern[str], str, bool], ...] = (
     (re.compile(r"stream_embeddings"), r"stream_embeddings.weight", False),
-    (re.compile(r"(stream_init|pruner|conditioner)\.lora_a"), r"\1.lora_A.weight", True),
-    (re.compile(r"(stream_init|pruner|conditioner)\.lora_b"), r"\1.lora_B.weight", True),
+    (re.compile(r"(stream_init|next_token|pruner|conditioner)\.lora_a"), r"\1.lora_A.weight", True),
+    (re.compile(r"(stream_init|next_token|pruner|conditioner)\.lora_b"), r"\1.lora_B.weight", True),
     (re.compile(r"conditioner\.(mlp_in|mlp_out)"), r"conditioner.\1.weight", False),
     (re.compile(r"(layers\..+)\.lora_a"), r"base_model.model.model.\1.lora_A.weight", True),
     (re.compile(r"(layers\..+)\.lora_b"), r"base_model.model.model.\1.lora_B.weight", True),

@@ -2,6 +2,7 @@
 
 stream_embeddings (γ, h)            P_j [SS §3.1.1, Eq. 3]
 stream_init       h -> r -> h       f(M) = M + B·A·M, optional
+next_token        h -> r -> h       the streams' starts know x_{t+1}: + B·A·ê(x_{t+1}), optional [own]
 lora              {layer: {module: (A (r, in), B (out, r))}}
 pruner            h -> r -> h       o(M) = M + B·A·M [SS §3.1.3]
 conditioner       parent-conditioned candidates, see `condition.py`
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from ...config import StreamConfig
 from .backbone import Backbone
-from .condition import Conditioner
+from .condition import Conditioner, unit
 
 
 class LowRank(nn.Module):
@@ -41,12 +42,17 @@ class StreamAdapters(nn.Module):
     """The trained parameters for one base model; float32."""
 
     def __init__(
-        self, config: StreamConfig, backbone: Backbone, embedding_std: float = 1.0
+        self,
+        config: StreamConfig,
+        backbone: Backbone,
+        embedding_std: float = 1.0,
+        next_token_rms: float = 8.0,
     ) -> None:
         """Make untrained adapters.
 
         Args:
             embedding_std: scale of the P_j; far below the hidden state's own they are invisible and learn nothing.
+            next_token_rms: scale at which the next token enters the untrained streams' starts; the same holds.
 
         Raises:
             ValueError: a target module does not exist in the model, or N_s leaves no layer below.
@@ -63,10 +69,17 @@ class StreamAdapters(nn.Module):
         self.stream_init = (
             LowRank(h, h, config.stream_init_rank) if config.stream_init_rank else None
         )
+        self.next_token = None
+        if config.next_token_rank:
+            self.next_token = LowRank(h, h, config.next_token_rank)
+            # A·ê has variance 1/3 (Kaiming's bound for unit inputs), so B sets the scale.
+            std = next_token_rms * math.sqrt(3 / config.next_token_rank)
+            nn.init.normal_(self.next_token.lora_B.weight, std=std)
         self.pruner = LowRank(h, h, config.pruner_rank) if config.pruner_rank else None
         self.conditioner = None
         if config.conditioner_rank:
-            self.conditioner = Conditioner(h, config.conditioner_hidden, config.conditioner_rank)
+            shape = config.conditioner_hidden, config.conditioner_rank, config.conditioner_tokens
+            self.conditioner = Conditioner(h, *shape)
         first = 0 if config.mode == "shared" else self.first_msa_layer
         layers: dict[str, nn.ModuleDict] = {}
         for index in range(first, num_layers) if config.lora_rank else ():
@@ -104,10 +117,16 @@ class StreamAdapters(nn.Module):
                 if name.endswith("lora_B.weight"):
                     parameter.mul_(factor)
 
-    def start(self, main: Tensor) -> Tensor:
-        """Return the streams' first states S_tj = f(M_t) + P_j [SS Eq. 3]: (..., h) -> (..., γ, h)."""
+    def start(self, main: Tensor, following: Tensor | None = None) -> Tensor:
+        """Return the streams' first states S_tj = f(M_t) + P_j [SS Eq. 3]: (..., h) -> (..., γ, h).
+
+        following: embedding rows (..., h) of x_{t+1}, for streams that know it: + B·A·ê.
+        """
         if self.stream_init is not None:
             main = main + self.stream_init(main)
+        if self.next_token is not None:
+            assert following is not None
+            main = main + self.next_token(unit(following).to(main.dtype))
         return main.unsqueeze(-2) + self.stream_embeddings.to(main.dtype)
 
     def positions(self, main: Tensor) -> Tensor:
@@ -118,11 +137,14 @@ class StreamAdapters(nn.Module):
         return main.unsqueeze(-1) + offsets
 
 
-def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
+def grow(
+    adapters: StreamAdapters, backbone: Backbone, next_token_rms: float = 0.0, **changes: object
+) -> StreamAdapters:
     """Return adapters of a changed config that hold everything the given ones have learned.
 
     Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner, the lower
-    layers of shared mode); a changed `lora_rank` keeps the maps' largest singular values, at the same alpha / rank.
+    layers of shared mode, the next token at the start of streams, the conditioner's second token, which changes nothing
+    yet); a changed `lora_rank` keeps the maps' largest singular values, at the same alpha / rank.
     """
     before = adapters.config
     rank = changes.get("lora_rank", before.lora_rank)
@@ -132,11 +154,17 @@ def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> Str
     config = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
     if config == before:
         return adapters
-    grown, learned = StreamAdapters(config, backbone), adapters.state_dict()
+    grown = StreamAdapters(config, backbone, next_token_rms=next_token_rms)
+    learned = adapters.state_dict()
     extra = config.num_streams - before.num_streams
     embeddings = learned["stream_embeddings"]
     learned["stream_embeddings"] = torch.cat((embeddings, embeddings[-1:].repeat(extra, 1)))
     fresh = grown.state_dict()
+    if config.conditioner_tokens > before.conditioner_tokens:
+        mlp_in = learned["conditioner.mlp_in.weight"]
+        learned["conditioner.mlp_in.weight"] = torch.cat(
+            (mlp_in, torch.zeros(len(mlp_in), backbone.hidden_size)), dim=1
+        )
     if rank != before.lora_rank:
         for name in [n for n in learned if n.startswith("lora.") and n.endswith("lora_A.weight")]:
             other = name.replace("lora_A", "lora_B")

@@ -10,13 +10,13 @@ drawn end to end.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, OptionError
 from ...exit_status import exit_status
+from ...prompts.lines import json_lines
 from ...weights.files import atomic_file
 
 
@@ -26,15 +26,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is no training log.
     """
-    records, before, last = [], 0, 0
+    records: list[dict[str, Any]] = []
+    before = last = 0
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for found, _ in json_lines(path):
+            record: Any = found
             if record["positions"] < last:
                 before += last
             last = record["positions"]
             records.append({**record, "trained": before + last})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a training log ({error}).") from error
     if not records:
         raise DataError(f"{path} is empty; train first.")

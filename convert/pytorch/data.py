@@ -5,6 +5,8 @@ are turned into ids with the tokenizer's chat template. Stream positions are the
 token that still has a target; with P prompt and A answer tokens, position i stands at t = P - 1 + i and
 
     root x_{t+1} = answer[i]      stream j: parent x_{t+j} = answer[i+j-1], target x_{t+1+j} = answer[i+j]
+
+with answer[-1] the last prompt token, which is the parent of the first root.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...prompts.lines import json_lines
 
 Key = tuple[str, int]
 T = TypeVar("T")
@@ -50,14 +53,10 @@ def read_examples(
     """
     examples = []
     for file in map(Path, files):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{file}, line {number + 1} is not JSON ({error.msg}); repair or remove it."
-                ) from error
-            prompt, answer = record_ids(record, tokenizer, f"{file}, line {number + 1}")
+        for number, (record, where) in enumerate(json_lines(file)):
+            if not isinstance(record, dict):
+                raise DataError(f"{where} must be a JSON object, got {type(record).__name__}.")
+            prompt, answer = record_ids(record, tokenizer, where)
             key = (str(record.get("source", file.stem)), int(record.get("index", number)))
             if len(answer) > 1 and len(prompt) + len(answer) <= max_length:
                 examples.append(Example(key, tuple(prompt), tuple(answer)))
@@ -112,25 +111,33 @@ class Selection:
 class Targets:
     """What the stream rows of a batch are to predict, rows in the order (position, stream).
 
-    tokens, parents: (N, γ) int64. valid: (N, γ) bool, false past the end of a text.
+    tokens, parents, grandparents: (N, γ) int64; a parent of stream 1 is the root x_{t+1}, its own parent x_t.
+    valid: (N, γ) bool, false past the end of a text.
     """
 
     tokens: Tensor
     parents: Tensor
+    grandparents: Tensor
     valid: Tensor
+
+    def rows(self, rows: slice | Tensor) -> Targets:
+        """Return the targets of some positions."""
+        return Targets(
+            *(t[rows] for t in (self.tokens, self.parents, self.grandparents, self.valid))
+        )
 
 
 def targets(batch: Sequence[Selection], num_streams: int) -> Targets:
-    """Collect targets and true parents of every selected position."""
-    tokens, parents, valid = [], [], []
+    """Collect targets, true parents and their parents of every selected position."""
+    windows, valid = [], []
     for selection in batch:
         answer = selection.example.answer
-        padded = answer + (0,) * num_streams
+        padded = selection.example.prompt[-1:] + answer + (0,) * num_streams
         for i in selection.positions:
-            tokens.append(padded[i + 1 : i + 1 + num_streams])
-            parents.append(padded[i : i + num_streams])
+            windows.append(padded[i : i + num_streams + 2])
             valid.append([i + j < len(answer) for j in range(1, num_streams + 1)])
-    return Targets(torch.tensor(tokens), torch.tensor(parents), torch.tensor(valid))
+    around = torch.tensor(windows)
+    return Targets(around[:, 2:], around[:, 1:-1], around[:, :-2], torch.tensor(valid))
 
 
 def select(example: Example, fraction: float, seed: str) -> Selection:

@@ -22,23 +22,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ...errors import DataError
 from ...exit_status import exit_status
+from ...prompts import prompt_of
+from ...prompts.lines import json_lines
 from .backbone import Backbone
 from .batched import Prompt, answer
 from .states import StateShape, StateWriter
 
 
-def prompt_text(record: dict[str, object]) -> str:
+def prompt_text(record: object, where: str) -> str:
     """Return the first user turn of a `prompt` or `messages` record."""
-    if "prompt" in record:
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
         return str(record["prompt"])
-    messages = record.get("messages")
-    if isinstance(messages, list):
-        return next(str(m["content"]) for m in messages if m["role"] == "user")
-    raise DataError(
-        f"a prompt record needs a 'prompt' or 'messages' key; this one has {sorted(record)}"
-    )
+    prompt = prompt_of(record, where)
+    return next(str(turn["content"]) for turn in prompt.messages if turn["role"] == "user")
 
 
 def read_done(path: Path) -> set[tuple[str, int]]:
@@ -61,8 +58,8 @@ def read_done(path: Path) -> set[tuple[str, int]]:
 def read_prompts(path: Path, tokenizer: object, max_prompt_tokens: int) -> list[Prompt]:
     """Read a JSON-lines file and apply the tokenizer's chat template; longer prompts are left out."""
     prompts = []
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        text = prompt_text(json.loads(line))
+    for index, (record, where) in enumerate(json_lines(path)):
+        text = prompt_text(record, where)
         ids = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )

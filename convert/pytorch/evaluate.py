@@ -53,13 +53,14 @@ def candidates(packed: PackedStreams, hidden: Tensor) -> Candidates:
 
 
 def conditioned_log_probs(
-    packed: PackedStreams, found: Candidates, level: int, parents: Tensor
+    packed: PackedStreams, found: Candidates, level: int, parents: Tensor, grandparents: Tensor
 ) -> Tensor:
     """Return log-probabilities (N, W, C) of stream `level`'s candidates given each of the parents (N, W)."""
     conditioner = packed.adapters.conditioner
     assert conditioner is not None
     hidden = found.hidden[:, level, None].expand(-1, parents.shape[1], -1)
-    change = conditioner(packed.backbone.embed(parents), hidden) - hidden
+    known = [packed.backbone.embed(ids) for ids in (parents, grandparents)]
+    change = conditioner(known[0], hidden, known[1]) - hidden
     gain = change.float() @ packed.backbone.head_weight[found.ids[:, level]].float().transpose(1, 2)
     log_probs = found.log_probs[:, level, None]
     scores = log_probs + gain
@@ -76,12 +77,12 @@ def accepted_in_tree(
     """
     N, G, C = found.ids.shape
     width = rows - 1 if rows else 1
-    tokens, scores = wanted.parents[:, :1], torch.zeros(N, 1)
+    tokens, before, scores = wanted.parents[:, :1], wanted.grandparents[:, :1], torch.zeros(N, 1)
     right = torch.ones(N, 1, dtype=torch.bool)
     all_scores, all_right = [], []
     for level in range(G):
         if conditioned:
-            log_probs = conditioned_log_probs(packed, found, level, tokens)
+            log_probs = conditioned_log_probs(packed, found, level, tokens, before)
         else:
             log_probs = found.log_probs[:, level, None].expand(-1, tokens.shape[1], -1)
         ids = found.ids[:, level, None].expand_as(log_probs)
@@ -95,8 +96,9 @@ def accepted_in_tree(
             .flatten(1)
             .topk(min(width, tokens.shape[1] * C), dim=-1)
         )
-        scores, tokens, right = (
+        scores, before, tokens, right = (
             best.values,
+            tokens.gather(1, best.indices // C),
             ids.flatten(1).gather(1, best.indices),
             hit.flatten(1).gather(1, best.indices),
         )
@@ -154,7 +156,7 @@ def evaluate(
         accepted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in tallies}
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
-            some = Targets(wanted.tokens[part], wanted.parents[part], wanted.valid[part])
+            some = wanted.rows(part)
             found = candidates(packed, hidden[part])
             match = (found.ids == some.tokens[..., None]) & some.valid[..., None]
             hits += torch.stack([match[..., :1].any(-1).sum(0), match[..., :3].any(-1).sum(0)])
@@ -187,7 +189,8 @@ def lossless_streams(
             else compute_states(packed.backbone, text.prompt, text.answer, num_layers)
         )
         rows = torch.arange(len(text.answer))
-        return packed.forward(PackedBatch([states], [rows], [len(text.prompt) - 1]))
+        following = torch.tensor(text.answer)
+        return packed.forward(PackedBatch([states], [rows], [len(text.prompt) - 1], following))
 
     return foresee
 

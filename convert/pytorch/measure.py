@@ -48,8 +48,11 @@ def rank_targets(packed: PackedStreams, hidden: Tensor, wanted: Targets) -> Rank
         best = logits.topk(NUM_CANDIDATES, dim=-1)
         marginal.append(_place(best.indices, token))
         if conditioner is not None:
-            parents = packed.backbone.embed(wanted.parents.flatten()[start : start + ROWS])
-            change = conditioner(parents, part) - part
+            parents, before = (
+                packed.backbone.embed(ids.flatten()[start : start + ROWS])
+                for ids in (wanted.parents, wanted.grandparents)
+            )
+            change = conditioner(parents, part, before) - part
             gain = torch.einsum("rch,rh->rc", head[best.indices].float(), change.float())
             order = (best.values + gain).argsort(-1, descending=True)
             conditioned.append(_place(best.indices.gather(1, order), token))

@@ -62,6 +62,7 @@ class SpeculativeModel:
         at: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        following: Tensor | None = None,
     ) -> StreamOutput:
         """Run the model once.
 
@@ -70,6 +71,7 @@ class SpeculativeModel:
             at: (n,) rows that get streams; all by default.
             positions: (B, L) RoPE positions of the rows; 0 .. L-1 by default.
             mask: (B or 1, L, L) boolean, who sees whom among main rows; causal by default.
+            following: (B, n), the tokens after the rows `at`, for streams that know them.
         """
         B, L = ids.shape
         backbone, shared, G = self.backbone, self.config.mode == "shared", self.config.num_streams
@@ -88,7 +90,8 @@ class SpeculativeModel:
             )
         insertion = x
 
-        x = torch.cat((x, self.adapters.start(x[:, at]).flatten(1, 2)), dim=1)
+        known = None if following is None else backbone.embed(following)
+        x = torch.cat((x, self.adapters.start(x[:, at], known).flatten(1, 2)), dim=1)
         positions = torch.cat(
             (positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1
         )

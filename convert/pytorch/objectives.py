@@ -74,6 +74,7 @@ class Common:
             [self.base_states(s.example) for s in batch],
             [torch.tensor(s.positions) for s in batch],
             [len(s.example.prompt) - 1 for s in batch],
+            torch.tensor([s.example.answer[i] for s in batch for i in s.positions]),
         )
 
     def head(self, tokens: Tensor, seed: int) -> tuple[Tensor, Vocabulary]:
@@ -98,8 +99,11 @@ class Common:
         total, losses = HeadCrossEntropy.apply(hidden, head, vocabulary.log_weight, places, weights)
         figures: Figures = {"loss": mean_per_stream(losses, stream, G)}
         if self.adapters.conditioner is not None:
-            parents = self.backbone.embed(wanted.parents[wanted.valid])
-            corrected = self.adapters.conditioner(parents, hidden)
+            parents, before = (
+                self.backbone.embed(ids[wanted.valid])
+                for ids in (wanted.parents, wanted.grandparents)
+            )
+            corrected = self.adapters.conditioner(parents, hidden, before)
             extra, losses = HeadCrossEntropy.apply(
                 corrected, head, vocabulary.log_weight, places, weights
             )
@@ -120,7 +124,7 @@ class LosslessObjective:
         whole = targets(batch, G)
         head, vocabulary = common.head(whole.tokens[whole.valid], seed)
         mine, rows = workers.share(batch)
-        wanted = Targets(whole.tokens[rows], whole.parents[rows], whole.valid[rows])
+        wanted = whole.rows(rows)
         weights = stream_weights(whole.valid, common.alpha_decay)[rows][wanted.valid]
         part = common.stream_loss(
             self.packed.forward(common.pack(mine)), wanted, weights, head, vocabulary

@@ -31,11 +31,13 @@ class PackedBatch:
 
     states: base states of each text. rows: (n_b,) int64 per text, which `states.hidden` rows get streams.
     first: position of `states.hidden[0]` in each text, i.e. prompt length - 1.
+    following: (N,) int64, the token x_{t+1} of every position; streams that do not know it need none.
     """
 
     states: Sequence[States]
     rows: Sequence[Tensor]
     first: Sequence[int]
+    following: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -55,7 +57,8 @@ class PackedStreams:
         """Return the streams' final normed hidden states, (N, γ, h)."""
         adapters, G = self.adapters, self.adapters.config.num_streams
         main = torch.cat([s.hidden[rows] for s, rows in zip(batch.states, batch.rows, strict=True)])
-        x = adapters.start(main.to(self.backbone.dtype)).flatten(0, 1)
+        known = None if batch.following is None else self.backbone.embed(batch.following)
+        x = adapters.start(main.to(self.backbone.dtype), known).flatten(0, 1)
         rotation = self.rows.rotation(adapters.positions(batch.positions))
         for number, index in enumerate(self.layers):
             q, k, v = self.rows.queries_keys_values(index, x, rotation)

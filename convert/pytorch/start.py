@@ -31,12 +31,14 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
         wanted = {
             "num_streams": max(args.num_streams, adapters.config.num_streams),
             "mode": args.mode,
+            "next_token_rank": adapters.config.next_token_rank or args.next_token_rank,
+            "conditioner_tokens": max(args.conditioner_tokens, adapters.config.conditioner_tokens),
         }
         if args.train == "pruner":
             wanted["pruner_rank"] = args.pruner_rank
         if args.resize_rank:
             wanted["lora_rank"] = args.resize_rank
-        grown = grow(adapters, backbone, **wanted)
+        grown = grow(adapters, backbone, args.next_token_rms, **wanted)
         if args.mode == "shared" and adapters.config.mode == "lossless":
             grown.scale_lora(args.start_scale)
         return grown
@@ -54,8 +56,10 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
         target_modules=modules if args.lora_rank else (),
         conditioner_rank=args.conditioner_rank,
         conditioner_hidden=args.conditioner_hidden,
+        next_token_rank=args.next_token_rank,
+        conditioner_tokens=args.conditioner_tokens if args.conditioner_rank else 1,
     )
-    return StreamAdapters(config, backbone, args.embedding_std)
+    return StreamAdapters(config, backbone, args.embedding_std, args.next_token_rms)
 
 
 def make_objective(args: argparse.Namespace, common: Common) -> Objective:
@@ -79,6 +83,7 @@ def parameter_groups(args: argparse.Namespace, adapters: StreamAdapters) -> list
         "embeddings": args.embedding_lr,
         "rest": args.lr,
         "conditioner": args.conditioner_lr,
+        "next_token": args.next_token_lr,
     }
     groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in rates}
     for name, parameter in adapters.named_parameters():
@@ -87,10 +92,8 @@ def parameter_groups(args: argparse.Namespace, adapters: StreamAdapters) -> list
         if not trained.get(args.train, part != "pruner"):
             parameter.requires_grad_(False)
             continue
-        if name == "stream_embeddings":
-            groups["embeddings"].append(parameter)
-        else:
-            groups["conditioner" if "conditioner" in name else "rest"].append(parameter)
+        kind = "embeddings" if part == "stream_embeddings" else part
+        groups[kind if kind in groups else "rest"].append(parameter)
     return [
         {"params": parameters, "lr": rates[kind]}
         for kind, parameters in groups.items()

@@ -13,11 +13,13 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ...exit_status import exit_status
+from ...prompts.lines import json_lines
 from ...weights.files import atomic_file
 from .backbone import Backbone
 from .batched import Decoder, answer
@@ -44,8 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if not args.plain:
             make = functools.partial(SharedDecoder, adapters=adapters)  # type: ignore[assignment]
     prompts = read_prompts(Path(args.data), tokenizer, args.max_prompt_tokens)[: args.max_prompts]
-    lines = Path(args.data).read_text(encoding="utf-8").splitlines()
-    golds = [json.loads(line) for line in lines]
+    golds: list[Any] = [record for record, _ in json_lines(Path(args.data))]
     counts = {"exact": 0, "runs": 0, "right": 0}
     stop = {"max_new_tokens": args.max_tokens, "eos": {tokenizer.eos_token_id}, "make": make}
     records = []

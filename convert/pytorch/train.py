@@ -89,6 +89,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--conditioner-hidden", type=int, default=128)
     group.add_argument(
+        "--conditioner-tokens",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="tokens before a candidate that the conditioner sees",
+    )
+    group.add_argument(
+        "--next-token-rank",
+        type=int,
+        default=0,
+        help="streams know the next token from their start on; they then need the deferred schedule",
+    )
+    group.add_argument(
+        "--next-token-rms",
+        type=float,
+        default=8.0,
+        help="scale at which the next token first enters the streams",
+    )
+    group.add_argument(
         "--embedding-std", type=float, default=1.0, help="scale of the untrained stream embeddings"
     )
     group.add_argument(
@@ -126,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
     group.add_argument("--embedding-lr", type=float, default=4e-2)
     group.add_argument("--conditioner-lr", type=float, default=2e-3)
+    group.add_argument("--next-token-lr", type=float, default=8e-3)
     group.add_argument(
         "--final-lr", type=float, default=0.05, help="share of the learning rate left at the end"
     )

@@ -103,8 +103,9 @@ class BatchStepper:
         root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
         finite = drawn.finite & ~mx.any(mx.isnan(last), axis=(1, 2))
         if self.depth:
-            states = self.stream_states(first, states, accepted, tokens.shape[1], cache)
-            following = mx.concatenate([root, self.drafts(root[:, 0], states)], axis=1)
+            states = self.stream_states(first, states, accepted, root, tokens.shape[1], cache)
+            before = mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
+            following = mx.concatenate([root, self.drafts(root[:, 0], before, states)], axis=1)
         else:
             following = root
         head = mx.stack([accepted, finite.astype(mx.int32)], axis=1)
@@ -143,21 +144,28 @@ class BatchStepper:
         first: mx.array,
         states: mx.array | None,
         accepted: mx.array,
+        roots: mx.array,
         num_nodes: int,
         cache: BatchKVCache,
     ) -> mx.array:
-        """Return the streams (B, γ, h) of each sequence's deepest accepted node (B,)."""
+        """Return the streams (B, γ, h) of each sequence's deepest accepted node (B,).
+
+        roots: (B, 1) int32, the tokens drawn after those nodes.
+        """
         streams = self.streams
         assert streams is not None
         if states is not None:
             return mx.take_along_axis(states, accepted[:, None, None, None], axis=1)[:, 0]
         rows = deferred_rows(cache, num_nodes, streams, accepted)
         main = mx.take_along_axis(first, accepted[:, None, None], axis=1)
-        hidden = streams.start(main)
+        hidden = streams.start(main, roots)
         return streams.run(hidden, 0, streams.upper, rows.cache, 0, rows.positions, rows.mask)
 
-    def drafts(self, roots: mx.array, states: mx.array) -> mx.array:
-        """Return the next chains' drafts (B, D) below `roots` (B,), from streams (B, γ, h)."""
+    def drafts(self, roots: mx.array, before: mx.array, states: mx.array) -> mx.array:
+        """Return the next chains' drafts (B, D) below `roots` (B,), from streams (B, γ, h).
+
+        before: (B,) int32, the tokens that the roots follow.
+        """
         B, D = roots.shape[0], self.depth
         normed = self.backbone.norm(states[:, :D])
         logits = self.backbone.head(normed)
@@ -169,7 +177,7 @@ class BatchStepper:
         first_rows = mx.arange(0, B * D, D, dtype=mx.int32)
         drafts, parents = [], roots
         for level in range(D):
-            parents = proposer.best(first_rows + level, parents)
+            parents, before = proposer.best(first_rows + level, parents, before), parents
             drafts.append(parents)
         return mx.stack(drafts, axis=1)
 

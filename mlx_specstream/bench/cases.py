@@ -36,7 +36,7 @@ class Case:
     @property
     def sha256(self) -> str:
         """Return the hash of all that is asked."""
-        turns = [[turn["role"], turn["content"]] for turn in self.prompt.messages]
+        turns = [[turn["role"], turn.get("content")] for turn in self.prompt.messages]
         text = json.dumps([turns, self.prompt.text, self.more_turns], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -191,12 +191,20 @@ class DecodeConfig:
         schedule = "" if self.schedule == "auto" else f" {self.schedule}"
         return f"{self.tree}{prune}{schedule}{f':{self.stream_nodes}' if self.stream_nodes else ''}"
 
-    def resolved_schedule(self, mode: Mode) -> Literal["inline", "deferred"]:
-        """Return the schedule to use in `mode`.
+    def resolved_schedule(
+        self, mode: Mode, *, know_next_token: bool = False
+    ) -> Literal["inline", "deferred"]:
+        """Return the schedule to use in `mode`; `know_next_token`: whether the streams do.
 
         Raises:
-            OptionError: `deferred` was asked for in shared mode, where main attends its streams.
+            OptionError: `deferred` was asked for in shared mode, where main attends its streams;
+                or `inline`, for streams that know the next token.
         """
+        if know_next_token and self.schedule == "inline":
+            raise OptionError(
+                "schedule 'inline' cannot be used with these streams: they were trained to know "
+                "the next token, which is drawn after that pass; use 'deferred' or 'auto'."
+            )
         if mode == "shared":
             if self.stream_nodes:
                 raise OptionError(

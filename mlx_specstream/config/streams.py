@@ -23,6 +23,8 @@ class StreamConfig:
 
     `num_streams` is γ, `num_msa_layers` is N_s. A rank of 0 means that the part does not exist.
     The LoRA product is scaled by `lora_alpha / lora_rank`. `value_rotation` is ε of [SS Eq. 9].
+    Streams with a `next_token_rank` know x_{t+1} from their start on, and so run only once it is
+    drawn. `conditioner_tokens`: how many tokens before a candidate the conditioner sees, 1 or 2.
 
     Raises:
         StreamsError: a value is out of range or of the wrong type.
@@ -40,6 +42,8 @@ class StreamConfig:
     pruner_rank: int = 0
     conditioner_rank: int = 0
     conditioner_hidden: int = 0
+    next_token_rank: int = 0
+    conditioner_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, list | tuple):
@@ -49,7 +53,7 @@ class StreamConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise StreamsError(f"streams config: {name} must be an integer, got {value!r}.")
-            low = 1 if name in ("num_streams", "num_msa_layers") else 0
+            low = 1 if name in ("num_streams", "num_msa_layers", "conditioner_tokens") else 0
             if value < low:
                 raise StreamsError(f"streams config: {name} must be at least {low}, got {value}.")
         for name in ("lora_alpha", "value_rotation"):
@@ -84,6 +88,16 @@ class StreamConfig:
             raise StreamsError(
                 "streams config: conditioner_rank and conditioner_hidden go together, got "
                 f"{self.conditioner_rank} and {self.conditioner_hidden}."
+            )
+        if self.conditioner_tokens > (2 if self.conditioner_rank else 1):
+            raise StreamsError(
+                "streams config: conditioner_tokens must be 1, or 2 with a conditioner, got "
+                f"{self.conditioner_tokens}."
+            )
+        if self.next_token_rank and self.mode == "shared":
+            raise StreamsError(
+                "streams config: next_token_rank needs mode 'lossless': in shared mode a token is "
+                "drawn from a row that has seen its streams, which cannot know it yet."
             )
 
     @property

@@ -97,6 +97,8 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
     """Return the plans worth a look for a model, in the order in which to measure them."""
     assert model.streams is not None
     trained, schedule = model.streams.config, (config or DecodeConfig()).schedule
+    if schedule == "auto" and model.streams.know_next_token:
+        schedule = "deferred"
     recorded = profile_of(model.streams_name)
     plans = candidates(
         trained.num_streams,

@@ -62,14 +62,16 @@ def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -
     positions: list[Position] = []
     for first in range(0, len(text), CHUNK):
         nodes = before[first : first + CHUNK]
-        verified = stepper.verify(chain(mx.array(nodes)), cache)
+        drawn = mx.array(list(text[first : first + len(nodes)]))
+        verified = stepper.verify(chain(mx.array(nodes)), cache, drawn)
         assert verified.streams is not None
         trees = []
         for place in range(len(nodes)):
             states = verified.streams[:, place]
             root = mx.array([text[first + place]])
             proposer = stepper.candidates(states)
-            trees.append(build(root, stepper.tree, streams.num_streams, proposer))
+            last = mx.array(nodes[place])
+            trees.append(build(root, stepper.tree, streams.num_streams, proposer, last))
         mx.eval([[*tree.arrays, tree.scores] for tree in trees])
         exits = _exit_scores(stepper, nodes[0], trees, cache)
         cache.advance(len(nodes))

@@ -3,6 +3,7 @@
 | file | the idea it holds |
 |---|---|
 | `read.py` | mlx-lm's data formats, one JSON object a line, or plain text |
+| `lines.py` | lines of text and of JSON: the one reader of prompt files, training data and logs |
 | `encode.py` | a prompt as the model reads it, through its chat template |
 """
 

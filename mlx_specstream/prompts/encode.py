@@ -41,7 +41,7 @@ def encode_prompt(
     if not prompt.title:
         raise DataError("the prompt is empty; say what the model is to answer.")
     if not (use_template and tokenizer.has_chat_template and prompt.messages):
-        text = "\n\n".join(turn["content"] for turn in prompt.messages) or prompt.text
+        text = prompt.bare
         ids: list[int] = list(tokenizer.encode(text + (response or "")))
         return ids
     turns = [dict(turn) for turn in prompt.messages]
@@ -56,6 +56,7 @@ def encode_prompt(
                 tokenize=False,
                 add_generation_prompt=not open_end,
                 continue_final_message=open_end,
+                **({"tools": list(prompt.tools)} if prompt.tools else {}),
                 **(template_options or {}),
             )
         )

@@ -1,6 +1,7 @@
 """Prompts from mlx-lm's data formats, one JSON object a line, or from plain text.
 
-{"messages": [{"role": "user", "content": "..."}, ...]}     chat: turns up to the last user's
+{"messages": [{"role": "user", "content": "..."}, ...]}     chat: turns up to the last user's,
+                                                            with "tools" if the record has them
 {"prompt": "...", "completion": "..."}                      completions: the prompt
 {"text": "..."}                                             text: continued as it is
 {"turns": ["...", "..."]}                                   Spec-Bench: the first turn
@@ -9,28 +10,39 @@ any other line                                              a user's message
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
+from .lines import json_lines, text_lines
 
 BUILT_IN = Path(__file__).parent / "chat.jsonl"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for an answer, or a bare text to continue (`messages` empty)."""
+    """A conversation that waits for an answer, or a bare text to continue (`messages` empty).
 
-    messages: tuple[Mapping[str, str], ...] = ()
+    tools: definitions for the chat template, as the record has them.
+    """
+
+    messages: tuple[Mapping[str, Any], ...] = ()
     text: str = ""
+    tools: tuple[Any, ...] = ()
 
     @classmethod
     def user(cls, text: str, system: str | None = None) -> Prompt:
         """Return a user's message, after a system prompt if there is one."""
         turns = [{"role": "system", "content": system}] if system is not None else []
         return cls((*turns, {"role": "user", "content": text}))
+
+    @property
+    def bare(self) -> str:
+        """Return the text without a chat template: the turns' own words, a blank line between."""
+        said = (turn.get("content") for turn in self.messages)
+        return "\n\n".join(text for text in said if text) or self.text
 
     @property
     def title(self) -> str:
@@ -61,21 +73,11 @@ def read_records(path: str | Path, limit: int | None = None) -> list[tuple[objec
         DataError: the file cannot be read, holds no line, or a line is not valid JSON.
     """
     path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, ValueError) else error.strerror
-        raise DataError(
-            f"the prompts in {path} cannot be read: {reason}; name a text file with a prompt per "
-            "line, or a JSONL file as mlx-lm's training data."
-        ) from None
     as_json = path.suffix in (".json", ".jsonl")
     records: list[tuple[object, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        records.append((_parsed(line, where) if as_json else line.strip(), where))
+    for record, where in json_lines(path) if as_json else text_lines(path):
+        # A bare JSON string is no record: of a prompt file's lines only text stands for itself.
+        records.append(([record] if as_json and isinstance(record, str) else record, where))
         if limit is not None and len(records) >= limit:
             break
     if not records:
@@ -94,7 +96,8 @@ def prompt_of(record: object, where: str) -> Prompt:
     if isinstance(record, dict):
         messages = record.get("messages")
         if isinstance(messages, list) and (turns := _up_to_user(messages)):
-            return Prompt(messages=turns)
+            tools = record.get("tools")
+            return Prompt(messages=turns, tools=tuple(tools) if isinstance(tools, list) else ())
         asked = record.get("turns")
         if (
             isinstance(asked, list)
@@ -112,26 +115,19 @@ def prompt_of(record: object, where: str) -> Prompt:
     )
 
 
-def _parsed(line: str, where: str) -> object:
-    """Return what one JSON line holds; a bare string is no record."""
-    try:
-        record: object = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError(f"{where} is not valid JSON; write one object per line.") from None
-    return [record] if isinstance(record, str) else record
-
-
-def _up_to_user(messages: list[object]) -> tuple[Mapping[str, str], ...]:
+def _up_to_user(messages: list[object]) -> tuple[Mapping[str, Any], ...]:
     """Return the turns up to the last user's, which is what a model answers."""
-    turns = [
-        {"role": turn["role"], "content": turn["content"]}
-        for turn in messages
-        if isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-    ]
+    turns = [turn for turn in messages if isinstance(turn, dict) and is_turn(turn)]
     if len(turns) != len(messages):
         return ()
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    return tuple(turns) if turns and turns[-1]["content"].strip() else ()
+    last = turns[-1]["content"] if turns else None
+    return tuple(turns) if isinstance(last, str) and last.strip() else ()
+
+
+def is_turn(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message has a role, and content as text or calls of tools in its place."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    said = isinstance(content, str) or (content is None and isinstance(calls, list) and bool(calls))
+    return isinstance(message.get("role"), str) and said

@@ -6,6 +6,7 @@ normed hidden state s of stream j,
 
     Δ(p, s) = W2 · silu(W1 · [ê_p ; ŝ]) + B·A·ê_p        x̂ = x / rms(x)
 
+(a conditioner of two tokens sees the parent's own parent g as well, W1 · [ê_p ; ŝ ; ê_g])
 and the logits of the stream's best candidates c gain E_c · Δ, renormalised over the probability
 those candidates had together. An extension of ours, not in the paper; acceptance does not care
 where candidates come from, so decoding stays exactly lossless.
@@ -74,18 +75,31 @@ def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates
 
 @dataclass(frozen=True)
 class Conditioner:
-    """The correction's weights: mlp_in (m, 2h), mlp_out (h, m), lora_a (h, r), lora_b (r, h)."""
+    """The correction's weights: mlp_in (m, 2h or 3h), mlp_out (h, m), lora_a (h, r), lora_b (r, h)."""
 
     mlp_in: mx.array
     mlp_out: mx.array
     lora_a: mx.array
     lora_b: mx.array
 
-    def correction(self, parents: mx.array, hidden: mx.array) -> mx.array:
-        """Return Δ (W, h) for the parents' embedding rows (W, h) and one stream's state (h,)."""
-        e = _unit(parents)
-        s = mx.broadcast_to(_unit(hidden), e.shape)
-        mlp = nn.silu(mx.concatenate([e, s], axis=-1) @ self.mlp_in.T) @ self.mlp_out.T
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens before a candidate the weights see, 1 or 2."""
+        return self.mlp_in.shape[1] // self.mlp_out.shape[0] - 1
+
+    def correction(
+        self, parents: mx.array, hidden: mx.array, grandparents: mx.array | None = None
+    ) -> mx.array:
+        """Return Δ (W, h) for the parents' embedding rows (W, h) and one stream's state (h,).
+
+        grandparents: embedding rows of the parents' parents (W, h), for a conditioner of two.
+        """
+        e = unit(parents)
+        seen = [e, mx.broadcast_to(unit(hidden), e.shape)]
+        if self.num_tokens > 1:
+            assert grandparents is not None
+            seen.append(unit(grandparents))
+        mlp = nn.silu(mx.concatenate(seen, axis=-1) @ self.mlp_in.T) @ self.mlp_out.T
         return mlp + (e @ self.lora_a) @ self.lora_b
 
 
@@ -100,36 +114,45 @@ class ConditionedProposer:
         self.backbone = backbone
         self.marginal = marginal
         m, h = conditioner.mlp_out.shape[::-1]
-        from_parent, from_stream = conditioner.mlp_in[:, :h], conditioner.mlp_in[:, h:]
+        from_parent, from_stream = conditioner.mlp_in[:, :h], conditioner.mlp_in[:, h : 2 * h]
+        self.from_grandparent = (
+            conditioner.mlp_in[:, 2 * h :].T if conditioner.num_tokens > 1 else None
+        )
         self.hidden_size = m
         self.from_parent = mx.concatenate([from_parent.T, conditioner.lora_a], axis=1)  # (h, m + r)
-        self.of_stream = _unit(marginal.hidden) @ from_stream.T  # (γ, m)
+        self.of_stream = unit(marginal.hidden) @ from_stream.T  # (γ, m)
         rows = backbone.head_rows(marginal.ids.reshape(-1))
         out = mx.concatenate([conditioner.mlp_out, conditioner.lora_b.T], axis=1)  # (h, m + r)
         self.keys = (rows @ out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
         # The candidates' mass is the same for every parent.
         self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
 
-    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
-        """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
-        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
+    def _state(self, of_stream: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
+        """Return what the candidates' `keys` are multiplied by, (W, m + r)."""
+        e = unit(self.backbone.embedding_rows(parents)) @ self.from_parent
         m = self.hidden_size
-        state = mx.concatenate([nn.silu(e[:, :m] + self.of_stream[level]), e[:, m:]], axis=1)
+        inner = e[:, :m] + of_stream
+        if self.from_grandparent is not None:
+            inner = inner + unit(self.backbone.embedding_rows(grandparents)) @ self.from_grandparent
+        return mx.concatenate([nn.silu(inner), e[:, m:]], axis=1)
+
+    def __call__(
+        self, level: int, parents: mx.array, grandparents: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
+        state = self._state(self.of_stream[level], parents, grandparents)
         gain = (state @ self.keys[level].T).astype(mx.float32)
         scores = self.marginal.log_probs[level] + gain
         log_probs = scores + (self.mass[level] - mx.logsumexp(scores, axis=-1, keepdims=True))
         return mx.broadcast_to(self.marginal.ids[level], scores.shape), log_probs
 
-    def best(self, rows: mx.array, parents: mx.array) -> mx.array:
+    def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
         """Return the best candidate (W,) int32 of each parent (W,) at a stream of its own.
 
         rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
         row per sequence and stream.
         """
-        e = _unit(self.backbone.embedding_rows(parents)) @ self.from_parent
-        m = self.hidden_size
-        of_stream = mx.take(self.of_stream, rows, axis=0)
-        state = mx.concatenate([nn.silu(e[:, :m] + of_stream), e[:, m:]], axis=1)
+        state = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents)
         gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None])[..., 0].astype(mx.float32)
         scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
         best = mx.argmax(scores, axis=-1, keepdims=True)
@@ -143,13 +166,16 @@ class MarginalProposer:
     def __init__(self, marginal: Candidates) -> None:
         self.marginal = marginal
 
-    def __call__(self, level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, level: int, parents: mx.array, grandparents: mx.array
+    ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
+        del grandparents
         shape = (parents.shape[0], self.marginal.ids.shape[1])
         ids, log_probs = self.marginal.ids[level], self.marginal.log_probs[level]
         return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)
 
 
-def _unit(x: mx.array) -> mx.array:
+def unit(x: mx.array) -> mx.array:
     """Return x (..., h) divided by its root mean square."""
     return mx.fast.rms_norm(x, None, _EPSILON)

@@ -65,13 +65,16 @@ class StreamDecoder:
         self.stepper = Stepper(
             streams=self.streams,
             tree=self.config.tree,
-            inline=self.config.resolved_schedule(trained.mode) == "inline",
+            inline=self.config.resolved_schedule(
+                trained.mode, know_next_token=self.streams.know_next_token
+            )
+            == "inline",
             chooser=self.chooser,
             prune=self.config.prune,
             pruner=pruner,
             conditioner=conditioner,
             stream_nodes=self.config.stream_nodes,
-            root_inline=not self.streams.backbone.is_recurrent,
+            root_inline=not (self.streams.backbone.is_recurrent or self.streams.know_next_token),
         )
 
     def prefill(

@@ -10,6 +10,7 @@ With `stream_nodes` only a few nodes have streams, the likeliest for the path to
 alone through the MSA layers. That reads N_s/N of the weights again and saves (m − 1)·γ rows. In
 lossless mode main rows are the base model's alone in both schedules, so both draft the same. A
 root without a tree is where it ends, so its streams run inline, except beside recurrent layers.
+Streams that know the next token are always deferred: it is drawn by then, and still on the device.
 
 Nothing here waits for the device: shapes depend on the configuration and the committed length.
 """
@@ -114,8 +115,10 @@ class Stepper:
         path = accept(tree, verified.seen, drawn)
         finite = finite & ~mx.any(mx.isnan(verified.last))
 
-        proposer = self.candidates(self.stream_states(verified, path.node, cache))
-        next_tree = build(path.next_root, self.tree, self.streams.num_streams, proposer)
+        states = self.stream_states(verified, path.node, path.next_root, cache)
+        last = mx.take(tree.tokens, path.node)
+        G, proposer = self.streams.num_streams, self.candidates(states)
+        next_tree = build(path.next_root, self.tree, G, proposer, last)
 
         parts = [path.length.reshape(1), finite.reshape(1), path.tokens, path.nodes]
         if verified.lower_rows is not None:
@@ -128,8 +131,14 @@ class Stepper:
         logits = mx.take(logits, path.nodes, axis=0)
         return Step(tree, report, logits, next_tree, with_streams, next_tree.expected())
 
-    def verify(self, tree: DraftTree, cache: KVCache) -> Verified:
-        """Run the tree's nodes through the model, inline with streams of all or some of them."""
+    def verify(
+        self, tree: DraftTree, cache: KVCache, following: mx.array | None = None
+    ) -> Verified:
+        """Run the tree's nodes through the model, inline with streams of all or some of them.
+
+        following: (T,) int32, the tokens after the nodes, where a text is read again; streams
+        that know the next token cannot run inline without.
+        """
         streams, length = self.streams, cache.length
         backbone, upper = streams.backbone, streams.upper
         lower_rows, T = None, tree.num_nodes
@@ -158,7 +167,8 @@ class Stepper:
             both = mx.concatenate([positions, streams.positions(places)])
             allowed = pass_mask(seen, streams.num_streams, length, streams.shared, nodes)
             row_mask = RowMask(allowed, lambda: (both, _keys(both, length)))
-            hidden = mx.concatenate([hidden, streams.start(origins)], axis=1)
+            known = None if following is None else following[None]
+            hidden = mx.concatenate([hidden, streams.start(origins, known)], axis=1)
             hidden = streams.run(hidden, T, upper, cache, length, both, row_mask)
             stream_rows = hidden[:, T:].reshape(1, -1, streams.num_streams, hidden.shape[-1])
             hidden = hidden[:, :T]
@@ -176,8 +186,12 @@ class Stepper:
         T = tree.num_nodes
         return streams.run(hidden, T, streams.lower, cache, length, positions, mask)
 
-    def stream_states(self, verified: Verified, node: mx.array, cache: KVCache) -> mx.array:
+    def stream_states(
+        self, verified: Verified, node: mx.array, following: mx.array, cache: KVCache
+    ) -> mx.array:
         """Return the streams of one node (() int32) after the last layer, (1, γ, h).
+
+        following: () int32, the token drawn after the node.
 
         Deferred, they run here, through the MSA layers alone: they read the path's keys where
         the verifying pass left them, behind the committed text, and put their own behind those.
@@ -197,7 +211,7 @@ class Stepper:
         allowed = mx.concatenate([prefix, on_path, earlier], axis=1)
         keys = mx.concatenate([verified.positions, own])
         mask = RowMask(allowed, lambda: (own, _keys(keys, length)))
-        hidden = streams.start(mx.take(verified.first, node, axis=1))
+        hidden = streams.start(mx.take(verified.first, node, axis=1), following.reshape(1, 1))
         cache.branch(node)
         return streams.run(hidden, 0, streams.upper, cache, length + T, own, mask)
 

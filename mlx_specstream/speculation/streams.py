@@ -2,8 +2,9 @@
 
 Stream j of position t starts as the main stream's hidden state plus a learned vector,
 S_tj = f(M_t) + P_j [SS §3.1.1, Eq. 3], at the input of the first MSA layer, and predicts the
-token x_{t+1+j}. In the MSA layers a row of stream (t, j) sees the main stream up to t and the
-streams 1..j of the same t [SS Eq. 2]; in a draft tree, "up to t" is the committed text and the
+token x_{t+1+j}. Streams that know the next token [own] start at f(M_t) + P_j + B·A·ê(x_{t+1}), with
+ê its embedding row over its rms; they can only run once that token is drawn (deferred). In the MSA
+layers a row of stream (t, j) sees the main stream up to t and the streams 1..j of the same t [SS Eq. 2]; in a draft tree, "up to t" is the committed text and the
 node's ancestors. With two nodes A ── B and γ = 2, below the committed text:
 
                        A   B   A1  A2  B1  B2
@@ -32,6 +33,7 @@ from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
+from .condition import unit
 
 
 class RowSplit:
@@ -95,6 +97,11 @@ class Streams:
             if config.stream_init_rank
             else None
         )
+        self.next_token_map = (
+            (self.tensor("next_token.lora_a"), self.tensor("next_token.lora_b"))
+            if config.next_token_rank
+            else None
+        )
         self.split = RowSplit()
         self.shared = config.mode == "shared"
         gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
@@ -141,15 +148,26 @@ class Streams:
         """Return γ."""
         return self.config.num_streams
 
-    def start(self, main: mx.array) -> mx.array:
+    @property
+    def know_next_token(self) -> bool:
+        """Tell whether streams start from the token after theirs, and so must be deferred."""
+        return self.next_token_map is not None
+
+    def start(self, main: mx.array, following: mx.array | None = None) -> mx.array:
         """Return the streams' first hidden states S_tj = f(M_t) + P_j [SS Eq. 3].
 
-        main: (B, n, h), main rows at the input of the first MSA layer. Returns (B, n·γ, h),
-        the streams of one node side by side.
+        main: (B, n, h), main rows at the input of the first MSA layer. following: (B, n) int32,
+        the tokens after them; needed by streams that know the next token, unused by others.
+        Returns (B, n·γ, h), the streams of one node side by side.
         """
         if self.init_map is not None:
             a, b = self.init_map
             main = main + (main @ a) @ b
+        if self.next_token_map is not None:
+            assert following is not None
+            a, b = self.next_token_map
+            rows = unit(self.backbone.embedding_rows(following.flatten()))
+            main = main + ((rows @ a) @ b).reshape(main.shape)
         B, n, h = main.shape
         return (main[:, :, None] + self.embeddings).reshape(B, n * self.num_streams, h)
 

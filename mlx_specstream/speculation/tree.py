@@ -27,9 +27,9 @@ import mlx.core as mx
 
 from ..config import TreeSpec
 
-# (level from 0, parent tokens (W,)) -> candidates (W, k) int32 and their log-probabilities
-# (W, k) float32, in any order. Candidates of one parent are distinct.
-Proposer = Callable[[int, mx.array], tuple[mx.array, mx.array]]
+# (level from 0, parent tokens (W,), the tokens before them (W,)) -> candidates (W, k) int32 and
+# their log-probabilities (W, k) float32, in any order. Candidates of one parent are distinct.
+Proposer = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 # Taken off a path's log-probability per level, so that a certain child (log-probability 0)
 # never ranks before its parent: the best nodes always include their ancestors.
@@ -99,7 +99,9 @@ def ancestors(parents: mx.array, depth: int) -> mx.array:
     return seen
 
 
-def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -> DraftTree:
+def build(
+    root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer, before: mx.array
+) -> DraftTree:
     """Grow a tree below `root` level by level and keep the nodes the spec asks for.
 
     A path's score is the sum of its nodes' log-probabilities (the product of probabilities).
@@ -109,6 +111,7 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
     Args:
         root: scalar or (1,) integer array, the token of node 0.
         propose: candidates for the next level, given the tokens of this one.
+        before: scalar or (1,) integer array, the token that the root follows.
     """
     root = root.reshape(1).astype(mx.int32)
     widths = spec.level_widths(num_streams)
@@ -116,8 +119,9 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
     parents = [mx.zeros((1,), dtype=mx.int32)]
     depths = [0]
     first, level_tokens, level_scores = 0, root, scores[0]
+    level_before = before.reshape(1).astype(mx.int32)
     for level, width in enumerate(widths):
-        ids, log_probs = propose(level, level_tokens)
+        ids, log_probs = propose(level, level_tokens, level_before)
         above, k = int(level_tokens.shape[0]), int(ids.shape[1])
         if spec.kind == "product" and k > spec.branching:
             k = spec.branching
@@ -136,6 +140,7 @@ def build(root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer) -
         tokens.append(ids.astype(mx.int32))
         scores.append(paths)
         depths += [level + 1] * width
+        level_before = mx.take(level_tokens, best // k)
         level_tokens, level_scores = tokens[-1], paths
     tree = DraftTree(
         mx.concatenate(tokens),

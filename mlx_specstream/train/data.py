@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..prompts.lines import json_lines
+from ..prompts.read import is_turn
 from ..weights.hub import first_line
 from .hub_data import hub_rows
 
@@ -98,21 +100,7 @@ def read_records(source: str | Path, split: str, *, need_answer: bool = True) ->
 
 
 def _lines(path: Path, need_answer: bool) -> Iterator[Record]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8 JSON lines.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            said = getattr(error, "msg", "it is nested too deeply")
-            raise DataError(f"{where} is not JSON ({said}); repair or remove the line.") from None
+    for fields, where in json_lines(path):
         yield Record(check_record(fields, where, need_answer), where)
 
 
@@ -153,9 +141,10 @@ def _check_messages(messages: object, where: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: every message must be an object with a role.")
-        content = message.get("content")
-        if not isinstance(content, str) and "tool_calls" not in message:
-            raise DataError(f"{where}: every message must have its content as a string.")
+        if not is_turn(message):
+            raise DataError(
+                f"{where}: every message must have its content as a string, or tool_calls."
+            )
 
 
 def tokenize(

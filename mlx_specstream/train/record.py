@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from ..prompts.lines import json_lines
 from ..weights.files import atomic_file
 
 LOG_FILE = "train_log.jsonl"
@@ -41,8 +42,9 @@ class Log:
 def read_log(folder: Path) -> list[dict[str, object]]:
     """Return the records of a run's log."""
     path = folder / LOG_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    if not path.exists():
+        return []
+    return [record for record, _ in json_lines(path) if isinstance(record, dict)]
 
 
 def draw_curve(folder: Path) -> Path | None:

@@ -40,12 +40,17 @@ def stream_shapes(
             " layers; use the base they were trained on."
         )
     shapes: dict[str, tuple[int, ...]] = {"stream_embeddings": (config.num_streams, h)}
-    for part, rank in (("stream_init", config.stream_init_rank), ("pruner", config.pruner_rank)):
+    for part, rank in (
+        ("stream_init", config.stream_init_rank),
+        ("next_token", config.next_token_rank),
+        ("pruner", config.pruner_rank),
+    ):
         if rank:
             shapes |= {f"{part}.lora_a": (h, rank), f"{part}.lora_b": (rank, h)}
     if config.conditioner_rank:
         hidden, rank = config.conditioner_hidden, config.conditioner_rank
-        shapes |= {"conditioner.mlp_in": (hidden, 2 * h), "conditioner.mlp_out": (h, hidden)}
+        seen = (1 + config.conditioner_tokens) * h
+        shapes |= {"conditioner.mlp_in": (hidden, seen), "conditioner.mlp_out": (h, hidden)}
         shapes |= {"conditioner.lora_a": (h, rank), "conditioner.lora_b": (rank, h)}
     msa_start = N - config.num_msa_layers
     for layer in range(0 if all_layers else msa_start, N):

@@ -40,7 +40,7 @@ class TableBatchStepper(BatchStepper):
 
     table: mx.array
 
-    def drafts(self, roots: mx.array, states: mx.array) -> mx.array:
+    def drafts(self, roots: mx.array, before: mx.array, states: mx.array) -> mx.array:
         drafts, token = [], roots
         for _ in range(self.depth):
             token = mx.take(self.table, token)

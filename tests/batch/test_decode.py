@@ -66,11 +66,14 @@ def test_requests_decode_as_alone(tiny_family: object, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
-@pytest.mark.parametrize("schedule", ["inline", "deferred"])
+@pytest.mark.parametrize("schedule", ["inline", "deferred", "next token known"])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_drafts_are_those_of_a_request_alone(schedule: str, conditioned: bool, depth: int) -> None:
     """Streams, candidates and acceptance are the single loop's, step by step."""
     model = streamed(small_model())
+    if schedule == "next token known":
+        schedule = "deferred"
+        model = streamed(small_model(), next_token_rank=3, conditioner_tokens=2)
     assert model.streams is not None
     chain = TreeSpec(kind="chain", branching=1, depth=depth)
     config = DecodeConfig(chain, schedule=schedule, use_conditioner=conditioned)  # type: ignore[arg-type]

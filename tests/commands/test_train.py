@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         ("", "holds no training records; give at least one"),
         ("\n\n", "holds no training records; give at least one"),
         ('{"prompt": "a", "completion": ""}\n', "none of the 1 records has two completion tokens"),
-        ('{"prompt": "a", "completion": "bcd"}\n{"prompt": \n', "line 2 is not JSON"),
+        ('{"prompt": "a", "completion": "bcd"}\n{"prompt": \n', "line 2 is not valid JSON"),
     ],
 )
 def test_data_that_gives_nothing_is_named(tiny_folder, tmp_path, capsys, text, said) -> None:

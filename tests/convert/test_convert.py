@@ -74,6 +74,13 @@ def test_rotated_values_compute_the_same(tmp_path, base, mode):
     prove_float32(tmp_path, made.save_streams(tmp_path / "streams", base, mode=mode, **changes))
 
 
+def test_streams_that_know_the_next_token_compute_the_same(tmp_path, base):
+    changes = {"next_token_rank": 3, "conditioner_tokens": 2}
+    prove_float32(tmp_path, made.save_streams(tmp_path / "streams", base, **changes))
+    found = load_streams(tmp_path / "out").config
+    assert (found.next_token_rank, found.conditioner_tokens) == (3, 2)
+
+
 def prove_float32(tmp_path, source):
     """Convert a checkpoint and demand every token and every draft to be PyTorch's."""
     plan = make_plan(Options(str(source)))
@@ -298,10 +305,11 @@ def check_streams(found, state):
     assert len(found.tensors) == len(state)
 
 
-def test_a_conditioner_in_a_file_of_its_own_with_bare_names(tmp_path, base, streams):
-    source = tmp_path / "in"
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_conditioner_in_a_file_of_its_own_with_bare_names(tmp_path, base, streams, num_tokens):
+    source, config = tmp_path / "in", made.stream_config(conditioner_tokens=num_tokens)
     shutil.copytree(streams, source)
-    state = made.stream_state(made.random_adapters(base, made.stream_config()))
+    state = made.stream_state(made.random_adapters(base, config))
     bare = {
         name.removeprefix("conditioner.").removesuffix(".weight"): state[name].contiguous()
         for name in state
@@ -310,11 +318,10 @@ def test_a_conditioner_in_a_file_of_its_own_with_bare_names(tmp_path, base, stre
     rest = {name: value.contiguous() for name, value in state.items() if "conditioner" not in name}
     save_file(rest, source / "stream_model.safetensors")
     save_file(bare, source / "conditioner.safetensors")
-    made.edit_json(
-        source / "speculative_streaming.json", conditioner_rank=None, conditioner_hidden=None
-    )
+    absent = dict.fromkeys(("conditioner_rank", "conditioner_hidden", "conditioner_tokens"))
+    made.edit_json(source / "speculative_streaming.json", **absent)
     plan = convert(source, tmp_path / "out")
-    assert plan.streams.config == made.stream_config()
+    assert plan.streams.config == config
     check_streams(load_streams(tmp_path / "out"), state)
 
 

@@ -116,9 +116,15 @@ class Reference:
             row.hidden = h + down
 
     def run(
-        self, prefix: Sequence[int], tokens: Sequence[int], parents: Sequence[int]
+        self,
+        prefix: Sequence[int],
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        following: Sequence[int] = (),
     ) -> tuple[Array, Array, list[tuple[Array, Array]]]:
         """Run a tree of `tokens` after `prefix`; the tree's nodes have streams, the prefix none.
+
+        following: the token after each node, for streams that know it.
 
         Returns main rows (T, h) and streams (T, γ, h) after the final norm, and per layer the
         keys and values (T, K, D) of the tree's main rows.
@@ -146,11 +152,15 @@ class Reference:
             self._layer(index, rows + nodes)
             keep_lines()
         streams: list[list[Row]] = []
-        for node in nodes:
+        for number, node in enumerate(nodes):
             start = node.hidden
             if config.stream_init_rank:
                 a, b = self.tensors["stream_init.lora_a"], self.tensors["stream_init.lora_b"]
                 start = start + b.T @ (a.T @ start)
+            if config.next_token_rank:
+                a, b = self.tensors["next_token.lora_a"], self.tensors["next_token.lora_b"]
+                row = embedding[following[number]]
+                start = start + b.T @ (a.T @ (row / np.sqrt((row * row).mean() + 1e-6)))
             own: list[Row] = []
             for j in range(1, config.num_streams + 1):
                 offset = j if config.rope_offset == "position_plus_stream" else 0

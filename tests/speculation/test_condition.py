@@ -58,12 +58,14 @@ def test_half_precision_logits(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("seed", range(4))
-def test_conditioned_candidates_against_the_formula(seed: int, tied: bool) -> None:
-    """Δ(p, s) = W2·silu(W1·[ê; ŝ]) + B·A·ê; the candidates' own mass stays what it was."""
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_conditioned_candidates_against_the_formula(seed: int, num_tokens: int, tied: bool) -> None:
+    """Δ(p, s) = W2·silu(W1·[ê; ŝ; ĝ]) + B·A·ê; the candidates' own mass stays what it was."""
     model = small_model(layers=2, vocab=30, seed=seed, tie_word_embeddings=tied)
     backbone = Backbone(model)
-    tensors = random_tensors(backbone, stream_config(num_msa_layers=1), seed)
+    config = stream_config(num_msa_layers=1, conditioner_tokens=num_tokens)
+    tensors = random_tensors(backbone, config, seed)
     parts = [tensors[f"conditioner.{n}"] for n in ("mlp_in", "mlp_out", "lora_a", "lora_b")]
     random = np.random.default_rng(seed)
     hidden = mx.array(random.normal(size=(3, 32)).astype(np.float32))
@@ -78,14 +80,15 @@ def test_conditioned_candidates_against_the_formula(seed: int, tied: bool) -> No
         return x / np.sqrt((x * x).mean() + 1e-6)
 
     for level in range(3):
-        parents = [5, 0, 29, 5]
-        ids, log_probs = proposer(level, mx.array(parents, dtype=mx.int32))
+        parents, before = [5, 0, 29, 5], [8, 8, 3, 9]
+        ids, log_probs = proposer(level, mx.array(parents), mx.array(before))
         base = dict(
             zip(marginal.ids[level].tolist(), marginal.log_probs[level].tolist(), strict=True)
         )
         for row, parent in enumerate(parents):
             e, s = unit(embedding[parent]), unit(np.array(hidden[level]).astype(np.float64))
-            z = w1 @ np.concatenate([e, s])
+            known = [e, s, unit(embedding[before[row]])][: 1 + num_tokens]
+            z = w1 @ np.concatenate(known)
             delta = w2 @ (z / (1 + np.exp(-z))) + b.T @ (a.T @ e)
             scores = {c: p + head[c] @ delta for c, p in base.items()}
             total = np.log(sum(np.exp(v) for v in scores.values()))
@@ -94,23 +97,24 @@ def test_conditioned_candidates_against_the_formula(seed: int, tied: bool) -> No
             assert set(found) == set(base)
             for c, value in found.items():
                 assert abs(value - (scores[c] - total + mass)) < 2e-3
-        assert mx.array_equal(log_probs[0], log_probs[3])
+        # Rows 0 and 3 have the same parent, and another token before it.
+        assert mx.array_equal(log_probs[0], log_probs[3]) == (num_tokens == 1)
 
 
 def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
     model = small_model(layers=2, vocab=30)
     backbone = Backbone(model)
-    tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1, conditioner_tokens=2))
     parts = [tensors[f"conditioner.{n}"] for n in ("mlp_in", "mlp_out", "lora_a", "lora_b")]
     hidden = mx.random.normal((4, 32), key=mx.random.key(1))
     marginal = top_candidates(backbone.head(hidden[None])[0], hidden, 8)
     proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
-    rows, parents = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1]
+    rows, parents, before = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1], [2, 28, 2, 5, 5]
     wanted = []
-    for row, parent in zip(rows, parents, strict=True):
-        ids, log_probs = proposer(row, mx.array([parent]))
+    for row, parent, earlier in zip(rows, parents, before, strict=True):
+        ids, log_probs = proposer(row, mx.array([parent]), mx.array([earlier]))
         wanted.append(ids[0, mx.argmax(log_probs[0])].item())
-    best = proposer.best(mx.array(rows), mx.array(parents))
+    best = proposer.best(mx.array(rows), mx.array(parents), mx.array(before))
     assert best.tolist() == wanted
     assert len(set(wanted)) > 2
     assert wanted != [marginal.ids[row, 0].item() for row in rows]
@@ -119,6 +123,7 @@ def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
 def test_marginal_candidates_do_not_know_their_parent() -> None:
     ids, log_probs = mx.array([[4, 2], [9, 1]]), mx.array([[-0.1, -3.0], [-0.5, -1.0]])
     proposer = MarginalProposer(Candidates(ids, log_probs, mx.zeros((2, 3))))
-    found_ids, found = proposer(1, mx.array([7, 8, 9]))
+    parents = mx.array([7, 8, 9])
+    found_ids, found = proposer(1, parents, parents)
     assert found_ids.tolist() == [[9, 1]] * 3
     assert found.tolist() == [[-0.5, -1.0]] * 3

@@ -20,8 +20,9 @@ from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import decode as decode_module
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
-from mlx_specstream.speculation.tree import DraftTree
+from mlx_specstream.speculation.tree import DraftTree, root_only
 from tests.reference import tree as reference
 from tests.support.engine import (
     ALL_MODULES,
@@ -92,11 +93,13 @@ prunes = st.one_of(
 @st.composite
 def stream_configs(draw: st.DrawFn, layers: int) -> StreamConfig:
     conditioned = draw(st.booleans())
+    mode = draw(st.sampled_from(["lossless", "shared"]))
     modules = draw(st.sets(st.sampled_from(ALL_MODULES), max_size=4))
     return stream_config(
         num_streams=draw(st.integers(1, 5)),
         num_msa_layers=draw(st.integers(1, layers - 1)),
-        mode=draw(st.sampled_from(["lossless", "shared"])),
+        mode=mode,
+        next_token_rank=draw(st.sampled_from([0, 3])) if mode == "lossless" else 0,
         rope_offset=draw(st.sampled_from(["position_plus_stream", "position"])),
         stream_init_rank=draw(st.sampled_from([0, 3])),
         value_rotation=draw(st.sampled_from([0.0, 0.2])),
@@ -104,6 +107,7 @@ def stream_configs(draw: st.DrawFn, layers: int) -> StreamConfig:
         lora_rank=4 if modules else 0,
         conditioner_rank=3 if conditioned else 0,
         conditioner_hidden=5 if conditioned else 0,
+        conditioner_tokens=draw(st.integers(1, 2)) if conditioned else 1,
     )
 
 
@@ -117,7 +121,8 @@ def test_greedy_text_is_that_of_plain_decoding(data: st.DataObject) -> None:
     window = draw(st.sampled_from([None, None, 6])) if family == "llama" else None
     model = small_model(family, layers, vocab, seed, attention, window)
     streams = random_streams(model, draw(stream_configs(layers)), seed)
-    schedule = "inline" if streams.shared else draw(st.sampled_from(["auto", "inline", "deferred"]))
+    schedules = ["auto", "deferred"] + ["inline"] * (not streams.know_next_token)
+    schedule = "inline" if streams.shared else draw(st.sampled_from(schedules))
     few = schedule == "inline" and not streams.shared
     config = DecodeConfig(
         draw(trees),
@@ -447,3 +452,44 @@ class TestOneSynchronisation:
             for node in ast.walk(ast.parse(inspect.getsource(module))):
                 if isinstance(node, ast.Attribute):
                     assert node.attr not in {"item", "tolist", "eval", "synchronize"}, module
+
+
+def test_streams_that_know_the_next_token_follow_the_token_that_was_drawn() -> None:
+    """What a step drafts is what streams read off the finished text draft there, token known."""
+    model = small_model(layers=4, vocab=64, attention=0.3)
+    streams = random_streams(model, stream_config(next_token_rank=3), scale=2.0)
+    chain = TreeSpec(kind="chain", branching=1)
+    prompt = prompt_of(6, 64, 6)
+    config = DecodeConfig(chain, use_conditioner=False)
+    run = decode(stream_decoder(streams, config, keep_drafts=True), prompt, 24)
+    text = [*prompt, *run.tokens]
+    stepper = Stepper(streams, chain, True, TokenChooser())
+    root, changed = len(prompt) - 1, 0
+    for step in run.steps:
+        assert step.draft is not None
+        if len(step.draft.tokens) > 1:
+            cache = KVCache(streams.backbone.num_layers)
+            streams.forward(mx.array(text[: root - 1]), cache)
+            cache.advance(root - 1)
+            last = root_only(mx.array(text[root - 1 : root]))
+            found = []
+            for following in (text[root], (text[root] + 7) % 64):
+                seen = stepper.verify(last, cache, mx.array([following]))
+                states = streams.backbone.norm(seen.streams[:, 0])
+                found.append(mx.argmax(streams.backbone.head(states)[0], axis=-1).tolist())
+            assert step.draft.tokens[1:] == found[0]
+            changed += found[0] != found[1]
+        root += len(step.tokens)
+    assert changed > 5
+
+
+def test_streams_that_know_the_next_token_are_never_inline() -> None:
+    streams = random_streams(small_model(), stream_config(next_token_rank=3))
+    with pytest.raises(OptionError, match="'inline' cannot be used with these streams"):
+        stream_decoder(streams, DecodeConfig(schedule="inline"))
+    for schedule in ("auto", "deferred"):
+        stepper = stream_decoder(streams, DecodeConfig(schedule=schedule)).stepper  # type: ignore[arg-type]
+        assert not stepper.inline
+        assert not stepper.root_inline
+    with pytest.raises(StreamsError, match="next_token_rank needs mode 'lossless'"):
+        stream_config(mode="shared", next_token_rank=3)

@@ -29,6 +29,7 @@ PREFIX = [3, 1, 4, 1, 5]
 #         └─ 3 ─┬─ 6      node 3 and node 1 hold the same token, node 6 and node 3 too
 #               └─ 2 ─── 6
 TOKENS, PARENTS, DEPTHS = [2, 6, 3, 6, 5, 2, 6], [0, 0, 0, 2, 1, 2, 5], [0, 1, 1, 2, 2, 2, 3]
+FOLLOWING = [6, 9, 2, 0, 9, 6, 7]  # what is drawn after each node
 
 
 def tree() -> DraftTree:
@@ -43,9 +44,10 @@ def verify(streams: Streams, prefix: list[int], inline: bool) -> tuple[np.ndarra
         streams.forward(mx.array(prefix), cache)
         cache.advance(len(prefix))
     stepper = Stepper(streams, TreeSpec(), inline, TokenChooser())
-    verified = stepper.verify(tree(), cache)
+    following = mx.array(FOLLOWING, dtype=mx.int32)
+    verified = stepper.verify(tree(), cache, following)
     states = [
-        stepper.stream_states(verified, mx.array(node, dtype=mx.int32), cache)
+        stepper.stream_states(verified, mx.array(node, dtype=mx.int32), following[node], cache)
         for node in range(len(TOKENS))
     ]
     normed = streams.backbone.norm(mx.concatenate(states))
@@ -53,12 +55,15 @@ def verify(streams: Streams, prefix: list[int], inline: bool) -> tuple[np.ndarra
 
 
 configs = st.builds(
-    stream_config,
+    lambda **fields: stream_config(
+        **fields | ({"next_token_rank": 0} if fields["mode"] == "shared" else {})
+    ),
     num_streams=st.integers(1, 4),
     num_msa_layers=st.integers(1, 2),
     mode=st.sampled_from(["lossless", "shared"]),
     rope_offset=st.sampled_from(["position_plus_stream", "position"]),
     stream_init_rank=st.sampled_from([0, 3]),
+    next_token_rank=st.sampled_from([0, 3]),
     value_rotation=st.sampled_from([0.0, 0.3]),
     target_modules=st.sets(st.sampled_from(ALL_MODULES), min_size=1).map(
         lambda names: tuple(sorted(names))
@@ -76,7 +81,7 @@ def test_inline_pass_against_numpy(
     streams = random_streams(model, config, seed)
     main, rows = verify(streams, PREFIX[:prefix], inline=True)
     reference = Reference(model, config, streams.tensors)
-    wanted_main, wanted_rows, _ = reference.run(PREFIX[:prefix], TOKENS, PARENTS)
+    wanted_main, wanted_rows, _ = reference.run(PREFIX[:prefix], TOKENS, PARENTS, FOLLOWING)
     np.testing.assert_allclose(main, wanted_main, atol=2e-4, rtol=1e-4)
     np.testing.assert_allclose(rows, wanted_rows, atol=2e-4, rtol=1e-4)
 

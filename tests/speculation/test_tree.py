@@ -50,7 +50,7 @@ class Table:
     def proposer(self) -> Proposer:
         ids = mx.array(self.ids.astype(np.int32))
         log_probs = mx.array(self.log_probs.astype(np.float32))
-        return lambda level, parents: (ids[level][parents], log_probs[level][parents])
+        return lambda level, parents, _: (ids[level][parents], log_probs[level][parents])
 
 
 tables = st.builds(
@@ -65,7 +65,7 @@ tables = st.builds(
 
 def checked(spec: TreeSpec, gamma: int, table: Table) -> tuple[list[tuple[int, ...]], list[float]]:
     """Build a tree, check what every tree must be, return its paths and their scores."""
-    tree = build(mx.array([4]), spec, gamma, table.proposer)
+    tree = build(mx.array([4]), spec, gamma, table.proposer, mx.array(0))
     tokens, parents, depths = (a.tolist() for a in (tree.tokens, tree.parents, tree.depths))
     assert tree.tokens.dtype == tree.parents.dtype == tree.depths.dtype == mx.int32
     assert (tokens[0], parents[0], depths[0]) == (4, 0, 0)
@@ -127,12 +127,12 @@ def test_chain_takes_the_best_of_every_level(
 def test_parents_come_first_whatever_the_scores(log_prob: float, rows: int) -> None:
     """Certain, hopeless and NaN candidates, all of one score: a tree must still be a tree."""
 
-    def propose(level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+    def propose(level: int, parents: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         W = parents.shape[0]
         ids = mx.broadcast_to(mx.arange(8, dtype=mx.int32), (W, 8))
         return ids, mx.full((W, 8), log_prob)
 
-    tree = build(mx.array(1), TreeSpec(kind="best", rows=rows), 4, propose)
+    tree = build(mx.array(1), TreeSpec(kind="best", rows=rows), 4, propose, mx.array(0))
     tokens, parents, depths = (a.tolist() for a in (tree.tokens, tree.parents, tree.depths))
     assert len(tokens) == rows
     assert depths[0] == 0
@@ -203,12 +203,12 @@ def test_building_waits_for_nothing() -> None:
     """Tokens and scores may still be unknown: shapes come from spec and proposer alone."""
     asked = []
 
-    def propose(level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
+    def propose(level: int, parents: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         asked.append((level, parents.shape))
         W = parents.shape[0]
         return mx.broadcast_to(mx.arange(3), (W, 3)), mx.zeros((W, 3))
 
-    tree = build(mx.array([0]), TreeSpec(kind="best", rows=6, branching=2), 3, propose)
+    tree = build(mx.array([0]), TreeSpec(kind="best", rows=6, branching=2), 3, propose, mx.array(0))
     assert asked == [(0, (1,)), (1, (3,)), (2, (5,))]
     assert tree.num_nodes == 6
 

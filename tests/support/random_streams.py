@@ -69,11 +69,14 @@ def random_tensors(
         for index in range(backbone.num_layers - config.num_msa_layers, backbone.num_layers):
             heads = backbone.model.args.num_attention_heads
             tensors[f"layers.{index}.stream_gate"] = mx.random.normal((heads,), key=next(keys))
+    if config.next_token_rank:
+        tensors |= pair("next_token", h, h, config.next_token_rank)
     if config.pruner_rank:
         tensors |= pair("pruner", h, h, config.pruner_rank)
     if config.conditioner_rank:
         m = config.conditioner_hidden
-        tensors["conditioner.mlp_in"] = mx.random.normal((m, 2 * h), key=next(keys)) / h**0.5
+        seen = (1 + config.conditioner_tokens) * h
+        tensors["conditioner.mlp_in"] = mx.random.normal((m, seen), key=next(keys)) / h**0.5
         tensors["conditioner.mlp_out"] = mx.random.normal((h, m), key=next(keys)) * scale / m**0.5
         tensors |= pair("conditioner", h, h, config.conditioner_rank)
     return tensors
@@ -99,8 +102,10 @@ class TableStepper(Stepper):
     def candidates(self, stream_states: mx.array) -> Proposer:
         del stream_states
 
-        def propose(level: int, parents: mx.array) -> tuple[mx.array, mx.array]:
-            del level
+        def propose(
+            level: int, parents: mx.array, grandparents: mx.array
+        ) -> tuple[mx.array, mx.array]:
+            del level, grandparents
             return mx.take(self.ids, parents, axis=0), mx.take(self.log_probs, parents, axis=0)
 
         return propose

@@ -77,7 +77,7 @@ def test_cut_and_left_out_are_counted(tmp_path, byte_tokenizer) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{not json", "line 2 is not JSON"),
+        ("{not json", "line 2 is not valid JSON"),
         ("[1]", "line 2 must be a JSON object, got list"),
         ({"question": "x"}, "line 2 has neither messages, nor prompt and completion, nor text"),
         ({"prompt": "x", "completion": 3}, "line 2: completion must be a string, got int"),

@@ -22,9 +22,9 @@ from mlx_specstream.errors import CheckpointError  # noqa: E402
 @pytest.fixture
 def saved(tmp_path, make_backbone, make_adapters):
     backbone = make_backbone()
-    adapters = make_adapters(
-        backbone, conditioner_rank=4, conditioner_hidden=8, pruner_rank=2, stream_init_rank=2
-    )
+    parts = {"conditioner_rank": 4, "conditioner_hidden": 8, "conditioner_tokens": 2}
+    ranks = {"pruner_rank": 2, "stream_init_rank": 2, "next_token_rank": 2}
+    adapters = make_adapters(backbone, **parts, **ranks)
     save_checkpoint(tmp_path / "out", adapters, "someone/base", extra_files={"note.txt": "hello"})
     return tmp_path / "out", backbone, adapters
 
@@ -46,7 +46,8 @@ def test_names_and_config_are_schema_1(saved):
     name = "base_model.model.model.layers.3.self_attn.k_proj.lora_A.weight"
     assert tensors[name].shape == (4, 48)
     assert tensors["stream_embeddings.weight"].shape == (3, 48)
-    assert tensors["conditioner.mlp_in.weight"].shape == (8, 96)
+    assert tensors["conditioner.mlp_in.weight"].shape == (8, 144)
+    assert tensors["next_token.lora_B.weight"].shape == (48, 2)
     assert len(tensors) == len(list(adapters.parameters()))
 
 

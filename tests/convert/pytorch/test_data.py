@@ -29,6 +29,8 @@ def test_targets_follow_the_text():
     wanted = targets([Selection(text, (0, 2))], num_streams=3)
     assert wanted.tokens.tolist() == [[11, 12, 13], [13, 0, 0]]
     assert wanted.parents.tolist() == [[10, 11, 12], [12, 13, 0]]
+    assert wanted.grandparents.tolist() == [[6, 10, 11], [11, 12, 13]]
+    assert wanted.rows(slice(1, 2)).tokens.tolist() == [[13, 0, 0]]
     assert wanted.valid.tolist() == [[True, True, True], [True, False, False]]
 
 

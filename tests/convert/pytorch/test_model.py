@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from mlx_specstream.convert.pytorch.adapters import grow  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel, rotate_values  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 
@@ -25,6 +26,10 @@ def slow_streams(backbone, adapters, ids, t):
     with torch.no_grad():
         out = backbone.model.model(torch.tensor([ids]), output_hidden_states=True, use_cache=True)
     main = out.hidden_states[adapters.first_msa_layer][0, t]
+    if adapters.next_token is not None:
+        row = backbone.embed(torch.tensor(ids[t + 1]))
+        a, b = (m.weight for m in (adapters.next_token.lora_A, adapters.next_token.lora_B))
+        main = main + b @ (a @ (row / row.square().mean().add(1e-6).sqrt()))
     rows = [main + adapters.stream_embeddings[j] for j in range(G)]
     for index in range(adapters.first_msa_layer, len(backbone.layers)):
         layer, seen = backbone.layers[index], []
@@ -77,14 +82,14 @@ def test_main_rows_are_the_base_model(family, make_backbone, make_adapters):
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"value_rotation": 0.2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"value_rotation": 0.2}, {"next_token_rank": 3}], ids=str)
 def test_streams_match_the_slow_loop(family, changes, make_backbone, make_adapters):
     backbone = make_backbone(family)
     adapters = make_adapters(backbone, **changes)
     with torch.no_grad():
         streams = (
             SpeculativeModel(backbone, adapters)
-            .forward(torch.tensor([IDS]), torch.tensor([2, 7]))
+            .forward(torch.tensor([IDS]), torch.tensor([2, 7]), following=torch.tensor([[44, 12]]))
             .streams
         )
         for row, t in enumerate((2, 7)):
@@ -131,3 +136,20 @@ def test_a_tree_is_verified_like_each_of_its_paths(make_backbone, make_adapters)
         path = model.forward(torch.tensor([[*prefix, 7, 9, 10]]), torch.tensor([6]))
     torch.testing.assert_close(out.main[0, -1], path.main[0, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.streams, path.streams, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_added_to_trained_streams_change_nothing_yet(make_backbone, make_adapters):
+    backbone = make_backbone()
+    before = make_adapters(backbone, conditioner_rank=4, conditioner_hidden=8)
+    grown = grow(before, backbone, next_token_rank=3, conditioner_tokens=2)
+    ids, hidden = torch.tensor([IDS]), torch.randn(5, 48)
+    rows = [backbone.embed(torch.arange(first, first + 5)) for first in (3, 60)]
+    with torch.no_grad():
+        known = (
+            SpeculativeModel(backbone, grown).forward(ids, following=torch.tensor([IDS])).streams
+        )
+        torch.testing.assert_close(known, SpeculativeModel(backbone, before).forward(ids).streams)
+        corrected = grown.conditioner(rows[0], hidden, rows[1])
+        torch.testing.assert_close(corrected, before.conditioner(rows[0], hidden))
+    audible = grow(before, backbone, 5.0, next_token_rank=3).next_token(torch.randn(200, 48))
+    assert 2.5 < audible.square().mean().sqrt() < 10

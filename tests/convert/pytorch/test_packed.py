@@ -23,14 +23,21 @@ ROWS = [[0, 2], [1, 2, 5]]
 def packed_batch(backbone, texts=TEXTS, rows=ROWS):
     states = [compute_states(backbone, prompt, answer, 2) for prompt, answer in texts]
     return PackedBatch(
-        states, [torch.tensor(r) for r in rows], [len(prompt) - 1 for prompt, _ in texts]
+        states,
+        [torch.tensor(r) for r in rows],
+        [len(prompt) - 1 for prompt, _ in texts],
+        torch.tensor([answer[i] for (_, answer), r in zip(texts, rows, strict=True) for i in r]),
     )
 
 
 def reference(backbone, adapters):
     model = SpeculativeModel(backbone, adapters)
     parts = [
-        model.forward(torch.tensor([p + a]), torch.tensor(r) + len(p) - 1).streams[0]
+        model.forward(
+            torch.tensor([p + a]),
+            torch.tensor(r) + len(p) - 1,
+            following=torch.tensor([[a[i] for i in r]]),
+        ).streams[0]
         for (p, a), r in zip(TEXTS, ROWS, strict=True)
     ]
     return torch.cat(parts)
@@ -38,7 +45,11 @@ def reference(backbone, adapters):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"value_rotation": 0.1, "stream_init_rank": 3, "rope_offset": "position"}],
+    [
+        {},
+        {"value_rotation": 0.1, "stream_init_rank": 3, "rope_offset": "position"},
+        {"next_token_rank": 3},
+    ],
     ids=str,
 )
 def test_forward_and_gradients_are_the_reference_s(family, changes, make_backbone, make_adapters):

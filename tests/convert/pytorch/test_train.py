@@ -127,6 +127,11 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     start = ["--start-from", str(work / "whole"), "--steps", "3"]
     log = run(work, "grown", *start, "--num-streams", "5")
     assert len(log[0]["loss"]) == 5
+    known = ["--next-token-rank", "2", "--conditioner-tokens", "2"]
+    run(work, "known", *start, *known)
+    knowing = load_checkpoint(work / "known", backbone)
+    assert knowing.next_token.lora_B.weight.abs().max() > 0
+    assert knowing.conditioner.mlp_in.weight[:, -48:].abs().max() > 0
     log = run(work, "pruner", *start, "--train", "pruner", "--pruner-rank", "2")
     assert "top1" in log[-1]["held_out"]
     pruned = load_checkpoint(work / "pruner", backbone)
