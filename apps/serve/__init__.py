@@ -1,4 +1,4 @@
-"""`specstream serve`: an OpenAI-compatible server, and a page to chat in a browser.
+"""`specstream serve`: a server for OpenAI's and Anthropic's clients, and a page to chat in a browser.
 
 A request's way through the files:
 
@@ -8,6 +8,9 @@ guard ──► endpoints ──► body, schema      who may ask; JSON that is 
               ▼              ▲          └──► prefixes     KV caches shared between requests
    answering, replies ◄ work ┘                            passes to OpenAI's JSON and events
               └──► tool_calls
+
+`responses/` and `messages/` are two further APIs over the same chat: `request` makes a chat request of
+theirs, `reply` makes their events of an answer's `blocks`.
 
 `forced_calls` is the grammar of answers that must call a tool. `app` puts it together, `run` starts
 and stops it, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a

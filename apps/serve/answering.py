@@ -102,7 +102,7 @@ class WholeAnswer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = await until_gone(receive, self._response())
+            response = await until_gone(receive, self._response(scope["path"]))
         finally:
             self.answering.close()
         if response is None:
@@ -110,13 +110,13 @@ class WholeAnswer:
             return
         await response(scope, receive, send)
 
-    async def _response(self) -> Response:
+    async def _response(self, path: str) -> Response:
         answering = self.answering
         while answering.left:
             choice, event = await answering.next()
             if isinstance(event, Failure):
-                return event.error.response()
-            choice.take(event)
+                return event.error.response(path)
+            answering.reply.chunks(choice, choice.take(event))
         return JSONResponse(answering.reply.whole())
 
 
@@ -160,14 +160,15 @@ class StreamedAnswer:
                 yield b": still here\n\n"
                 continue
             if isinstance(event, Failure):
-                yield _event(event.error.body)
+                for chunk in reply.failure(event.error):
+                    yield _event(chunk)
                 return
-            made = reply.chunk(choice, choice.take(event))
-            if made is not None:
-                yield _event(made)
+            for chunk in reply.chunks(choice, choice.take(event)):
+                yield _event(chunk)
         for chunk in reply.last_chunks():
             yield _event(chunk)
-        yield b"data: [DONE]\n\n"
+        if reply.end:
+            yield reply.end
 
 
 async def until_gone(receive: Receive, work: Any) -> Any:
@@ -188,4 +189,7 @@ async def until_gone(receive: Receive, work: Any) -> Any:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    """Return a server-sent event, with a name if its data has a type."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    data = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return f"{name}data: {data}\n\n".encode()

@@ -48,6 +48,8 @@ _PAGE_HEADERS = {
 _COUNTED = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
     "/v1/models": "models",
     "/health": "health",
     "/metrics": "metrics",
@@ -60,6 +62,11 @@ def create_app(service: Service, access: Access) -> ASGIApp:
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
+        Route("/v1/responses", endpoints.responses, methods=["POST"]),
+        Route("/v1/responses/{id}", endpoints.stored_response, methods=["GET", "DELETE"]),
+        Route("/v1/messages", endpoints.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
+        Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{name:path}", endpoints.model),
         Route("/health", endpoints.health),
@@ -89,8 +96,7 @@ def _page_file(name: str, kind: str) -> Any:
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    del request
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -100,7 +106,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} does not fit {request.url.path[:200]}; see /openapi.json."
     else:
         message = f"{error.detail}."
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    return ApiError(error.status_code, message, headers=error.headers).response(request.url.path)
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
@@ -110,8 +116,9 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    del request, error  # Starlette raises it again for the log
-    return ApiError(500, "the server failed to handle this request.").response()
+    del error  # Starlette raises it again for the log
+    message = "the server failed to handle this request."
+    return ApiError(500, message).response(request.url.path)
 
 
 class _Counted:

@@ -17,6 +17,7 @@ from ...generation.decode_options import (
     load_options,
 )
 from ...generation.sampling_options import add_sampler_options, sampling_config
+from ...prompts.template_args import template_args
 from .limits import Access, Limits
 
 KEY_VARIABLE = "SPECSTREAM_API_KEY"
@@ -71,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="web page elsewhere that may ask, like https://chat.example",
     )
     add_sampler_options(parser)
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--chat-template-args",
+        metavar="JSON",
+        help="the chat template's variables where a request does not say, as "
+        "'{\"enable_thinking\": false}'",
+    )
+    prompts.add_argument(
+        "--allow-control-tokens",
+        action="store_true",
+        help="let users and tools write control tokens, with which they can forge turns",
+    )
     limits = parser.add_argument_group("limits")
     defaults = Limits()
     for name, kind, meaning in _LIMITS:
@@ -100,6 +113,7 @@ def main(argv: list[str]) -> int:
     config = decode_config(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     caching = cache_config(arguments)
+    variables = template_args(arguments.chat_template_args, "--chat-template-args")
     check_caching(caching, limits)
     access = Access(
         arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
@@ -134,6 +148,8 @@ def main(argv: list[str]) -> int:
         config=config,
         speculative=not arguments.no_speculation,
         caching=caching,
+        template_args=variables,
+        control_tokens=arguments.allow_control_tokens,
     )
     streams = f" with {service.num_streams} streams" if service.num_streams else ""
     key = "" if access.api_key is None else "; clients must send the API key"

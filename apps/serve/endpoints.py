@@ -1,24 +1,37 @@
-"""The API's endpoints: a request in, a response out, errors as OpenAI words them."""
+"""The APIs' endpoints: a request in, a response out."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ...generation.grammar import Grammar
+from ..thinking import ThoughtSplitter
 from .answering import Answering, StreamedAnswer, WholeAnswer
 from .body import read_json
 from .errors import ApiError, invalid
 from .limits import MAX_CHOICES
+from .messages.reply import MessageReply
+from .messages.request import NAMES as MESSAGE_NAMES
+from .messages.request import parsed_message
 from .openapi import description
-from .replies import Reply, choices_for
+from .replies import CompletionReply, Reply, choices_for
+from .responses.reply import ResponseReply
+from .responses.request import NAMES as RESPONSE_NAMES
+from .responses.request import parsed_response
+from .responses.store import ResponseStore
 from .schema import ChatRequest, CompletionRequest, Sampling, parsed_chat, parsed_completion
 from .service import READING, Service
 from .tool_calls import CallReader
+
+MakeReply = Callable[..., Reply]  # takes model= and choices=
 
 
 class Endpoints:
@@ -26,6 +39,7 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.stored = ResponseStore()
 
     async def chat(self, request: Request) -> Any:
         """Answer POST /v1/chat/completions."""
@@ -34,6 +48,37 @@ class Endpoints:
     async def completion(self, request: Request) -> Any:
         """Answer POST /v1/completions."""
         return await self._admitted(request, self._completion)
+
+    async def responses(self, request: Request) -> Any:
+        """Answer POST /v1/responses."""
+        return await self._admitted(request, self._respond)
+
+    async def stored_response(self, request: Request) -> Response:
+        """Answer GET and DELETE of /v1/responses/ID."""
+        name = request.path_params["id"]
+        if request.method == "DELETE":
+            self.stored.delete(name)
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        return JSONResponse(self.stored.get(name))
+
+    async def messages(self, request: Request) -> Any:
+        """Answer POST /v1/messages."""
+        return await self._admitted(request, self._message)
+
+    async def count_tokens(self, request: Request) -> Any:
+        """Answer POST /v1/messages/count_tokens."""
+        return await self._admitted(request, self._count)
+
+    async def embeddings(self, request: Request) -> Response:
+        """Refuse POST /v1/embeddings."""
+        del request
+        raise ApiError(
+            404,
+            "this server generates text and has no embeddings; run a server with an embedding "
+            "model beside it, such as llama.cpp's `llama-server --embeddings`, and send these "
+            "requests there.",
+            code="embeddings_not_supported",
+        )
 
     async def models(self, request: Request) -> Response:
         """Answer GET /v1/models."""
@@ -80,30 +125,71 @@ class Endpoints:
             service.reading -= 1
 
     async def _chat(self, request: Request, arrived: float) -> Any:
-        service = self.service
-        wanted = parsed_chat(await read_json(request, service.limits))
-        service.check_model(wanted.model)
+        wanted = parsed_chat(await read_json(request, self.service.limits))
         if wanted.top_logprobs is not None and not wanted.logprobs:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+        return await self._chat_answer(wanted, arrived, partial(_completion_reply, wanted))
+
+    async def _chat_answer(
+        self,
+        wanted: ChatRequest,
+        arrived: float,
+        make: MakeReply,
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> Any:
+        """Answer a chat in the form of the API that `make` and `names`, of its fields, belong to."""
+        service = self.service
+        try:
+            service.check_model(wanted.model)
+            ids = await service.encode(partial(service.encoder.chat, wanted))
+            grammar = await service.encode(partial(service.encoder.grammar, wanted, ids))
+            return self._answer(wanted, [ids], arrived, make, grammar)
+        except ApiError as error:
+            raise error.renamed(names) from error
+
+    async def _respond(self, request: Request, arrived: float) -> Any:
+        asked = parsed_response(await read_json(request, self.service.limits), self.stored)
+        make = partial(
+            ResponseReply, asked=asked, store=self.stored, defaults=self.service.defaults
+        )
+        return await self._chat_answer(asked.chat, arrived, make, RESPONSE_NAMES)
+
+    async def _message(self, request: Request, arrived: float) -> Any:
+        wanted = parsed_message(await read_json(request, self.service.limits))
+        return await self._chat_answer(wanted, arrived, MessageReply, MESSAGE_NAMES)
+
+    async def _count(self, request: Request, arrived: float) -> Response:
+        del arrived
+        service = self.service
+        wanted = parsed_message(await read_json(request, service.limits), counting=True)
+        service.check_model(wanted.model)
         ids = await service.encode(partial(service.encoder.chat, wanted))
-        grammar = await service.encode(partial(service.encoder.grammar, wanted))
-        return self._answer(wanted, [ids], arrived, grammar)
+        return JSONResponse({"input_tokens": len(ids)})
 
     async def _completion(self, request: Request, arrived: float) -> Any:
         service = self.service
         wanted = parsed_completion(await read_json(request, service.limits))
         service.check_model(wanted.model)
         prompts = await service.encode(partial(service.encoder.completion, wanted))
-        return self._answer(wanted, prompts, arrived)
+        lengths = None
+        if wanted.logprobs is not None:
+            lengths = await service.encode(partial(service.encoder.text_lengths, wanted))
+        make = partial(_completion_reply, wanted)
+        return self._answer(wanted, prompts, arrived, make, lengths=lengths)
 
     def _answer(
         self,
         wanted: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         arrived: float,
+        make: MakeReply,
         grammar: Grammar | None = None,
+        lengths: list[int] | None = None,
     ) -> Any:
-        """Submit a request's answers and return the response that will hold them."""
+        """Submit a request's answers and return the response that will hold them.
+
+        lengths: of the prompts in characters, where the answer is to tell offsets.
+        """
         service, n = self.service, wanted.n or 1
         count = len(prompts) * n
         if count > MAX_CHOICES:
@@ -116,16 +202,23 @@ class Endpoints:
             service.settings(wanted, len(prompts[place // n]), place, grammar)
             for place in range(count)
         ]
-        reply = Reply(
-            kind="chat" if isinstance(wanted, ChatRequest) else "completion",
-            model=service.model_name,
-            choices=choices_for(
-                [len(ids) for ids in prompts], n, [self._reader(wanted) for _ in range(count)]
-            ),
-            logprobs=settings[0].logprobs is not None,
-            draft_details=bool(wanted.draft_details),
-            include_usage=bool(wanted.stream_options and wanted.stream_options.include_usage),
+        marks = None
+        if not isinstance(wanted, ChatRequest):
+            settings = [replace(one, continues=True) for one in settings]
+        else:
+            marks = service.encoder.thoughts
+            if not wanted.stop_in_reasoning:
+                settings = [replace(one, thoughts=marks) for one in settings]
+        choices = choices_for(
+            [len(ids) for ids in prompts],
+            n,
+            [self._reader(wanted) for _ in range(count)],
+            [ThoughtSplitter.after(marks, prompts[place // n]) for place in range(count)],
         )
+        if lengths is not None:
+            for choice in choices:
+                choice.prompt_length = lengths[choice.index // n]
+        reply = make(model=service.model_name, choices=choices)
         answering = Answering(service, reply, prompts, settings, arrived)
         return StreamedAnswer(answering) if wanted.stream else WholeAnswer(answering)
 
@@ -150,3 +243,14 @@ class Endpoints:
             "num_streams": service.num_streams,
             "mode": service.mode,
         }
+
+
+def _completion_reply(wanted: ChatRequest | CompletionRequest, **common: Any) -> CompletionReply:
+    chat = isinstance(wanted, ChatRequest)
+    return CompletionReply(
+        **common,
+        kind="chat" if chat else "completion",
+        logprobs=bool(wanted.logprobs) if chat else wanted.logprobs is not None,
+        draft_details=bool(wanted.draft_details),
+        include_usage=bool(wanted.stream_options and wanted.stream_options.include_usage),
+    )

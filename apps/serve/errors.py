@@ -1,12 +1,15 @@
-"""Errors as OpenAI's clients expect them: a status and `{"error": {...}}`."""
+"""Errors as clients expect them: a status and OpenAI's `{"error": {...}}` or Anthropic's form of it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-# OpenAI's words for what went wrong, by status.
+CONTEXT_EXCEEDED = "context_length_exceeded"
+ANTHROPIC = "/v1/messages"  # what lies there has Anthropic's errors
+# Their words for what went wrong, by status.
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -14,6 +17,7 @@ _TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
 }
+_ANTHROPIC_TYPES = {**_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
 class ApiError(Exception):
@@ -35,9 +39,15 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    @property
-    def body(self) -> dict[str, object]:
-        """Return the JSON form."""
+    def body(self, path: str = "") -> dict[str, object]:
+        """Return the JSON form for clients of `path`."""
+        if path.startswith(ANTHROPIC):
+            kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+            long = (
+                self.code == CONTEXT_EXCEEDED
+            )  # clients that shorten by themselves look for this:
+            message = f"prompt is too long: {self.message}" if long else self.message
+            return {"type": "error", "error": {"type": kind, "message": message}}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -48,9 +58,17 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        """Return the HTTP answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """Return the HTTP answer to a client of `path`."""
+        return JSONResponse(self.body(path), self.status, self.headers)
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error of a request in whose API some fields have other names."""
+        name = names.get(self.param or "")
+        if name is None:
+            return self
+        message = re.sub(rf"^{self.param}(?=\W)", name, self.message)
+        return ApiError(self.status, message, param=name, code=self.code, headers=self.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...generation.grammar import Grammar
+from ...generation.grammar import lark_mark, schema_text
 from .errors import invalid
 from .schema import ChatRequest, FunctionChoice, FunctionDescription, PlainFormat
 
@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 # mlx-lm's parsers whose calls are marks around a name and JSON.
 JSON_TOOLS, MISTRAL = "json_tools", "mistral"
 _ARGS = "[ARGS]"  # of Mistral's newer tokenizers: name[ARGS]{...}; older ones write a list
-# As chat templates show arguments to models; a choice of blanks is one that has no end.
-_JSON = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
 def forced_calls(
     request: ChatRequest, tokenizer: TokenizerWrapper, form: ToolFormat | None, vocab_size: int
-) -> Grammar | None:
-    """Return the grammar of the calls that a request insists on, None if it does not.
+) -> str | None:
+    """Return the calls that a request insists on as Lark's rule `answer`, None if it does not.
 
     `required` takes one call or several, a named function exactly one call of it.
 
@@ -60,16 +58,17 @@ def forced_calls(
             "tool_choice",
         )
     several = choice == "required" and request.parallel_tool_calls is not False
-    return Grammar.lark(tokenizer, _lark(functions, tokenizer, form, several), vocab_size)
+    return _lark(functions, tokenizer, form, vocab_size, several)
 
 
 def _lark(
     functions: Sequence[FunctionDescription],
     tokenizer: TokenizerWrapper,
     form: ToolFormat | None,
+    vocab_size: int,
     several: bool,
 ) -> str:
-    """Return the grammar in llguidance's dialect of Lark.
+    """Return the rules in llguidance's dialect of Lark.
 
     Every function's parameters are a document of their own, so that `#/$defs` in them means theirs.
     """
@@ -80,16 +79,16 @@ def _lark(
         )
     kind = form.parse.__module__.rpartition(".")[2]
     headed = kind == MISTRAL and _ARGS in tokenizer.get_vocab()
-    start = _mark(tokenizer, form.start)
+    start = lark_mark(tokenizer, form.start, vocab_size)
     if kind == JSON_TOOLS:
         again = r'("\n" call)*' if several else ""
-        end = _mark(tokenizer, form.end)
-        rules = [f"start: call {again}", rf'call: {start} "\n"? body "\n"? {end}']
+        end = lark_mark(tokenizer, form.end, vocab_size)
+        rules = [f"answer: call {again}", rf'call: {start} "\n"? body "\n"? {end}']
     elif headed:
-        rules = [f"start: call{'+' if several else ''}", f"call: {start} body"]
+        rules = [f"answer: call{'+' if several else ''}", f"call: {start} body"]
     elif kind == MISTRAL:
         again = '(", " body)*' if several else ""
-        rules = [f'start: {start} " "? "[" body {again} "]"']
+        rules = [f'answer: {start} " "? "[" body {again} "]"']
     else:
         raise invalid(
             "tool_choice: calls can be forced only for models that write arguments as JSON (as "
@@ -103,23 +102,17 @@ def _lark(
             before = _text(f'{{"name": {name}, "arguments": ')
             body = f'{before} arguments_{place} "}}"'
         elif re.fullmatch(r"[\w-]+", function.name):
-            body = f"{_text(function.name)} {_mark(tokenizer, _ARGS)} arguments_{place}"
+            arguments_mark = lark_mark(tokenizer, _ARGS, vocab_size)
+            body = f"{_text(function.name)} {arguments_mark} arguments_{place}"
         else:
             raise invalid(
                 f"tool_choice: this model can call functions named by letters, digits, _ and - "
                 f"alone, not {function.name!r}.",
                 "tools",
             )
-        schema = {**(function.parameters or {}), "type": "object", "x-guidance": _JSON}
-        rules += [f"body_{place}: {body}", f"arguments_{place}: %json {json.dumps(schema)}"]
+        schema = schema_text({**(function.parameters or {}), "type": "object"})
+        rules += [f"body_{place}: {body}", f"arguments_{place}: %json {schema}"]
     return "\n".join(rules)
-
-
-def _mark(tokenizer: TokenizerWrapper, mark: str) -> str:
-    """Return a mark in Lark: a special token by its number, for letters are not it; else its text."""
-    added = tokenizer._tokenizer.added_tokens_decoder
-    number = next((n for n, t in added.items() if t.special and t.content == mark), None)
-    return _text(mark) if number is None else f"<[{number}]>"
 
 
 def _text(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from ... import KVCache, StreamModel
-from ...generation.answer import Answer
+from ...generation.answer import Answer, detokenizer_for
 from ...generation.answer import Piece as AnswerPiece
 from ...speculation.result import StepResult, to_ints
 from ...speculation.sampling import TokenChooser, TreeProcessor
@@ -59,7 +59,10 @@ class Generating:
             if isinstance(process, TreeProcessor):
                 process.begin(1)
         self.text = Answer(
-            tokenizer.detokenizer, tokenizer.eos_token_ids, settings.stop, settings.max_tokens
+            detokenizer_for(tokenizer, continues=settings.continues),
+            tokenizer.eos_token_ids,
+            settings.stops(work.prompt),
+            settings.max_tokens,
         )
         self.steps: Iterator[StepResult] | None = None
         self.pieces: list[AnswerPiece] = []
@@ -105,11 +108,13 @@ class Generating:
 
     def progress(self, result: StepResult) -> Progress:
         """Return what a step gave out."""
-        made = []
+        made, settings = [], self.work.settings
         for index, piece in enumerate(self.pieces):
             drawn: Alternative | None = None
             alternatives: tuple[Alternative, ...] = ()
-            if self.work.settings.logprobs is not None:
+            # The tokens listed for a continued text are that text: what ends it is no part of it.
+            ends = settings.continues and piece.token in self.tokenizer.eos_token_ids
+            if settings.logprobs is not None and not ends:
                 drawn, alternatives = self._ranked(result.logits[index], piece.token)
             made.append(Piece(piece.token, piece.text, piece.origin, drawn, alternatives))
             self.given.append(piece.token)
@@ -120,6 +125,7 @@ class Generating:
             self.stats,
             self.cached_tokens,
             len(self.given) / elapsed,
+            self.text.stop.found,
         )
 
     def _ranked(self, logits: mx.array, token: int) -> tuple[Alternative, tuple[Alternative, ...]]:

@@ -27,6 +27,11 @@ from .limits import Access
 OPEN_PATHS = frozenset(
     {"/", "/page.js", "/page.css", "/favicon.ico", "/health", "/openapi.json"}
 )  # without a key
+# A web page may send these; the last three are what Anthropic's client adds.
+_ALLOWED_HEADERS = (
+    *("Authorization", "Content-Type", "X-API-Key"),
+    *("Anthropic-Version", "Anthropic-Beta", "Anthropic-Dangerous-Direct-Browser-Access"),
+)
 
 
 class Guard:
@@ -53,7 +58,7 @@ class Guard:
             self._check_key(scope, headers)
         except ApiError as error:
             allowed = origin is not None and origin.lower() in self.origins
-            response = error.response()
+            response = error.response(scope["path"])
             if allowed and origin is not None:
                 _allow(response.headers, origin)
             await response(scope, receive, send)
@@ -94,12 +99,12 @@ class Guard:
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if self.key is None or scope["path"] in OPEN_PATHS:
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self.key)
-        if scheme.lower() != "bearer" or not right:
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.key):
             raise ApiError(
                 401,
-                "this server needs its API key: send Authorization: Bearer KEY.",
+                "this server needs its API key: send Authorization: Bearer KEY or X-API-Key: KEY.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -142,8 +147,8 @@ def _allow(headers: MutableHeaders, origin: str) -> None:
 def _preflight(origin: str) -> Response:
     response = Response(status_code=204)
     _allow(response.headers, origin)
-    response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-    response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+    response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+    response.headers["Access-Control-Allow-Headers"] = ", ".join(_ALLOWED_HEADERS)
     response.headers["Access-Control-Max-Age"] = "600"
     return response
 

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from ... import __version__
+from .messages.request import MessageRequest
+from .responses.request import ResponseRequest
 from .schema import ChatRequest, CompletionRequest
 
 Json = dict[str, Any]
@@ -70,11 +72,47 @@ _USAGE: Json = {
         },
     },
 }
+_TEXT: Json = {"type": "string"}
+_ITEMS: Json = {"type": "array", "items": {"type": "object", "required": ["type"]}}
+
+
+def _object(required: str, **properties: Json) -> Json:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+_ANTHROPIC_ERROR = _object(
+    "type error",
+    type={"const": "error"},
+    error=_object("type message", type=_TEXT, message=_TEXT),
+)
+_RESPONSE = _object(
+    "id object created_at status model output usage",
+    id=_TEXT,
+    object={"const": "response"},
+    created_at={"type": "integer"},
+    status={"enum": ["completed", "incomplete"]},
+    model=_TEXT,
+    output=_ITEMS,
+    usage={"type": "object"},
+)
+_MESSAGE = _object(
+    "id type role model content stop_reason usage",
+    id=_TEXT,
+    type={"const": "message"},
+    role={"const": "assistant"},
+    model=_TEXT,
+    content=_ITEMS,
+    stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+    stop_sequence={"type": ["string", "null"]},
+    usage={"type": "object"},
+)
+_DELETED = _object("id object deleted", deleted={"const": True})
+_TOKENS = _object("input_tokens", input_tokens={"type": "integer"})
 _STATUSES = {
     400: "The request makes no sense; `param` names the field.",
     401: "The server needs its API key.",
     403: "The Host or Origin header is not allowed.",
-    404: "There is no such page or model.",
+    404: "There is no such page, model or response.",
     405: "The method does not fit the path.",
     408: "The request was not complete in time.",
     413: "The request is too large.",
@@ -90,32 +128,78 @@ _ALWAYS = (400, 401, 403, 404, 405)
 def description() -> Json:
     """Return the OpenAPI 3.1 description of the server."""
     _, schemas = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+        [
+            (kind, "validation")
+            for kind in (ChatRequest, CompletionRequest, ResponseRequest, MessageRequest)
+        ],
         ref_template="#/components/schemas/{model}",
     )
     components = {
         **schemas["$defs"],
         "Error": _ERROR,
+        "AnthropicError": _ANTHROPIC_ERROR,
+        "Response": _RESPONSE,
+        "Message": _MESSAGE,
+        "Deleted": _DELETED,
+        "Tokens": _TOKENS,
         "Model": _MODEL,
         "Models": _MODELS,
         "Usage": _USAGE,
         "ChatCompletion": _reply("chat.completion", {"message": {"type": "object"}}),
         "Completion": _reply("text_completion", {"text": {"type": "string"}}),
     }
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    chunks, named = "Chunks of the answer, then [DONE].", "Events, named by their type."
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "mlx-specstream",
             "version": __version__,
-            "description": "An OpenAI-compatible server with Speculative Streaming.",
+            "description": (
+                "A server with Speculative Streaming, for clients of OpenAI's APIs and of "
+                "Anthropic's Messages API."
+            ),
         },
         "paths": {
-            "/v1/chat/completions": {"post": _post("Answer a chat", "Chat")},
-            "/v1/completions": {"post": _post("Continue texts", "")},
+            "/v1/chat/completions": {
+                "post": _post("Answer a chat", "ChatRequest", "ChatCompletion", chunks)
+            },
+            "/v1/completions": {
+                "post": _post("Continue texts", "CompletionRequest", "Completion", chunks)
+            },
+            "/v1/responses": {
+                "post": _post(
+                    "Answer by OpenAI's Responses API", "ResponseRequest", "Response", named
+                )
+            },
+            "/v1/responses/{id}": {
+                "get": _get("Return a stored response", "Response"),
+                "delete": _get("Forget a stored response", "Deleted"),
+                "parameters": [_in_path("id")],
+            },
+            "/v1/messages": {
+                "post": _post(
+                    "Answer by Anthropic's Messages API",
+                    "MessageRequest",
+                    "Message",
+                    named,
+                    "AnthropicError",
+                )
+            },
+            "/v1/messages/count_tokens": {
+                "post": _post(
+                    "Count a message's tokens", "MessageRequest", "Tokens", None, "AnthropicError"
+                )
+            },
+            "/v1/embeddings": {
+                "post": {
+                    "summary": "Always refused: this server has no embeddings",
+                    "responses": _errors(*_ALWAYS),
+                }
+            },
             "/v1/models": {"get": _get("List the served model", "Models")},
             "/v1/models/{name}": {
-                "get": {**_get("Describe the served model", "Model"), "parameters": [name]}
+                "get": _get("Describe the served model", "Model"),
+                "parameters": [_in_path("name")],
             },
             "/health": {"get": _get("Tell whether answers are generated", None, (503,))},
             "/metrics": {"get": _get("Figures for Prometheus", "text/plain")},
@@ -153,8 +237,15 @@ def _reply(name: str, content: Json) -> Json:
     }
 
 
-def _post(summary: str, kind: str) -> Json:
-    request, reply = f"{kind or 'Completion'}Request", f"{kind}Completion"
+def _in_path(name: str) -> Json:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _post(summary: str, request: str, reply: str, stream: str | None, error: str = "Error") -> Json:
+    """Return what a request is answered with; `stream`: what it holds if there is one."""
+    content: Json = {"application/json": {"schema": _ref(reply)}}
+    if stream is not None:
+        content["text/event-stream"] = {"schema": {"description": stream}}
     return {
         "summary": summary,
         "requestBody": {
@@ -164,14 +255,9 @@ def _post(summary: str, kind: str) -> Json:
         "responses": {
             "200": {
                 "description": "The answer; with `stream` as server-sent events.",
-                "content": {
-                    "application/json": {"schema": _ref(reply)},
-                    "text/event-stream": {
-                        "schema": {"description": "Chunks of the answer, then [DONE]."}
-                    },
-                },
+                "content": content,
             },
-            **_errors(*_ALWAYS, 408, 413, 415, 429, 500, 503),
+            **_errors(*_ALWAYS, 408, 413, 415, 429, 500, 503, kind=error),
         },
     }
 
@@ -196,8 +282,8 @@ def _get(summary: str, reply: str | None, further: tuple[int, ...] = ()) -> Json
     }
 
 
-def _errors(*statuses: int) -> Json:
-    content = {"application/json": {"schema": _ref("Error")}}
+def _errors(*statuses: int, kind: str = "Error") -> Json:
+    content = {"application/json": {"schema": _ref(kind)}}
     return {
         str(status): {"description": _STATUSES[status], "content": content} for status in statuses
     }

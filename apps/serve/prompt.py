@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import SpecStreamError
-from ...generation.grammar import Grammar
+from ...errors import OptionError, SpecStreamError
+from ...generation.grammar import Grammar, schema_text
+from ...prompts.control import ControlTokens
 from ...weights.hub import first_line
-from .errors import ApiError, invalid
+from ..thinking import ThoughtMarks
+from .errors import CONTEXT_EXCEEDED, ApiError, invalid
 from .forced_calls import forced_calls
-from .schema import ChatRequest, CompletionRequest, Message, PlainFormat, SchemaFormat
+from .history import History
+from .schema import ChatRequest, CompletionRequest, PlainFormat, SchemaFormat
+from .thought_rules import behind_thought
 from .tool_calls import ToolFormat
 
 if TYPE_CHECKING:
@@ -33,13 +37,37 @@ _RESERVED = {
 
 
 class PromptEncoder:
-    """Turns requests into token ids within `max_tokens`; for one thread at a time."""
+    """Turns requests into token ids within `max_tokens`; for one thread at a time.
 
-    def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int, max_tokens: int | None):
+    template_args: the chat template's variables where a request does not say.
+    control_tokens: let users and tools write control tokens.
+
+    Raises:
+        OptionError: `template_args` holds what is no variable.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        vocab_size: int,
+        max_tokens: int | None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        control_tokens: bool = False,
+    ) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
+        self.template_args = dict(template_args or {})
+        if taken := sorted(_RESERVED & set(self.template_args)):
+            raise OptionError(
+                f"--chat-template-args must not hold {taken[0]!r}: it is for the template's own "
+                "variables."
+            )
         self.tools = ToolFormat.of(self.tokenizer)
+        self.thoughts = ThoughtMarks.of(self.tokenizer)
+        self.control = ControlTokens(self.tokenizer)
+        self.history = History(self.tokenizer, None if control_tokens else self.control)
 
     def chat(self, request: ChatRequest) -> list[int]:
         """Return the ids that ask for a conversation's next answer.
@@ -47,21 +75,20 @@ class PromptEncoder:
         Raises:
             ApiError: the chat template refuses the messages, or there are too many tokens.
         """
-        options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-        if taken := sorted(_RESERVED & set(options)):
+        wanted = request.chat_template_kwargs or {}
+        options: dict[str, Any] = {**self.template_args, **wanted}
+        if taken := sorted(_RESERVED & set(wanted)):
             raise invalid(
                 f"chat_template_kwargs must not hold {taken[0]!r}.", "chat_template_kwargs"
             )
         if request.tools and request.tool_choice != "none":
             options["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools]
-        messages = [_turn(message) for message in request.messages]
+        history = self.history
         if not self.tokenizer.has_chat_template:
-            text = "\n\n".join(turn["content"] for turn in messages)
+            text = "\n\n".join(history.turn(message)["content"] for message in request.messages)
             return self._checked(self._ids(text, "messages"), "messages")
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
+            text = history.render(request.messages, **options)
         except Exception as error:  # whatever a template raises, jinja's own errors among it
             raise invalid(
                 f"the model's chat template refuses the messages: {first_line(error)}.", "messages"
@@ -75,11 +102,8 @@ class PromptEncoder:
         Raises:
             ApiError: a prompt is empty or too long, or holds ids the model does not have.
         """
-        prompt: Any = request.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            prompt = [prompt]
         found = []
-        for one in prompt:
+        for one in _prompts(request):
             ids = self._ids(one, "prompt") if isinstance(one, str) else list(one)
             if wrong := [token for token in ids if token >= self.vocab_size]:
                 raise invalid(
@@ -88,30 +112,40 @@ class PromptEncoder:
             found.append(self._checked(ids, "prompt"))
         return found
 
-    def grammar(self, request: ChatRequest) -> Grammar | None:
-        """Return what the answer must fit, None if it may be any text.
+    def text_lengths(self, request: CompletionRequest) -> list[int]:
+        """Return how many characters every text to continue has."""
+        return [
+            len(one if isinstance(one, str) else self.tokenizer.decode(one))
+            for one in _prompts(request)
+        ]
+
+    def grammar(self, request: ChatRequest, prompt: Sequence[int]) -> Grammar | None:
+        """Return what the answer to a prompt of ids must fit, None if it may be any text.
+
+        Of a model that thinks, what comes behind the thought must fit.
 
         Raises:
             ApiError: the schema or the tool choice cannot be used, or the server cannot use any.
         """
+        wanted, param = request.response_format, "tool_choice"
         try:
-            calls = forced_calls(request, self.tokenizer, self.tools, self.vocab_size)
+            answer = forced_calls(request, self.tokenizer, self.tools, self.vocab_size)
+            if answer is None:
+                if wanted is None or isinstance(wanted, PlainFormat):
+                    return None
+                param = "response_format"
+                schema: dict[str, Any] = {"type": "object"}
+                if isinstance(wanted, SchemaFormat):
+                    schema = wanted.json_schema.schema_
+                answer = f"answer: %json {schema_text(schema)}"
+            rules = behind_thought(answer, self.tokenizer, self.thoughts, prompt, self.vocab_size)
+            return Grammar.lark(self.tokenizer, rules, self.vocab_size)
         except SpecStreamError as error:
-            raise invalid(str(error), "tool_choice") from error
-        wanted = request.response_format
-        if calls is not None or wanted is None or isinstance(wanted, PlainFormat):
-            return calls
-        schema: dict[str, Any] = {"type": "object"}
-        if isinstance(wanted, SchemaFormat):
-            schema = wanted.json_schema.schema_
-        try:
-            return Grammar.json_schema(self.tokenizer, schema, self.vocab_size)
-        except SpecStreamError as error:
-            raise invalid(str(error), "response_format") from error
+            raise invalid(str(error), param) from error
 
     def _ids(self, text: str, param: str, **options: Any) -> list[int]:
         try:
-            return list(self.tokenizer.encode(text, **options))
+            return self.control.encode(text, **options)
         except Exception as error:  # of the tokenizer's, in Rust or Python
             raise invalid(
                 f"the model's tokenizer cannot read the text: {first_line(error)}.", param
@@ -129,42 +163,12 @@ class PromptEncoder:
             f"the prompt has {size}, but this server takes at most {self.max_tokens} tokens, "
             "so that there is room for an answer; shorten it.",
             param,
-            "context_length_exceeded",
+            CONTEXT_EXCEEDED,
         )
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates expect it: text alone, arguments as objects."""
-    content = message.content
-    if content is None:
-        content = ""
-    elif not isinstance(content, str):
-        content = "".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    turn: dict[str, Any] = {"role": role, "content": content}
-    for name in ("name", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            turn[name] = value
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {
-                **({} if call.id is None else {"id": call.id}),
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments),
-                },
-            }
-            for call in message.tool_calls
-        ]
-    return turn
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise invalid("the arguments of a tool call must be a JSON object, as text.", "messages")
-    return values
+def _prompts(request: CompletionRequest) -> list[Any]:
+    """Return the texts to continue, each as text or ids."""
+    prompt: Any = request.prompt
+    single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    return [prompt] if single else prompt

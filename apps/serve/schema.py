@@ -6,7 +6,7 @@ send many; those that would change the answer and cannot be served are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,10 +35,13 @@ class TextPart(Strict):
 
 
 class CalledFunction(Strict):
-    """Which function an earlier answer called; arguments are a JSON object as text."""
+    """Which function an earlier answer called; arguments are a JSON object as text.
+
+    Clients replay what models wrote and some send the object itself, so anything is taken.
+    """
 
     name: Text
-    arguments: Text = "{}"
+    arguments: Text | dict[str, Any] | list[Any] | float | bool | None = "{}"
 
 
 class ToolCall(Strict):
@@ -57,6 +60,8 @@ class Message(Strict):
     name: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Text | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
 
 
 class FunctionDescription(Strict):
@@ -202,6 +207,9 @@ class ChatRequest(Sampling):
         None, description="False: at most one call where calls are `required`."
     )
     response_format: ResponseFormat | None = None
+    stop_in_reasoning: bool | None = Field(
+        None, description="True: `stop` ends a thinking model's answer inside its thoughts too."
+    )
     chat_template_kwargs: (
         Annotated[
             dict[str, bool | int | float | Text | None],
@@ -232,10 +240,7 @@ def parsed_chat(values: dict[str, Any]) -> ChatRequest:
     Raises:
         ApiError: a field is missing, of the wrong type, or out of range.
     """
-    try:
-        return ChatRequest.model_validate(values)
-    except ValidationError as error:
-        raise _explained(error) from None
+    return parsed(ChatRequest, values)
 
 
 def parsed_completion(values: dict[str, Any]) -> CompletionRequest:
@@ -244,13 +249,25 @@ def parsed_completion(values: dict[str, Any]) -> CompletionRequest:
     Raises:
         ApiError: a field is missing, of the wrong type, or out of range.
     """
+    return parsed(CompletionRequest, values)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def parsed(kind: type[Kind], values: Any, at: tuple[str | int, ...] = ()) -> Kind:
+    """Return a part of a request, which stands `at` a place in it.
+
+    Raises:
+        ApiError: a field is missing, of the wrong type, or out of range.
+    """
     try:
-        return CompletionRequest.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise _explained(error, at) from None
 
 
-def _explained(error: ValidationError) -> ApiError:
+def _explained(error: ValidationError, at: tuple[str | int, ...]) -> ApiError:
     """Return the first thing wrong, as a sentence that names the field.
 
     Of a field that may be of several types the innermost complaint tells most.
@@ -259,7 +276,7 @@ def _explained(error: ValidationError) -> ApiError:
     first = found[0]
     root = first["loc"][:1]
     worst = max((one for one in found if one["loc"][:1] == root), key=lambda one: len(one["loc"]))
-    place = ".".join(str(part) for part in worst["loc"][:8])
+    place = ".".join(str(part) for part in (*at, *worst["loc"])[:8])
     message = worst["msg"].removeprefix("Value error, ")
-    param = str(root[0]) if root else None
+    param = str((*at, *root)[0]) if at or root else None
     return invalid(f"{place}: {message}" if place else message, param)

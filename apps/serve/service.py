@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ... import DecodeConfig, StreamModel
 from ...config import CacheConfig
@@ -153,10 +153,14 @@ def start_service(
     config: DecodeConfig | None = None,
     speculative: bool = True,
     caching: CacheConfig | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    control_tokens: bool = False,
 ) -> Service:
     """Load a model in the engine's thread and return the service that answers with it.
 
     caching: how KV caches hold rows; unless all of them as computed, answers take turns.
+    template_args: the chat template's variables where a request does not say. control_tokens:
+    let users and tools write control tokens.
 
     Raises:
         SpecStreamError: it cannot be loaded.
@@ -206,7 +210,13 @@ def start_service(
         limits=limits,
         defaults=defaults or Defaults(),
         engine=engine,
-        encoder=PromptEncoder(tokenizer, model.backbone.vocab_size, limit),
+        encoder=PromptEncoder(
+            tokenizer,
+            model.backbone.vocab_size,
+            limit,
+            template_args=template_args,
+            control_tokens=control_tokens,
+        ),
         metrics=metrics,
         vocab_size=model.backbone.vocab_size,
     )

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ...generation.grammar import Grammar
 from ...speculation.sampling import LogitsProcessor, Sampler
+from ..thinking import ContentStops, ThoughtMarks
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,7 +23,8 @@ class Settings:
     """What a request asks of its answer; the words are OpenAI's, those it lacks mlx-lm's.
 
     logprobs: how many alternatives to report with every token, None for no log-probabilities.
-    grammar: what the answer must fit.
+    grammar: what the answer must fit. thoughts: whose text stop strings do not end.
+    continues: the answer goes on with the prompt's text, a first blank included.
     """
 
     max_tokens: int
@@ -43,6 +45,14 @@ class Settings:
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     grammar: Grammar | None = None
+    thoughts: ThoughtMarks | None = None
+    continues: bool = False
+
+    def stops(self, prompt: Sequence[int]) -> Sequence[str] | ContentStops:
+        """Return what ends the answer to a prompt of ids."""
+        if self.thoughts is None or not self.stop:
+            return self.stop
+        return ContentStops(self.stop, self.thoughts, inside=self.thoughts.left_open(prompt))
 
     def sampler(self, vocab_size: int, tokenizer: TokenizerWrapper) -> Sampler | None:
         """Return what draws tokens; None takes the likeliest.

@@ -2,25 +2,35 @@
 
     <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>
 
-What stands between the model's marks is a call; everything else is the answer's text. A call
-that cannot be parsed stays text: nothing a model wrote is dropped.
+What stands between the model's marks is a call; everything else is the answer's text. What cannot
+be read as a call of a named function with a JSON object stays text: nothing a model wrote is
+dropped, and every call that is sent out is accepted when a client sends it back.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
+import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...generation.stop import StopStrings
+from .limits import MAX_TOOLS
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 log = logging.getLogger("mlx_specstream")
+
+# What models call a function's name and its arguments; the first that is there counts.
+_NAMES = ("name", "function", "tool", "tool_name", "function_name")
+_NAME = re.compile(r"[^\s\"'<>{}]+")  # of a function that was not offered
+_ID = string.ascii_letters + string.digits
+_ARGUMENTS = ("arguments", "parameters", "args", "params", "input", "kwargs")
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class CallReader:
         self.form = form
         self.tools = list(tools)
         self.found = 0
+        self._ids: set[str] = set()
         self._mark = StopStrings([form.start])
         self._inside: str | None = None
 
@@ -63,10 +74,11 @@ class CallReader:
         plain, calls = "", []
         while True:
             if self._inside is None:
-                before, text = self._until_start(text)
+                before, behind = self._mark.cut(text)
                 plain += before
-                if self._inside is None:
+                if behind is None:
                     break
+                self._inside, text = "", behind
             self._inside += text
             end = self._inside.find(self.form.end) if self.form.end else -1
             if end < 0:
@@ -85,35 +97,77 @@ class CallReader:
                 self._inside = None
         return plain, calls
 
-    def _until_start(self, text: str) -> tuple[str, str]:
-        """Return the text before the next mark and, if there is one, what is behind it."""
-        whole = self._mark.held + text
-        before, marked = self._mark.feed(text)
-        if not marked:
-            return before, ""
-        self._inside = ""
-        return before, whole[len(before) + len(self.form.start) :]
-
     def _parsed(self, inner: str, end: str) -> tuple[str, list[Call]]:
         """Return ("", calls), or the text as it was written if it is none."""
         try:
             # Parsers raise whatever they like: the text is the model's.
             found = self.form.parse(inner, self.tools)
-            calls = [_call(one) for one in (found if isinstance(found, list) else [found])]
+            calls = [
+                _call(one, self.tools) for one in (found if isinstance(found, list) else [found])
+            ]
+            if not calls or self.found + len(calls) > MAX_TOOLS:
+                raise ValueError(f"{len(calls)} calls after {self.found}")
         except Exception as error:
             log.info("what looks like a tool call is none (%s)", type(error).__name__)
             return f"{self.form.start}{inner}{end}", []
         self.found += len(calls)
+        for place, call in enumerate(calls):
+            if call.id in self._ids:
+                calls[place] = replace(call, id=_new_id())
+            self._ids.add(calls[place].id)
         return "", calls
 
 
-def _call(found: Any) -> Call:
-    name, arguments = found["name"], found.get("arguments") or {}
-    if not isinstance(name, str) or not name:
+def _call(found: Any, tools: Sequence[dict[str, Any]]) -> Call:
+    """Return what a parser found as a call that clients can run and send back.
+
+    Raises:
+        ValueError: there is no name, the arguments are no JSON object, or hold what is no text.
+    """
+    for key in ("function", "tool"):  # OpenAI's own nesting, which some models write
+        if isinstance(found.get(key), dict):
+            found = {**found, **found[key]}
+            del found[key]
+    name = next((found[key] for key in _NAMES if key in found), None)
+    if not isinstance(name, str):
         raise ValueError("a call without a name")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    name = name.strip()
+    offered = [tool["function"] for tool in tools]
+    function: dict[str, Any] = next((one for one in offered if one["name"] == name), {})
+    if not function and not _NAME.fullmatch(name):
+        raise ValueError("a text in the place of a name")
+    arguments, described = _arguments(found), function.get("parameters") or {}
+    if set(arguments) == {"raw"} and "raw" not in (described.get("properties") or {}):
+        raise ValueError(
+            "text that the parser could not read"
+        )  # which mlx-lm's GLM parser calls so
+    if arguments and arguments == described:
+        raise ValueError("a tool's description instead of a call")
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     given = found.get("id")
-    return Call(
-        name, arguments, given if isinstance(given, str) else f"call_{secrets.token_hex(12)}"
-    )
+    call = Call(name, text, given if isinstance(given, str) and given else _new_id())
+    # Half a surrogate pair is no text: it can neither be sent nor come back.
+    f"{call.name}{call.arguments}{call.id}".encode()
+    return call
+
+
+def _arguments(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments under whichever name they stand; without any they are empty."""
+    given = [key for key in _ARGUMENTS if key in found]
+    if not given:
+        if others := set(found) - {*_NAMES, "id", "type", "index"}:
+            raise ValueError(f"a call with {sorted(map(str, others))[:3]} and no arguments")
+        return {}
+    arguments = found[given[0]]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments that are no JSON object")
+    return arguments
+
+
+def _new_id() -> str:
+    """Return nine letters and digits: Mistral's chat templates refuse any other id."""
+    return "".join(secrets.choice(_ID) for _ in range(9))

@@ -50,6 +50,7 @@ class Progress:
     stats: SpeculationStats
     cached_tokens: int
     tokens_per_s: float
+    stop_string: str | None = None  # the one that ended it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..config import DecodeConfig
 from ..errors import OptionError
-from ..generation.answer import Answer, FinishReason
+from ..generation.answer import Answer, FinishReason, continues_text, detokenizer_for
 from ..generation.arguments import (
     Prompt,
     needed_sampler,
@@ -162,7 +162,7 @@ def batch_generate(
             prompt,
             # Each with a detokenizer of its own: the property makes a new one.
             Answer(
-                wrapped.detokenizer,
+                detokenizer_for(wrapped, continues=continues_text(wrapped, text, prompt)),
                 wrapped.eos_token_ids,
                 stop,
                 token_budget(budget, len(prompt), model.context_length),
@@ -175,7 +175,7 @@ def batch_generate(
             ),
             stats=SpeculationStats(lossy=lossy),
         )
-        for index, (prompt, budget) in enumerate(zip(ids, budgets, strict=True))
+        for index, (text, prompt, budget) in enumerate(zip(prompts, ids, budgets, strict=True))
     ]
     begun = time.perf_counter()
     with wired_limit(model.model):

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import DataError, OptionError
 from ..generation.decode_options import (
@@ -26,6 +26,7 @@ from ..generation.sampling_options import (
     make_grammar_processors,
     sampling_config,
 )
+from ..prompts.template_args import template_args
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> int:
     text = prompt_text(arguments.prompt)
     config, caching = decode_config(arguments), cache_config(arguments)
     sampling = sampling_config(arguments)
-    template_options = _template_options(arguments.chat_template_config)
+    template_options = template_args(arguments.chat_template_config, "--chat-template-config")
 
     import mlx.core as mx
 
@@ -149,6 +150,11 @@ def main(argv: list[str]) -> int:
         config=config,
         speculative=not arguments.no_speculation,
         stop=arguments.stop,
+        continues=(
+            arguments.ignore_chat_template
+            or arguments.prefill_response is not None
+            or not tokenizer.has_chat_template
+        ),
         prompt_cache=cache,
         max_kv_size=caching.max_kv_size,
         kv_bits=caching.kv_bits,
@@ -244,21 +250,6 @@ def prompt_text(option: str) -> str:
     if not text.strip():
         raise DataError("the prompt is empty; say what the model is to answer with --prompt.")
     return text
-
-
-def _template_options(option: str | None) -> dict[str, Any]:
-    if option is None:
-        return {}
-    try:
-        values = json.loads(option)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise OptionError(
-            "--chat-template-config must be a JSON object like '{\"key\": true}', got"
-            f" {option!r}."
-        )
-    return values
 
 
 def _as_bool(text: str) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .stop import StopStrings
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +28,35 @@ class Detokenizer(Protocol):
     def last_segment(self) -> str: ...
 
 
+class Stops(Protocol):
+    """What finds an answer's end in its text, as `StopStrings` does; `found`: what ended it."""
+
+    found: str | None
+
+    def feed(self, text: str) -> tuple[str, bool]: ...
+    def flush(self) -> str: ...
+
+
+def detokenizer_for(tokenizer: TokenizerWrapper, *, continues: bool) -> Detokenizer:
+    """Return what turns an answer's tokens into text.
+
+    continues: the answer goes on with a text, so the blank it may begin with is part of it;
+    detokenizers drop a text's first blank, which here is not the first.
+    """
+    detokenizer: Detokenizer = tokenizer.detokenizer
+    if continues:
+        for token in tokenizer.encode("a", add_special_tokens=False):
+            detokenizer.add_token(token)
+        _ = detokenizer.last_segment
+    return detokenizer
+
+
+def continues_text(tokenizer: TokenizerWrapper, prompt: object, ids: Sequence[int]) -> bool:
+    """Tell whether an answer goes on with its prompt's text: ids and control tokens begin a turn."""
+    added: Collection[int] = getattr(tokenizer, "added_tokens_decoder", {})
+    return isinstance(prompt, str) and ids[-1] not in added
+
+
 @dataclass(frozen=True)
 class Piece:
     """A token and the text it completes, which may be empty; the last one says why it is last."""
@@ -36,18 +68,21 @@ class Piece:
 
 
 class Answer:
-    """Turns tokens into pieces of text until the answer is over. `max_tokens` < 0: no limit."""
+    """Turns tokens into pieces of text until the answer is over. `max_tokens` < 0: no limit.
+
+    stop: strings that end it, or what finds its end in its own way.
+    """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         eos_token_ids: Collection[int],
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Stops = (),
         max_tokens: int = -1,
     ) -> None:
         self.detokenizer = detokenizer
         self.eos_token_ids = eos_token_ids
-        self.stop = StopStrings(stop)
+        self.stop: Stops = StopStrings(stop) if isinstance(stop, Sequence) else stop
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None

@@ -29,7 +29,7 @@ from ..speculation.decode import StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
 from ..speculation.statistics import SpeculationStats
-from .answer import Answer
+from .answer import Answer, continues_text, detokenizer_for
 from .answering import Answering, Decoder, Progress
 from .arguments import (
     Prompt,
@@ -92,6 +92,7 @@ def stream_generate(
     config: DecodeConfig | None = None,
     speculative: bool = True,
     stop: Sequence[str] = (),
+    continues: bool | None = None,
     keep_drafts: bool = False,
     seed: int | None = None,
     **mlx_lm_options: Any,
@@ -113,6 +114,8 @@ def stream_generate(
         config: how to decode; None for the tree that pays here, plain decoding included.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
+        continues: the answer goes on with the prompt's text and keeps the blank it may begin
+            with; None: where the prompt is a text that does not end with a control token.
         seed: of this answer's random numbers; None takes one from MLX's global generator, so
             that `mx.random.seed` before the call repeats the answer. The same seed gives the
             same text with any tree and without speculation.
@@ -141,9 +144,12 @@ def stream_generate(
     decoder = decoder_for(model, config, chooser, speculative)
     if not isinstance(decoder, PlainDecoder):
         decoder.keep_drafts = keep_drafts
+    if continues is None:
+        continues = continues_text(tokenizer, prompt, ids)
+    detokenizer = detokenizer_for(tokenizer, continues=continues)
     run = Answering(
         decoder=decoder,
-        answer=Answer(tokenizer.detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
+        answer=Answer(detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
         prompt=ids,
         cache=cache,
         lent=None if isinstance(prompt_cache, KVCache) else prompt_cache,

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _BITS = 32  # of a mask's words
+# JSON as `json.dumps` and chat templates write it: a choice of blanks is one that has no end.
+_ONE_LINE = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 # Making llguidance's view of a tokenizer takes about a second for a large vocabulary.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
@@ -63,18 +65,10 @@ class Grammar:
     ) -> Grammar:
         """Return the grammar of the JSON texts that fit a schema, given as an object or its text.
 
-        `{"type": "object"}` allows any JSON object.
+        `{"type": "object"}` allows any JSON object. The text is one line with a blank behind `:`
+        and `,`, unless `x-guidance` in the schema says otherwise.
         """
-        if isinstance(schema, str):
-            try:
-                schema = json.loads(schema)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"the JSON schema is no JSON: {_one_line(str(error))}.") from None
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
-        if not isinstance(schema, Mapping):
-            raise DataError(f"a JSON schema must be an object, got {type(schema).__name__}.")
-        source = _llguidance().LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)))
+        source = _llguidance().LLMatcher.grammar_from_json_schema(schema_text(schema))
         return cls(tokenizer, source, vocab_size)
 
     @classmethod
@@ -96,6 +90,46 @@ class Grammar:
     def matcher(self) -> Any:
         """Return a fresh matcher of llguidance's, at the grammar's start."""
         return self._matcher.deep_copy()
+
+
+def schema_text(schema: Mapping[str, Any] | bool | str) -> str:
+    """Return a JSON schema as llguidance is to read it, blanks included.
+
+    Raises:
+        DataError: it is no JSON schema.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the JSON schema is no JSON: {_one_line(str(error))}.") from None
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    if not isinstance(schema, Mapping):
+        raise DataError(f"a JSON schema must be an object, got {type(schema).__name__}.")
+    own = schema.get("x-guidance")
+    options = own if isinstance(own, Mapping) else {}
+    if not {"whitespace_pattern", "whitespace_flexible"} & set(options):
+        options = {**_ONE_LINE, **options}
+    return json.dumps({**schema, "x-guidance": options})
+
+
+def lark_mark(tokenizer: TokenizerWrapper, mark: str, vocab_size: int) -> str:
+    """Return a mark's text in Lark: special tokens by their numbers, for letters are not they.
+
+    Which tokens are special llguidance decides, and not by the tokenizer's flag alone.
+    """
+    vocabulary = _vocabulary(tokenizer, vocab_size)
+    parts, letters = [], b""
+    for token in vocabulary.tokenize_str(mark, parse_special=True):
+        if not vocabulary.is_special_token(token):
+            letters += vocabulary.decode_bytes([token])
+            continue
+        parts += [json.dumps(letters.decode(), ensure_ascii=False)] if letters else []
+        parts.append(f"<[{token}]>")
+        letters = b""
+    parts += [json.dumps(letters.decode(), ensure_ascii=False)] if letters else []
+    return " ".join(parts)
 
 
 class GrammarProcessor:

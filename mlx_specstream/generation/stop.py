@@ -17,6 +17,8 @@ from ..errors import OptionError
 class StopStrings:
     """Finds the first of some strings in a text and holds back what may be its beginning.
 
+    found: the string that ended the text.
+
     Raises:
         OptionError: a stop string is empty or no string.
     """
@@ -28,21 +30,28 @@ class StopStrings:
                 f"stop strings must be strings of at least one character, got {self.strings!r}."
             )
         self.held = ""
+        self.found: str | None = None
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that is decided now, and whether a stop string ended it."""
+        before, behind = self.cut(text)
+        return before, behind is not None
+
+    def cut(self, text: str) -> tuple[str, str | None]:
+        """Return the text that is decided now, and what is behind the string that ended it, if any."""
         text = self.held + text
         ends = [
-            (start + len(string), start)
+            (start + len(string), start, string)
             for string in self.strings
             if (start := text.find(string)) >= 0
         ]
         if ends:
             self.held = ""
-            return text[: min(ends)[1]], True
+            end, start, self.found = min(ends)
+            return text[:start], text[end:]
         kept = len(text) - self._undecided(text)
         self.held = text[kept:]
-        return text[:kept], False
+        return text[:kept], None
 
     def flush(self) -> str:
         """Return what was held back: the text is over, so no stop string will be completed."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..weights.hub import first_line
+from .control import ControlTokens
 from .read import Prompt
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def encode_prompt(
     unfinished: bool = False,
     behind_cache: bool = False,
 ) -> list[int]:
-    """Return the token ids of a prompt.
+    """Return the token ids of a prompt; in users' turns control tokens are letters.
 
     Args:
         response: how the answer begins; the model continues from there.
@@ -44,7 +45,11 @@ def encode_prompt(
         text = prompt.bare
         ids: list[int] = list(tokenizer.encode(text + (response or "")))
         return ids
-    turns = [dict(turn) for turn in prompt.messages]
+    control = ControlTokens.of(tokenizer)
+    turns = [
+        {**turn, "content": control.of_turn(turn["role"], turn["content"])}
+        for turn in prompt.messages
+    ]
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     open_end = unfinished or response is not None
@@ -71,4 +76,4 @@ def encode_prompt(
             f"the model's chat template refuses the prompt: {first_line(error)}; leave out the "
             "system prompt, or ignore the chat template."
         ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return control.encode(text, add_special_tokens=False)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from mlx_specstream.config import StreamConfig
@@ -41,21 +43,37 @@ That is *all*, naïve as it is.
 """
 
 
-def pieces_of(text: str) -> list[bytes]:
-    """Cut a text into different pieces of a few bytes, so that long characters fall apart."""
-    data, pieces, start = text.encode(), [], 0
-    while start < len(data):
-        end = start + 4
-        while data[start:end] in pieces and end < len(data):
-            end += 1
-        pieces.append(data[start:end])
-        start = end
+def pieces_of(text: str, marks: Sequence[str] = ()) -> list[bytes]:
+    """Cut a text into different pieces of a few bytes, so that long characters fall apart.
+
+    marks: texts that are one piece each.
+    """
+    pieces: list[bytes] = []
+    for part in re.split(f"({'|'.join(map(re.escape, marks))})", text) if marks else [text]:
+        data, start = part.encode(), 0
+        while start < len(data):
+            end = len(data) if part in marks else start + 4
+            while data[start:end] in pieces and end < len(data):
+                end += 1
+            end += len(data) - end == 1  # a byte alone has a token already
+            pieces.append(data[start:end])
+            start = end
     return pieces
 
 
-def save_parrot(folder: Path, answer: str = ANSWER, context: int = 2048) -> Path:
-    """Write the model, its tokenizer and its streams; return the folder."""
-    pieces = pieces_of(answer)
+def save_parrot(
+    folder: Path,
+    answer: str = ANSWER,
+    context: int = 2048,
+    marks: Sequence[str] = (),
+    template: str | None = None,
+) -> Path:
+    """Write the model, its tokenizer and its streams; return the folder.
+
+    marks: parts of the answer that are control tokens, each at most once. Where a template ends
+    with such a token, the answer is what comes behind it.
+    """
+    pieces = pieces_of(answer, marks)
     vocab = 256 + len(pieces)
     model_config = tiny.tiny_config(
         hidden_size=vocab,
@@ -85,7 +103,11 @@ def save_parrot(folder: Path, answer: str = ANSWER, context: int = 2048) -> Path
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(model_config, indent=1))
-    _tokenizer(pieces).save_pretrained(folder)
+    tokenizer = _tokenizer(pieces)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
+    assert len(tokenizer) == vocab
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
 
     width = model_config["head_dim"]
     config = StreamConfig(

@@ -121,7 +121,7 @@ def test_thirty_turns_later(model: StreamModel, byte_tokenizer: TokenizerWrapper
     session = ChatSession(model, byte_tokenizer, TREE)
     sizes = []
     for turn in range(30):
-        ask(session, f"question {turn}", stop_after=turn % 15)
+        ask(session, f"and this is question {turn}", stop_after=turn % 15)
         sizes.append(session.prefix.kv.nbytes)
     check(session)
     assert session.conversation.forgotten > 0, "the context of 512 was full at some point"

@@ -228,3 +228,17 @@ def test_mistakes_are_one_sentence(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(OptionError, match=r"mlx-specstream\[grammar\]"):
         Grammar.regex(tokenizer, "a", 256)
+
+
+def test_json_has_no_choice_of_blanks_unless_asked(tokenizer: TokenizerWrapper) -> None:
+    def allows(text: str, **guidance: object) -> bool:
+        schema = {"type": "object", **({"x-guidance": guidance} if guidance else {})}
+        matcher = Grammar.json_schema(tokenizer, schema, len(tokenizer)).matcher()
+        tokens = tokenizer.encode(text)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    assert allows('{"a": [1, {"b": null}], "c": {}}')
+    for blank in (' {"a": 1}', '{ "a": 1}', '{"a":  1}', '{"a": 1 }', '{"a":\n1}', '{"a": 1} '):
+        assert not allows(blank), blank
+    assert allows('{  "a"  :1}', whitespace_flexible=True)
+    assert allows('{\n  "a":1}', whitespace_pattern=r"[ \n]{0,9}")

@@ -15,6 +15,12 @@ from mlx_specstream.apps.serve.service import Service
 from tests.apps.serve.conftest import Gate, Live, MakeService, ask
 
 CHAT = "/v1/chat/completions"
+# Of each API that answers chats: its path, what counts it, and a request.
+APIS = {
+    "chat": (CHAT, ask()),
+    "responses": ("/v1/responses", {"input": "hello"}),
+    "messages": ("/v1/messages", {**ask(), "max_tokens": 500}),
+}
 GoLive = Callable[..., Live]
 
 
@@ -55,6 +61,30 @@ def test_a_client_that_leaves_stops_costing(
     until(lambda: count(service, 'specstream_requests_total{endpoint="chat",status="499"} 2.0'))
     gate.open()
     assert httpx2.post(live.url + CHAT, json=ask(max_tokens=3)).status_code == 200
+
+
+@pytest.mark.parametrize("api", ["responses", "messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_of_another_api_that_leaves_stops_costing(
+    make_service: MakeService, go_live: GoLive, gate: Gate, api: str, stream: bool
+) -> None:
+    service = make_service(max_tokens=200)
+    live = go_live(service)
+    path, body = APIS[api]
+
+    async def leave() -> None:
+        async with httpx2.AsyncClient(base_url=live.url) as client:
+            task = asyncio.ensure_future(client.post(path, json={**body, "stream": stream}))
+            while service.engine.active == 0:
+                await asyncio.sleep(0.005)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    gate.allow(5)
+    until(lambda: service.engine.idle)
+    line = f'specstream_requests_total{{endpoint="{api}",status="499"}} 1.0'
+    until(lambda: count(service, line))
 
 
 def test_a_full_queue_is_429_and_the_others_are_answered(
@@ -168,12 +198,15 @@ def test_signs_of_life_while_an_answer_waits(
         assert any(line == "data: [DONE]" for line in lines)
 
 
+@pytest.mark.parametrize("api", APIS)
 def test_stopping_lets_answers_finish_and_tells_the_rest(
-    make_service: MakeService, go_live: GoLive, gate: Gate
+    make_service: MakeService, go_live: GoLive, gate: Gate, api: str
 ) -> None:
     service = make_service(shutdown_limit_s=0.5, max_tokens=500)
     live = go_live(service)
-    with httpx2.stream("POST", live.url + CHAT, json=ask(stream=True), timeout=60) as response:
+    path, body = APIS[api]
+    body = {**body, "stream": True}
+    with httpx2.stream("POST", live.url + path, json=body, timeout=60) as response:
         lines = response.iter_lines()
         until(lambda: service.engine.active == 1)
         live.server.should_exit = True
@@ -181,7 +214,9 @@ def test_stopping_lets_answers_finish_and_tells_the_rest(
         time.sleep(0.6)
         gate.allow(2)
         *_, last = [line for line in lines if line]
-        assert json.loads(last.removeprefix("data: "))["error"]["message"].startswith("the server")
+        told = json.loads(last.removeprefix("data: "))
+        assert told.get("response", told)["error"]["message"].startswith("the server")
+        assert told.get("type") == {"responses": "response.failed", "messages": "error"}.get(api)
     live.thread.join(30)
     assert not live.thread.is_alive()
     with pytest.raises(httpx2.ConnectError):

@@ -185,7 +185,7 @@ def test_completion_logprobs(client: TestClient) -> None:
     body = {"prompt": "abc", "max_tokens": 4, "logprobs": 2}
     logprobs = client.post(COMPLETIONS, json=body).json()["choices"][0]["logprobs"]
     assert [len(logprobs[name]) for name in ("tokens", "token_logprobs", "text_offset")] == [4] * 3
-    assert logprobs["text_offset"][0] == 0
+    assert logprobs["text_offset"][0] == len("abc")
     chunks = events(client.post(COMPLETIONS, json={**body, "stream": True}))
     streamed = [c["choices"][0]["logprobs"] for c in chunks]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
@@ -303,17 +303,6 @@ def test_a_conversation_with_calls_and_parts_is_understood(client: TestClient) -
         (ask(messages=[{"role": "nobody", "content": ""}]), "messages"),
         (
             ask(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-            "messages",
-        ),
-        (
-            ask(
-                messages=[
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-                    }
-                ]
-            ),
             "messages",
         ),
         (ask(temperature="1"), "temperature"),

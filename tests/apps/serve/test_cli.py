@@ -30,6 +30,7 @@ from tests.apps.serve.conftest import ask
         (["--kv-bits", "8"], "add --prompt-cache-bytes 0"),
         (["--max-kv-size", "512"], "add --prompt-cache-bytes 0"),
         (["--kv-bits", "7", "--prompt-cache-bytes", "0"], "kv_bits must be"),
+        (["--chat-template-args", "[1]"], "--chat-template-args must be a JSON object"),
         (["--host", "no.such.host.invalid"], "no host"),
     ],
 )

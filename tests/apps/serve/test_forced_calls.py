@@ -13,9 +13,10 @@ from tokenizers import AddedToken
 
 from mlx_specstream.apps.serve.errors import ApiError
 from mlx_specstream.apps.serve.forced_calls import forced_calls
-from mlx_specstream.apps.serve.schema import parsed_chat
+from mlx_specstream.apps.serve.schema import ChatRequest, parsed_chat
 from mlx_specstream.apps.serve.tool_calls import ToolFormat
 from mlx_specstream.errors import SpecStreamError
+from mlx_specstream.generation.grammar import Grammar
 from tests.apps.serve.conftest import MakeService, ask, client_of
 from tests.support import tiny
 
@@ -44,14 +45,20 @@ CALL_ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 CALL_SAY = '<tool_call>{"name": "say_ü", "arguments": {"text": "h \\" i"}}</tool_call>'
 
 
+def forcing(request: ChatRequest, tokenizer: TokenizerWrapper, form: ToolFormat | None) -> Grammar:
+    """Return the grammar of the calls that a request insists on."""
+    rules = forced_calls(request, tokenizer, form, len(tokenizer))
+    assert rules is not None
+    return Grammar.lark(tokenizer, f"start: answer\n{rules}", len(tokenizer))
+
+
 def allows(
     form: ToolFormat | None, text: str, tokenizer: TokenizerWrapper | None = None, **fields: Any
 ) -> bool:
     """Tell whether an answer may be `text` and end there."""
     tokenizer = tokenizer or tiny.byte_tokenizer()
     request = parsed_chat(ask(**{"tools": [ADD, SAY], "tool_choice": "required", **fields}))
-    grammar = forced_calls(request, tokenizer, form, len(tokenizer))
-    assert grammar is not None
+    grammar = forcing(request, tokenizer, form)
     matcher = grammar.matcher()
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
@@ -96,31 +103,31 @@ def test_parameters_may_be_left_out_but_arguments_are_an_object() -> None:
     assert not allows(JSON, text % "[1]", tools=[bare])
 
 
-def with_marks(*marks: str) -> TokenizerWrapper:
-    """The byte tokenizer with further special tokens, which no text spells out."""
+def with_marks(*marks: str, special: bool = True) -> TokenizerWrapper:
+    """The byte tokenizer with further added tokens, which no text spells out."""
     fast = copy.deepcopy(tiny.hf_byte_tokenizer())
-    fast.add_tokens([AddedToken(mark, special=True) for mark in marks], special_tokens=True)
+    tokens = [AddedToken(mark, special=special, normalized=False) for mark in marks]
+    fast.add_tokens(tokens, special_tokens=special)
     return TokenizerWrapper(fast)
 
 
-def test_special_tokens_mark_calls_and_their_letters_do_not() -> None:
-    marked = with_marks("<tool_call>", "</tool_call>")
+@pytest.mark.parametrize("special", [True, False])  # Qwen's files say False
+def test_added_tokens_mark_calls_and_their_letters_do_not(special: bool) -> None:
+    marked = with_marks("<tool_call>", "</tool_call>", special=special)
     assert len(marked.encode("<tool_call>", add_special_tokens=False)) == 1
     assert allows(JSON, CALL_ADD, marked)
     spelled = list(CALL_ADD.encode())
-    grammar = forced_calls(
-        parsed_chat(ask(tools=[ADD], tool_choice="required")), marked, JSON, len(marked)
-    )
-    assert grammar is not None
+    grammar = forcing(parsed_chat(ask(tools=[ADD], tool_choice="required")), marked, JSON)
     assert grammar.matcher().try_consume_tokens(spelled) == 0
 
 
-def test_mistrals_calls_old_and_new() -> None:
+@pytest.mark.parametrize("special", [True, False])
+def test_mistrals_calls_old_and_new(special: bool) -> None:
     old = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]'
     assert allows(MISTRAL, old)
     assert not allows(MISTRAL, old, parallel_tool_calls=False)
     assert len(mistral.parse_tool_call(old.removeprefix("[TOOL_CALLS]"))) == 2
-    newer = with_marks("[TOOL_CALLS]", "[ARGS]")
+    newer = with_marks("[TOOL_CALLS]", "[ARGS]", special=special)
     new = '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]add[ARGS]{"a": 2}'
     assert allows(MISTRAL, new, newer, tools=[ADD])
     assert not allows(MISTRAL, new, newer, tools=[ADD], parallel_tool_calls=False)

@@ -161,3 +161,50 @@ def test_a_full_queue_and_an_error_within_a_stream(connect: Connect, gate: Gate)
     gate.open()
     finish = [chunk.choices[0].finish_reason for chunk in stream]
     assert finish[-1] == "length"
+
+
+RESPONSE_TOOL: Any = {"type": "function", **TOOL["function"], "strict": False}  # type: ignore[dict-item]
+
+
+def test_responses(connect: Connect, talker: Any) -> None:
+    client = connect(talker, max_tokens=500)
+    made = client.responses.create(model="parrot", input="hello")
+    assert made.output_text == ANSWER
+    assert (made.status, made.error) == ("completed", None)
+    assert client.responses.retrieve(made.id).output_text == ANSWER
+    client.responses.delete(made.id)
+    with pytest.raises(openai.BadRequestError) as gone:
+        client.responses.create(model="parrot", input="x", previous_response_id=made.id)
+    assert gone.value.code == "previous_response_not_found"
+    cut = client.responses.create(model="parrot", input="hello", max_output_tokens=4)
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    with client.responses.stream(model="parrot", input="hello") as stream:
+        text = "".join(one.delta for one in stream if one.type == "response.output_text.delta")
+        assert text == stream.get_final_response().output_text == ANSWER
+
+
+def test_responses_with_tools(connect: Connect, caller: Any) -> None:
+    client = connect(caller, max_tokens=200)
+    common: Any = {"model": "caller", "tools": [RESPONSE_TOOL]}
+    with client.responses.stream(input="hello", **common) as stream:
+        for _ in stream:
+            pass
+        made = stream.get_final_response()
+    message, call = made.output
+    assert message.content[0].text == "Let me see.\n"
+    assert json.loads(call.arguments) == {"a": 1, "b": "ü"}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+    by_items = client.responses.create(input=[*HELLO, *made.output, result], **common)
+    by_id = client.responses.create(input=[result], previous_response_id=made.id, **common)
+    assert by_items.usage.input_tokens == by_id.usage.input_tokens
+    assert by_items.output[1].type == "function_call"
+
+
+def test_responses_and_embeddings_are_refused_in_words(connect: Connect) -> None:
+    client = connect()
+    image = {"type": "input_image", "image_url": "data:,"}
+    with pytest.raises(openai.BadRequestError, match="reads text alone") as refused:
+        client.responses.create(model="tiny", input=[{"role": "user", "content": [image]}])
+    assert refused.value.param == "input"
+    with pytest.raises(openai.NotFoundError, match="llama-server --embeddings"):
+        client.embeddings.create(model="tiny", input="x")
