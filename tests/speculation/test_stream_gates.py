@@ -5,12 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import RotatingKVCache
 
-from mlx_specstream.config import DecodeConfig, TreeSpec
+from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.speculation.streams import Streams
 from tests.support.engine import (
     decode,
+    mlx_lm_tokens,
     plain,
     random_tensors,
     small_model,
@@ -58,3 +60,30 @@ def test_gated_trees_decode_as_gated_plain_decoding(tree: str) -> None:
     expected = plain(streams, PROMPT, 16).tokens
     decoder = stream_decoder(streams, DecodeConfig(TreeSpec.parse(tree)))
     assert decode(decoder, PROMPT, 16).tokens[:16] == expected[:16]
+
+
+@pytest.mark.parametrize("tree", ["chain", "6"])
+def test_a_gate_stays_on_the_streams_where_a_rotating_cache_keeps_rows_behind_them(
+    tree: str,
+) -> None:
+    """A pass's rows stand before the committed rows that its window has yet to drop."""
+    closed = gated(-1e9, adapters=0.0)
+    prompt = [*range(3, 23)]
+    caching = CacheConfig(max_kv_size=12)
+
+    def tokens(streams: Streams, config: DecodeConfig | None) -> list[int]:
+        cache = streams.backbone.new_cache(caching)
+        if config is None:
+            return plain(streams, prompt, 24, cache=cache).tokens[:24]
+        return decode(stream_decoder(streams, config), prompt, 24, cache=cache).tokens[:24]
+
+    base = mlx_lm_tokens(
+        closed.backbone.model,
+        prompt,
+        24,
+        prompt_cache=[RotatingKVCache(max_size=12, keep=4) for _ in closed.backbone.model.layers],
+    )
+    assert tokens(closed, None) == base
+    assert tokens(closed, DecodeConfig(TreeSpec.parse(tree))) == base
+    half = gated(-0.7)
+    assert tokens(half, DecodeConfig(TreeSpec.parse(tree))) == tokens(half, None)
