@@ -11,8 +11,9 @@ import atexit
 import contextlib
 import importlib
 import os
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, cast
 
 from . import __version__
@@ -77,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 1 the verb's own no, 2 what the user gave is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return exit_status(lambda: _dispatch(arguments))
+    with _file_limits_kept():
+        return exit_status(lambda: _dispatch(arguments))
 
 
 def run() -> NoReturn:
@@ -104,6 +106,29 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(VERBS[verb].module)
     run = cast(Callable[[list[str]], int], module.main)
     return run(words)
+
+
+@contextlib.contextmanager
+def _file_limits_kept() -> Iterator[None]:
+    """Let nobody lower the limits of open files, or fail where they are low.
+
+    mlx-lm sets them to 2048 and 4096 when it is imported, which raises an error below 4096.
+    """
+    set_limits = resource.setrlimit
+
+    def raised(which: int, limits: tuple[int, int]) -> None:
+        if which == resource.RLIMIT_NOFILE:
+            soft, hard = resource.getrlimit(which)
+            if soft < 0 or limits[0] <= soft:  # infinity is negative
+                return
+            limits = (limits[0] if hard < 0 else min(limits[0], hard), hard)
+        set_limits(which, limits)
+
+    resource.setrlimit = raised
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limits
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ what is left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from .disconnect import until_gone
 from .replies import Choice, Reply
 from .service import Service
 from .settings import Settings
@@ -128,7 +130,7 @@ class StreamedAnswer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self.answering.service.limits.time_limit_s + GRACE_S
-        sending = asyncio.wait_for(self._send(send), limit)
+        sending = asyncio.wait_for(self._send(scope, receive, send), limit)
         try:
             if await until_gone(receive, sending) is None:
                 scope["specstream.gone"] = True
@@ -137,28 +139,38 @@ class StreamedAnswer:
         finally:
             self.answering.close()
 
-    async def _send(self, send: Send) -> bool:
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Send the stream; what fails before it begins, within a while, gets a status instead."""
+        first: tuple[Choice, Event] | None = None
+        patience = min(KEEP_ALIVE_S, self.answering.service.limits.time_limit_s)
+        with contextlib.suppress(asyncio.TimeoutError):
+            first = await asyncio.wait_for(self.answering.next(), patience)
+        if first is not None and isinstance(first[1], Failure):
+            await first[1].error.response(scope["path"])(scope, receive, send)
+            return True
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for part in self._parts():
+        async for part in self._parts(first):
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 
-    async def _parts(self) -> AsyncIterator[bytes]:
+    async def _parts(self, first: tuple[Choice, Event] | None) -> AsyncIterator[bytes]:
         answering, reply = self.answering, self.answering.reply
         for chunk in reply.first_chunks():
             yield _event(chunk)
-        while answering.left:
+        while answering.left or first is not None:
             try:
-                choice, event = await asyncio.wait_for(answering.next(), KEEP_ALIVE_S)
+                if first is None:
+                    first = await asyncio.wait_for(answering.next(), KEEP_ALIVE_S)
             except asyncio.TimeoutError:
                 yield b": still here\n\n"
                 continue
+            (choice, event), first = first, None
             if isinstance(event, Failure):
                 for chunk in reply.failure(event.error):
                     yield _event(chunk)
@@ -169,23 +181,6 @@ class StreamedAnswer:
             yield _event(chunk)
         if reply.end:
             yield reply.end
-
-
-async def until_gone(receive: Receive, work: Any) -> Any:
-    """Return what `work` returns, or None, `work` cancelled, if the client leaves before that."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _event(value: dict[str, Any]) -> bytes:

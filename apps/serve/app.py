@@ -47,7 +47,9 @@ _PAGE_HEADERS = {
 }
 _COUNTED = {
     "/v1/chat/completions": "chat",
+    "/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/completions": "completions",
     "/v1/responses": "responses",
     "/v1/messages": "messages",
     "/v1/models": "models",
@@ -62,6 +64,10 @@ def create_app(service: Service, access: Access) -> ASGIApp:
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
+        # For clients whose base URL lacks /v1, as mlx-lm's server has it.
+        Route("/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/completions", endpoints.completion, methods=["POST"]),
+        Route("/models", endpoints.models),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
         Route("/v1/responses/{id}", endpoints.stored_response, methods=["GET", "DELETE"]),
         Route("/v1/messages", endpoints.messages, methods=["POST"]),

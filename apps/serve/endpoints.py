@@ -126,12 +126,11 @@ class Endpoints:
 
     async def _chat(self, request: Request, arrived: float) -> Any:
         wanted = parsed_chat(await read_json(request, self.service.limits))
-        if wanted.top_logprobs is not None and not wanted.logprobs:
-            raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        return await self._chat_answer(wanted, arrived, partial(_completion_reply, wanted))
+        return await self._chat_answer(request, wanted, arrived, partial(_completion_reply, wanted))
 
     async def _chat_answer(
         self,
+        request: Request,
         wanted: ChatRequest,
         arrived: float,
         make: MakeReply,
@@ -141,8 +140,14 @@ class Endpoints:
         service = self.service
         try:
             service.check_model(wanted.model)
-            ids = await service.encode(partial(service.encoder.chat, wanted))
-            grammar = await service.encode(partial(service.encoder.grammar, wanted, ids))
+            ids = await service.encode(
+                request.receive, lambda encoder: encoder.chat(wanted), wanted.is_long
+            )
+            grammar = None
+            if wanted.may_need_grammar:
+                grammar = await service.encode(
+                    request.receive, lambda encoder: encoder.grammar(wanted, ids), True
+                )
             return self._answer(wanted, [ids], arrived, make, grammar)
         except ApiError as error:
             raise error.renamed(names) from error
@@ -152,28 +157,34 @@ class Endpoints:
         make = partial(
             ResponseReply, asked=asked, store=self.stored, defaults=self.service.defaults
         )
-        return await self._chat_answer(asked.chat, arrived, make, RESPONSE_NAMES)
+        return await self._chat_answer(request, asked.chat, arrived, make, RESPONSE_NAMES)
 
     async def _message(self, request: Request, arrived: float) -> Any:
         wanted = parsed_message(await read_json(request, self.service.limits))
-        return await self._chat_answer(wanted, arrived, MessageReply, MESSAGE_NAMES)
+        return await self._chat_answer(request, wanted, arrived, MessageReply, MESSAGE_NAMES)
 
     async def _count(self, request: Request, arrived: float) -> Response:
         del arrived
         service = self.service
         wanted = parsed_message(await read_json(request, service.limits), counting=True)
         service.check_model(wanted.model)
-        ids = await service.encode(partial(service.encoder.chat, wanted))
+        ids = await service.encode(
+            request.receive, lambda encoder: encoder.chat(wanted), wanted.is_long
+        )
         return JSONResponse({"input_tokens": len(ids)})
 
     async def _completion(self, request: Request, arrived: float) -> Any:
         service = self.service
         wanted = parsed_completion(await read_json(request, service.limits))
         service.check_model(wanted.model)
-        prompts = await service.encode(partial(service.encoder.completion, wanted))
+        prompts = await service.encode(
+            request.receive, lambda encoder: encoder.completion(wanted), wanted.is_long
+        )
         lengths = None
-        if wanted.logprobs is not None:
-            lengths = await service.encode(partial(service.encoder.text_lengths, wanted))
+        if wanted.alternatives is not None:
+            lengths = await service.encode(
+                request.receive, lambda encoder: encoder.text_lengths(wanted), wanted.is_long
+            )
         make = partial(_completion_reply, wanted)
         return self._answer(wanted, prompts, arrived, make, lengths=lengths)
 
@@ -203,9 +214,9 @@ class Endpoints:
             for place in range(count)
         ]
         marks = None
-        if not isinstance(wanted, ChatRequest):
+        if not isinstance(wanted, ChatRequest) or wanted.continue_final_message:
             settings = [replace(one, continues=True) for one in settings]
-        else:
+        if isinstance(wanted, ChatRequest):
             marks = service.encoder.thoughts
             if not wanted.stop_in_reasoning:
                 settings = [replace(one, thoughts=marks) for one in settings]
@@ -250,7 +261,7 @@ def _completion_reply(wanted: ChatRequest | CompletionRequest, **common: Any) ->
     return CompletionReply(
         **common,
         kind="chat" if chat else "completion",
-        logprobs=bool(wanted.logprobs) if chat else wanted.logprobs is not None,
+        logprobs=wanted.alternatives is not None,
         draft_details=bool(wanted.draft_details),
         include_usage=bool(wanted.stream_options and wanted.stream_options.include_usage),
     )

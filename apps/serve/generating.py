@@ -51,7 +51,7 @@ class Generating:
         # To the chooser the text begins with the prompt's last token, whatever came from a cache.
         self.chooser = TokenChooser(
             settings.sampler(model.backbone.vocab_size, tokenizer),
-            settings.processors(work.prompt[:-1]),
+            settings.processors(work.prompt[:-1], tokenizer.eos_token_ids),
             work.prompt[-1:],
             seed=settings.seed,
         )
@@ -60,7 +60,7 @@ class Generating:
                 process.begin(1)
         self.text = Answer(
             detokenizer_for(tokenizer, continues=settings.continues),
-            tokenizer.eos_token_ids,
+            settings.ends(tokenizer.eos_token_ids),
             settings.stops(work.prompt),
             settings.max_tokens,
         )

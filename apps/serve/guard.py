@@ -50,6 +50,7 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         try:
+            _check_framing(scope, headers)
             host = self._host(headers)
             foreign = self._foreign_origin(scope, headers, host)
             if foreign and scope["method"] == "OPTIONS":
@@ -108,6 +109,18 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def _check_framing(scope: Scope, headers: Headers) -> None:
+    """Refuse a body whose end two servers may see in two places, and close [RFC 9112 6.1]."""
+    if "transfer-encoding" not in headers:
+        return
+    if "content-length" in headers or scope.get("http_version") == "1.0":
+        raise ApiError(
+            400,
+            "the request's length is ambiguous; send Content-Length, or with HTTP/1.1 chunks.",
+            headers={"Connection": "close"},
+        )
 
 
 def _host_name(value: str) -> str | None:

@@ -33,7 +33,11 @@ _RESERVED = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
     "messages",
     "tokenizer",
-}
+} - {"add_generation_prompt", "continue_final_message"}
+
+
+_PIECE = 2**14  # characters that are counted at once
+_EDGE = 64  # tokens that cutting a text in two may add
 
 
 class PromptEncoder:
@@ -75,9 +79,8 @@ class PromptEncoder:
         Raises:
             ApiError: the chat template refuses the messages, or there are too many tokens.
         """
-        wanted = request.chat_template_kwargs or {}
-        options: dict[str, Any] = {**self.template_args, **wanted}
-        if taken := sorted(_RESERVED & set(wanted)):
+        options: dict[str, Any] = {**self.template_args, **request.template_options}
+        if taken := sorted(_RESERVED & set(request.chat_template_kwargs or {})):
             raise invalid(
                 f"chat_template_kwargs must not hold {taken[0]!r}.", "chat_template_kwargs"
             )
@@ -143,7 +146,18 @@ class PromptEncoder:
         except SpecStreamError as error:
             raise invalid(str(error), param) from error
 
+    def _count(self, text: str, param: str) -> None:
+        """Refuse a text that is far too long before all of it is cut into tokens."""
+        if self.max_tokens is None or len(text) <= max(_PIECE, self.max_tokens):
+            return
+        least = 0
+        for start in range(0, len(text), _PIECE):
+            least += len(self.tokenizer.encode(text[start : start + _PIECE])) - _EDGE
+            if least > self.max_tokens:
+                raise self._too_long(f"more than {least} tokens", param)
+
     def _ids(self, text: str, param: str, **options: Any) -> list[int]:
+        self._count(text, param)
         try:
             return self.control.encode(text, **options)
         except Exception as error:  # of the tokenizer's, in Rust or Python

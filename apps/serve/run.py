@@ -2,25 +2,33 @@
 
 signal ──► no new requests ──► answers finish, at most the shutdown limit ──► the rest are
 told that the server is closing ──► the engine's thread ends
+
+A second signal goes on to the third step at once, a third one ends the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import signal
 import socket
+import sys
 import time
+from dataclasses import replace
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from ...errors import OptionError
+from .connections import BACKLOG, BoundedConnection, log_loop_errors, room_for_connections
 from .limits import Access
 from .service import Service
 
 MIN_KEY = 8
+LAST_WORDS_S = 2.0  # for sending the last events when the engine has ended
 
 
 def check_access(host: str, access: Access) -> None:
@@ -64,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
-        found.listen(128)
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         raise OptionError(
@@ -80,24 +88,53 @@ def url_of(listening: socket.socket) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """Lets answers finish when it is told to stop, and ends those that take too long."""
+    """Lets answers finish when it is told to stop, and ends those that take too long.
+
+    Raises:
+        OptionError: there is no room for connections.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, log_level: str = "warning") -> None:
-        limit = service.limits.shutdown_limit_s
+        limits = service.limits
+        room, backlog = room_for_connections(limits.max_connections)
+        if room < limits.max_connections:
+            print(
+                f"note: {room} connections at a time instead of {limits.max_connections}, because "
+                "so few files may be open at once (ulimit -n)",
+                file=sys.stderr,
+            )
+        connection = partial(BoundedConnection, limits=replace(limits, max_connections=room))
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection,  # type: ignore[arg-type]  # what makes one, as a class does
                 log_level=log_level,
                 access_log=log_level in ("debug", "info"),
                 server_header=False,
                 ws="none",
                 lifespan="off",
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=int(limit) + 5,
-                backlog=128,
+                timeout_keep_alive=limits.idle_time_limit_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=int(limits.shutdown_limit_s + LAST_WORDS_S) + 5,
+                backlog=backlog,
             )
         )
         self.service = service
+        self.hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; at the second signal end the answers, at the third the process."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+        elif not self.hurried:
+            self.hurried = True
+        else:
+            os._exit(128 + sig)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        log_loop_errors(asyncio.get_running_loop())
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # who may wait; uvicorn's backlog is who is accepted at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.engine.close()
@@ -107,10 +144,19 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Wait until no answer is left, then, or when time is over, end the engine."""
-        deadline = time.monotonic() + self.service.limits.shutdown_limit_s
-        while time.monotonic() < deadline and not (self.service.engine.idle or self.force_exit):
+        limit, engine = self.service.limits.shutdown_limit_s, self.service.engine
+        if not engine.idle:
+            print(
+                f"finishing the answers under way, at most {limit:g} s; Ctrl-C again ends them",
+                file=sys.stderr,
+            )
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline and not (engine.idle or self.hurried):
             await asyncio.sleep(0.05)
-        await asyncio.get_running_loop().run_in_executor(None, self.service.engine.stop)
+        await asyncio.get_running_loop().run_in_executor(None, engine.stop)
+        await asyncio.sleep(LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(app: ASGIApp, service: Service, listening: socket.socket, log_level: str) -> int:

@@ -1,24 +1,44 @@
 """What requests may hold, as OpenAI's API has it, and mlx-lm's words for what that lacks.
 
-Types are strict: `"1"` is no number and 1 is no truth value. Fields nobody here knows are ignored, as clients
-send many; those that would change the answer and cannot be served are refused.
+Types are strict: `"1"` is no number and 1 is no truth value; but 1.0 is a whole number, for JSON does not
+tell them apart. Values by which clients say "off" or "as you like" (0, -1, empty) are taken. Fields
+nobody here knows are ignored, as clients send many; those that would change the answer and cannot
+be served are refused.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import ApiError, invalid
-from .limits import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
+from .limits import (
+    LONG_PROMPT,
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_STOPS,
+    MAX_TOOLS,
+)
+from .refusals import explained
 
 Text = Annotated[str, Field(max_length=2**24)]
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Context = Annotated[int, Field(ge=1, le=2**20)]
+StopString = Annotated[str, Field(max_length=1000)]
+
+
+def _whole(value: Any) -> Any:
+    """Return a float that is a whole number as one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=2**53), Whole]
+# -1: as many as the server allows, as llama.cpp's clients and others say.
+MaxTokens = Annotated[Annotated[int, Field(ge=1, le=2**53)] | Literal[-1], Whole]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), Whole]
+Penalty = Annotated[float, Field(ge=-100, le=100)]
+Context = Annotated[int, Field(ge=0, le=2**20), Whole]  # 0: all of it
 
 
 class Strict(BaseModel):
@@ -32,6 +52,31 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: Text
+
+
+class RefusalPart(Strict):
+    """An earlier answer's refusal, which is text too."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class ThinkingPart(Strict):
+    """An earlier answer's thoughts, which are no part of what was said."""
+
+    type: Literal["thinking"]
+    thinking: Text = ""
+
+    @property
+    def text(self) -> str:
+        return ""
+
+
+Part = Annotated[TextPart | RefusalPart | ThinkingPart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
@@ -56,12 +101,30 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
     name: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Text | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _modernise(cls, values: Any) -> Any:
+        """Take what OpenAI's API had before tools, and thoughts wherever clients put them."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("role") == "function":
+            values["role"] = "tool"
+        if values.get("function_call") and not values.get("tool_calls"):
+            values["tool_calls"] = [{"function": values["function_call"]}]
+        parts = values.get("content")
+        if isinstance(parts, list) and not values.get("reasoning_content"):
+            thoughts = [part.get("thinking") for part in parts if isinstance(part, dict)]
+            if told := "".join(one for one in thoughts if isinstance(one, str)):
+                values["reasoning_content"] = told
+        return values
 
 
 class FunctionDescription(Strict):
@@ -135,22 +198,36 @@ class Sampling(Strict):
     model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: MaxTokens | None = Field(None, description="-1: as many as the server allows.")
+    min_tokens: Annotated[int, Field(ge=0, le=2**53), Whole] | None = Field(
+        None, description="No token that ends the answer is drawn before."
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Whole] | None = Field(
+        None, description="0 or -1: all."
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
     xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), Whole] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="Tokens that end the answer, beside the model's own."
+    )
+    ignore_eos: bool | None = Field(
+        None, description="True: tokens that end the model's answers are not drawn."
+    )
     presence_penalty: Penalty | None = None
     presence_context_size: Context | None = None
     frequency_penalty: Penalty | None = None
     frequency_context_size: Context | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: (
+        Annotated[Annotated[float, Field(ge=0.01, le=100)] | Literal[0], Whole] | None
+    ) = Field(None, description="0 or 1: none.")
     repetition_context_size: Context | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=MAX_LOGPROBS), Whole] | None = None
     logit_bias: (
         Annotated[
             dict[
@@ -169,22 +246,45 @@ class Sampling(Strict):
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name, harmless in _UNSUPPORTED.items():
-                if values.get(name) not in (None, *harmless):
-                    raise ValueError(f"{name} is not supported by this server; leave it out.")
+            for name, (harmless, instead) in _UNSUPPORTED.items():
+                if values.get(name) not in (None, "", [], {}, False, *harmless):
+                    raise ValueError(f"{name} is not supported by this server; {instead}.")
         return values
 
 
-# Words of OpenAI's that would change the answer, and the values that change nothing.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "suffix": ("",),
-    "web_search_options": (),
+_LEAVE = "leave it out"
+_FORMAT = "use response_format"
+# Words of OpenAI's, mlx-lm's, vLLM's and llama.cpp's that would change the answer, the values beside
+# empty ones that change nothing, and what to do.
+_UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "adapters": ((), "start the server with the adapter"),
+    "allowed_token_ids": ((), "use logit_bias"),
+    "audio": ((), _LEAVE),
+    "bad_words": ((), "use logit_bias"),
+    "best_of": ((1,), "use n"),
+    "dry_multiplier": ((0,), _LEAVE),
+    "dynatemp_range": ((0,), _LEAVE),
+    "echo": ((), _LEAVE),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "functions": ((), "use tools"),
+    "grammar": ((), _FORMAT),
+    "guided_choice": ((), _FORMAT),
+    "guided_grammar": ((), _FORMAT),
+    "guided_json": ((), _FORMAT),
+    "guided_regex": ((), _FORMAT),
+    "include_stop_str_in_output": ((), _LEAVE),
+    "json_schema": ((), _FORMAT),
+    "length_penalty": ((1,), _LEAVE),
+    "mirostat": ((0,), _LEAVE),
+    "modalities": ((["text"],), _LEAVE),
+    "role_mapping": ((), _LEAVE),
+    "skip_special_tokens": ((True,), _LEAVE),
+    "structured_outputs": ((), _FORMAT),
+    "suffix": ((), _LEAVE),
+    "truncate_prompt_tokens": ((-1,), "send a shorter prompt"),
+    "typical_p": ((0, 1), _LEAVE),
+    "use_beam_search": ((), _LEAVE),
+    "web_search_options": ((), _LEAVE),
 }
 
 
@@ -192,9 +292,8 @@ class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(
         None,
@@ -210,13 +309,69 @@ class ChatRequest(Sampling):
     stop_in_reasoning: bool | None = Field(
         None, description="True: `stop` ends a thinking model's answer inside its thoughts too."
     )
-    chat_template_kwargs: (
-        Annotated[
-            dict[str, bool | int | float | Text | None],
-            Field(max_length=32),
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = Field(
+        None, description="Further arguments of the model's chat template."
+    )
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="For chat templates that know it; `none` is `enable_thinking: false`."
+    )
+    enable_thinking: bool | None = Field(None, description="For chat templates that know it.")
+    add_generation_prompt: bool | None = Field(
+        None, description="False: the prompt does not end with the beginning of an answer."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="True: the answer goes on where the last message ends."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_schema(cls, values: Any) -> Any:
+        """Take a schema beside `json_object`, as llama.cpp's clients and others send it."""
+        wanted = values.get("response_format") if isinstance(values, dict) else None
+        if not isinstance(wanted, dict) or wanted.get("type") != "json_object":
+            return values
+        if (schema := wanted.get("schema")) is None:
+            return values
+        made = {"type": "json_schema", "json_schema": {"schema": schema}}
+        return {**values, "response_format": made}
+
+    @property
+    def alternatives(self) -> int | None:
+        """Return how many alternatives to report with every token, None for no log-probabilities.
+
+        As in mlx-lm, `top_logprobs` alone asks for them too.
+        """
+        count = max(self.top_logprobs or 0, 0)
+        wanted = count > 0 if self.logprobs is None else self.logprobs
+        return count if wanted else None
+
+    @property
+    def is_long(self) -> bool:
+        """Tell whether cutting the prompt into tokens takes long."""
+        contents = [message.content or "" for message in self.messages]
+        texts = [
+            one if isinstance(one, str) else "".join(part.text for part in one) for one in contents
         ]
-        | None
-    ) = Field(None, description="Further arguments of the model's chat template.")
+        return sum(map(len, texts)) > LONG_PROMPT
+
+    @property
+    def may_need_grammar(self) -> bool:
+        """Tell whether the answer may have to fit something."""
+        plain = self.response_format is None or isinstance(self.response_format, PlainFormat)
+        return not plain or self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Return the arguments of the chat template."""
+        options: dict[str, Any] = {"add_generation_prompt": not self.continue_final_message}
+        for name in ("add_generation_prompt", "continue_final_message", "enable_thinking"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
+        if self.reasoning_effort is not None:
+            options["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                options.setdefault("enable_thinking", False)
+        return {**options, **(self.chat_template_kwargs or {})}
 
 
 class CompletionRequest(Sampling):
@@ -231,7 +386,26 @@ class CompletionRequest(Sampling):
             Field(min_length=1, max_length=MAX_CHOICES),
         ]
     )
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: bool | Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """Return how many alternatives to report with every token, None for no log-probabilities.
+
+        OpenAI's clients say it in `logprobs`, mlx-lm's in `top_logprobs`.
+        """
+        count = max(self.top_logprobs or 0, 0)
+        if self.logprobs is None:
+            return count or None
+        if isinstance(self.logprobs, bool):
+            return count if self.logprobs else None
+        return self.logprobs
+
+    @property
+    def is_long(self) -> bool:
+        """Tell whether cutting the prompts into tokens takes long."""
+        texts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        return sum(len(one) for one in texts if isinstance(one, str)) > LONG_PROMPT
 
 
 def parsed_chat(values: dict[str, Any]) -> ChatRequest:
@@ -264,19 +438,4 @@ def parsed(kind: type[Kind], values: Any, at: tuple[str | int, ...] = ()) -> Kin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explained(error, at) from None
-
-
-def _explained(error: ValidationError, at: tuple[str | int, ...]) -> ApiError:
-    """Return the first thing wrong, as a sentence that names the field.
-
-    Of a field that may be of several types the innermost complaint tells most.
-    """
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    first = found[0]
-    root = first["loc"][:1]
-    worst = max((one for one in found if one["loc"][:1] == root), key=lambda one: len(one["loc"]))
-    place = ".".join(str(part) for part in (*at, *worst["loc"])[:8])
-    message = worst["msg"].removeprefix("Value error, ")
-    param = str((*at, *root)[0]) if at or root else None
-    return invalid(f"{place}: {message}" if place else message, param)
+        raise explained(kind, values, error, at) from None

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
 from ... import DecodeConfig, StreamModel
 from ...config import CacheConfig
 from ...generation.grammar import Grammar
 from ...model.cache.kinds import check_quantised
+from .disconnect import until_gone
 from .engine import Engine
-from .errors import ApiError
+from .errors import ApiError, invalid
 from .limits import Limits
 from .metrics import Metrics
 from .prefixes import PrefixStore
 from .prompt import PromptEncoder
-from .schema import ChatRequest, Sampling
+from .schema import ChatRequest, CompletionRequest
 from .settings import Settings
 from .turns import Turns
 from .work import Decoding
@@ -66,6 +71,9 @@ class Service:
     encoding: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "specstream-prompts")
     )
+    slow_encoding: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "specstream-long-prompts")
+    )
     reading: int = 0
 
     def check_model(self, name: str | None) -> None:
@@ -74,7 +82,7 @@ class Service:
         Raises:
             ApiError: another model is named.
         """
-        if name not in (None, self.model_name, PLACEHOLDER):
+        if name and name not in (self.model_name, PLACEHOLDER):
             raise ApiError(
                 404,
                 f"there is no model {name[:200]!r} here; this server has {self.model_name!r}.",
@@ -84,7 +92,7 @@ class Service:
 
     def settings(
         self,
-        request: Sampling,
+        request: ChatRequest | CompletionRequest,
         prompt_tokens: int,
         choice: int,
         grammar: Grammar | None = None,
@@ -94,55 +102,90 @@ class Service:
         wanted = request.max_tokens
         if isinstance(request, ChatRequest):
             wanted = request.max_completion_tokens or wanted
-            logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        else:
-            logprobs = request.logprobs  # type: ignore[attr-defined]
+        if wanted == -1:
+            wanted = limits.max_tokens_limit
         most = min(wanted or limits.max_tokens, limits.max_tokens_limit)
         if self.context_length is not None:
             most = min(most, self.context_length - prompt_tokens)
         seed = defaults.seed if request.seed is None else request.seed
         if seed is None:
             seed = secrets.randbits(63)
-        stop = request.stop or ()
+        stop = (request.stop,) if isinstance(request.stop, str) else request.stop or ()
+        if grammar is not None and (request.min_tokens or request.ignore_eos):
+            raise invalid(
+                "min_tokens and ignore_eos do not go with an answer that must fit a format, whose "
+                "end the format decides; leave them out.",
+                "min_tokens" if request.min_tokens else "ignore_eos",
+            )
         return Settings(
             max_tokens=most,
             temperature=_given(request.temperature, defaults.temperature),
             top_p=_given(request.top_p, defaults.top_p),
-            top_k=_given(request.top_k, defaults.top_k),
+            top_k=max(_given(request.top_k, defaults.top_k), 0),
             min_p=_given(request.min_p, defaults.min_p),
             xtc_probability=_given(request.xtc_probability, 0.0),
             xtc_threshold=_given(request.xtc_threshold, 0.1),
-            seed=(seed + choice) % 2**63,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            repetition_penalty=_given(request.repetition_penalty, 1.0),
+            seed=(seed + choice) % 2**64,
+            stop=tuple(string for string in stop if string),
+            stop_token_ids=frozenset(self._known(request.stop_token_ids or (), "stop_token_ids")),
+            min_tokens=min(request.min_tokens or 0, most),
+            ignore_eos=bool(request.ignore_eos),
+            repetition_penalty=request.repetition_penalty or 1.0,
             repetition_context_size=_given(request.repetition_context_size, 20),
             presence_penalty=_given(request.presence_penalty, 0.0),
             presence_context_size=_given(request.presence_context_size, 20),
             frequency_penalty=_given(request.frequency_penalty, 0.0),
             frequency_context_size=_given(request.frequency_context_size, 20),
             logit_bias=self._logit_bias(request),
-            logprobs=logprobs,
+            logprobs=request.alternatives,
             grammar=grammar,
         )
 
-    def _logit_bias(self, request: Sampling) -> dict[int, float]:
+    def _logit_bias(self, request: ChatRequest | CompletionRequest) -> dict[int, float]:
         bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
-        if wrong := [token for token in bias if token >= self.vocab_size]:
-            raise ApiError(
-                400,
-                f"logit_bias: the token id {wrong[0]} is not below {self.vocab_size}.",
-                param="logit_bias",
-            )
+        self._known(bias, "logit_bias")
         return bias
 
-    async def encode(self, encode: Callable[[], Result]) -> Result:
-        """Run an encoder's work in its thread, so that the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self.encoding, encode)
+    def _known(self, tokens: Collection[int], param: str) -> Collection[int]:
+        """Return token ids if the model has all of them."""
+        if wrong := [token for token in tokens if token >= self.vocab_size]:
+            raise invalid(
+                f"{param}: the token id {wrong[0]} is not below {self.vocab_size}.", param
+            )
+        return tokens
+
+    def __post_init__(self) -> None:
+        self.slow_encoder = copy.deepcopy(self.encoder)
+
+    async def encode(
+        self, receive: Receive, encode: Callable[[PromptEncoder], Result], slow: bool = False
+    ) -> Result:
+        """Run an encoder's work in its thread, so that the event loop goes on.
+
+        slow: long prompts and grammars have a thread of their own, so that short prompts do not
+        wait for them. What has not begun when its client leaves is not done.
+
+        Raises:
+            ClientDisconnect: the client is gone.
+        """
+        lane, encoder = (
+            (self.slow_encoding, self.slow_encoder) if slow else (self.encoding, self.encoder)
+        )
+
+        async def encoded() -> tuple[Result]:
+            loop = asyncio.get_running_loop()
+            return (await loop.run_in_executor(lane, encode, encoder),)
+
+        found: tuple[Result] | None = await until_gone(receive, encoded())
+        if found is None:
+            raise ClientDisconnect
+        return found[0]
 
     def stop(self) -> None:
         """End everything that is under way."""
         self.engine.stop()
-        self.encoding.shutdown(cancel_futures=True)
+        for lane in (self.encoding, self.slow_encoding):
+            lane.shutdown(cancel_futures=True)
 
 
 def start_service(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ class Settings:
     logprobs: how many alternatives to report with every token, None for no log-probabilities.
     grammar: what the answer must fit. thoughts: whose text stop strings do not end.
     continues: the answer goes on with the prompt's text, a first blank included.
+    stop_token_ids: further tokens that end it. min_tokens: before so many no token ends it;
+    ignore_eos: the model's own ones never do. Such tokens are not drawn.
     """
 
     max_tokens: int
@@ -36,6 +38,9 @@ class Settings:
     xtc_threshold: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    ignore_eos: bool = False
     repetition_penalty: float = 1.0
     repetition_context_size: int = 20
     presence_penalty: float = 0.0
@@ -78,10 +83,17 @@ class Settings:
         )
         return sampler
 
-    def processors(self, before: Sequence[int]) -> list[LogitsProcessor]:
+    def ends(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """Return the tokens that end the answer of a model with such ends."""
+        return self.stop_token_ids.union(eos_token_ids)
+
+    def processors(
+        self, before: Sequence[int], eos_token_ids: Collection[int] = ()
+    ) -> list[LogitsProcessor]:
         """Return mlx-lm's logits processors, that also see the tokens `before` those they are given.
 
-        So that penalties do not depend on how much of the prompt a KV cache held.
+        So that penalties do not depend on how much of the prompt a KV cache held. They are given
+        the prompt's last token and the answer.
         """
         from mlx_lm.sample_utils import make_logits_processors
 
@@ -96,6 +108,10 @@ class Settings:
         )
         # The grammar comes last: what it forbids, no bias may allow. It sees the answer alone.
         last: list[LogitsProcessor] = [] if self.grammar is None else [self.grammar.processor()]
+        if self.ignore_eos and eos_token_ids:
+            last.append(_without(eos_token_ids))
+        if self.min_tokens and (ends := self.ends(eos_token_ids)):
+            last.append(_without(ends, self.min_tokens))
         if not before:
             return [*made, *last]
         past = mx.array(list(before), dtype=mx.int32)
@@ -104,3 +120,15 @@ class Settings:
             return lambda tokens, logits: process(mx.concatenate([past, tokens]), logits)
 
         return [*(with_past(process) for process in made), *last]
+
+
+def _without(tokens: Collection[int], until: int | None = None) -> LogitsProcessor:
+    """Return what keeps tokens from being drawn, until an answer has so many."""
+    ids = mx.array(sorted(tokens), dtype=mx.int32)
+
+    def process(text: mx.array, logits: mx.array) -> mx.array:
+        if until is not None and text.shape[0] > until:  # the prompt's last token is among them
+            return logits
+        return mx.put_along_axis(logits, ids[None], mx.array(-mx.inf, logits.dtype), axis=-1)
+
+    return process

@@ -57,6 +57,11 @@ class Grammar:
         matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, vocab_size), source, log_level=0)
         if matcher.is_error():
             raise DataError(f"the grammar cannot be used: {_one_line(matcher.get_error())}.")
+        # Some grammars turn out too large only when their first token is asked for.
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            raise _too_complex(first)
         self._matcher = matcher
 
     @classmethod
@@ -187,6 +192,8 @@ class GrammarProcessor:
         taken = self._matcher.try_consume_tokens(answer[same:])
         self._consumed += answer[same : same + taken]
         if len(self._consumed) < len(answer):
+            if self._matcher.is_error():
+                raise _too_complex(self._matcher)
             raise OptionError(
                 "the answer so far does not fit its grammar; give every answer a processor of its "
                 "own, and no beginning that the grammar does not allow."
@@ -240,10 +247,7 @@ class GrammarProcessor:
 
         fill_next_token_bitmask(self._matcher, masks, row)
         if self._matcher.is_error():
-            raise DataError(
-                f"the grammar became too complex for llguidance: "
-                f"{_one_line(self._matcher.get_error())}."
-            )
+            raise _too_complex(self._matcher)
 
     @property
     def _words(self) -> int:
@@ -293,6 +297,13 @@ def _llguidance(name: str = "llguidance") -> Any:
             "answers by a grammar need the package llguidance, which is not installed; "
             'pip install "mlx-specstream[grammar]".'
         ) from None
+
+
+def _too_complex(matcher: Any) -> DataError:
+    return DataError(
+        f"the grammar is too complex for llguidance: {_one_line(matcher.get_error())}; use a "
+        "simpler one."
+    )
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,3 @@
 | `wheel.py` | one wheel of the package index, alone and checked |
 | `model_cache.py` | models that are made once and kept, by one process at a time |
 """
-
-from .load import StreamModel, load
-
-__all__ = ["StreamModel", "load"]

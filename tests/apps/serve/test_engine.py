@@ -124,6 +124,20 @@ def test_a_full_line_is_refused_and_moves_on(make_engine: Make) -> None:
     assert never.value.status == 400
 
 
+@pytest.mark.parametrize(("seconds_per_answer", "said"), [(0.01, 1), (6.0, 9), (1000.0, 60)])
+def test_when_to_try_again_follows_the_line(
+    make_engine: Make, seconds_per_answer: float, said: int
+) -> None:
+    """Two are waiting and two answers are written at a time: the next is one and a half away."""
+    engine, _ = make_engine(concurrency=2, max_queue=2)
+    engine.submit([work()[0] for _ in range(4)])
+    until(lambda: engine.active == 2)
+    engine.seconds_per_answer = seconds_per_answer
+    with pytest.raises(ApiError, match=f"try again in {said} s") as refused:
+        engine.submit([work()[0]])
+    assert refused.value.headers["Retry-After"] == str(said)
+
+
 def test_whoever_leaves_makes_room(make_engine: Make) -> None:
     engine, turns = make_engine(concurrency=1, max_queue=1)
     active, events = work()

@@ -174,7 +174,7 @@ USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
         (ask(tools=[{"name": "add"}]), "tools.0.input_schema"),
         (ask(tool_choice={"type": "any"}), "no tools"),
         (ask(tools=[ADD], tool_choice={"type": "tool"}), "needs the name"),
-        (ask(stop_sequences=["x"] * 100), "stop_sequences"),
+        (ask(stop_sequences=["x"] * 300), "stop_sequences"),
         (ask(mcp_servers=[{"url": "x"}]), "mcp_servers is not supported"),
         (ask(temperature="1"), "temperature"),
         (ask(thinking={"type": "enabled"}, chat_template_kwargs=[None]), "chat_template_kwargs"),

@@ -139,7 +139,7 @@ def test_errors_are_of_the_right_class(connect: Connect) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
         create(model="gpt-4", messages=HELLO)
     with pytest.raises(openai.BadRequestError) as refused:
-        create(model="tiny", messages=HELLO, temperature=9)
+        create(model="tiny", messages=HELLO, temperature=-9)
     assert refused.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as long:
         create(model="tiny", messages=[{"role": "user", "content": "x" * 600}])
@@ -149,15 +149,15 @@ def test_errors_are_of_the_right_class(connect: Connect) -> None:
 
 
 def test_a_full_queue_and_an_error_within_a_stream(connect: Connect, gate: Gate) -> None:
-    client = connect(decode_concurrency=1, max_queue=0, time_limit_s=0.5)
+    client = connect(decode_concurrency=1, max_queue=0, time_limit_s=4)
     create = client.chat.completions.create
+    gate.allow(3)  # the prompt and the first token
     stream = create(model="tiny", messages=HELLO, stream=True)
     assert next(iter(stream)).choices[0].delta.role == "assistant"
     with pytest.raises(openai.RateLimitError) as full:
         create(model="tiny", messages=HELLO)
     assert full.value.response.headers["retry-after"]
-    gate.allow(4)
-    time.sleep(0.6)
+    time.sleep(4.1)
     gate.open()
     finish = [chunk.choices[0].finish_reason for chunk in stream]
     assert finish[-1] == "length"
