@@ -48,6 +48,8 @@ def encode_prompt(
     control = ControlTokens.of(tokenizer)
     turns = [
         {**turn, "content": control.of_turn(turn["role"], turn["content"])}
+        if turn["content"] is not None  # a call alone
+        else turn
         for turn in prompt.messages
     ]
     if response is not None:

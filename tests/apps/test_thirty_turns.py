@@ -49,5 +49,5 @@ def test_a_spoilt_row_or_a_kept_array_would_be_seen(session: ChatSession) -> Non
     kept = mx.zeros(2**20)
     mx.eval(kept)
     grown = replace(compared(session, 8, "kept"), difference=0.0, same=True)
-    assert grown.held_bytes >= turns[-1].held_bytes + kept.nbytes
+    assert grown.held_bytes >= turns[-1].held_bytes + 0.99 * kept.nbytes
     assert "memory grew" in faults([*turns, grown])[0]
