@@ -27,11 +27,15 @@ ROOM_SHARE = 0.25  # share of the context that is kept free for an answer at mos
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer, None while it waits; `stopped` if the user cut the answer."""
+    """A question and its answer, None while it waits; `stopped` if the user cut the answer.
+
+    thought: what the model thought before it answered, if it is of that kind.
+    """
 
     question: str
     answer: str | None = None
     stopped: bool = False
+    thought: str | None = None
 
 
 @dataclass
@@ -58,10 +62,11 @@ class Conversation:
             raise DataError("the question is empty; type what the model is to answer.")
         self.exchanges.append(Exchange(question))
 
-    def answer(self, text: str, *, stopped: bool = False) -> None:
+    def answer(self, text: str, *, stopped: bool = False, thought: str | None = None) -> None:
         """Give the waiting question its answer."""
         assert self.waiting
-        self.exchanges[-1] = replace(self.exchanges[-1], answer=text, stopped=stopped)
+        last = self.exchanges[-1]
+        self.exchanges[-1] = replace(last, answer=text, stopped=stopped, thought=thought)
 
     def copy(self) -> Conversation:
         """Return a conversation that changes independently of this one."""
@@ -111,7 +116,10 @@ class Conversation:
         for exchange in self.exchanges[self.forgotten :]:
             found.append({"role": "user", "content": exchange.question})
             if exchange.answer is not None:
-                found.append({"role": "assistant", "content": exchange.answer})
+                turn = {"role": "assistant", "content": exchange.answer}
+                if exchange.thought is not None:  # templates keep it or leave it out
+                    turn["reasoning_content"] = exchange.thought
+                found.append(turn)
         return found
 
     def prompt(self, encode: Encode, context_length: int | None, max_tokens: int) -> list[int]:

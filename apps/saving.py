@@ -35,7 +35,12 @@ def save_conversation(
         "model": model,
         "system": conversation.system,
         "exchanges": [
-            {"question": e.question, "answer": e.answer, "stopped": e.stopped}
+            {
+                "question": e.question,
+                "answer": e.answer,
+                "stopped": e.stopped,
+                **({} if e.thought is None else {"thought": e.thought}),
+            }
             for e in conversation.exchanges
         ],
         "forgotten": conversation.forgotten,
@@ -91,12 +96,14 @@ def _exchange(entry: object, number: int) -> Exchange:
     if not isinstance(entry, dict):
         raise ValueError(f"its exchange {number} is no object")
     question, answer = entry.get("question"), entry.get("answer")
-    stopped = entry.get("stopped", False)
+    stopped, thought = entry.get("stopped", False), entry.get("thought")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"its exchange {number} has no question")
     if not isinstance(answer, str) or not isinstance(stopped, bool):
         raise ValueError(f"its exchange {number} has no answer")
-    return Exchange(question, answer, stopped)
+    if thought is not None and not isinstance(thought, str):
+        raise ValueError(f"its exchange {number} has a thought that is no text")
+    return Exchange(question, answer, stopped, thought)
 
 
 def _refused(path: Path, reason: str) -> DataError:

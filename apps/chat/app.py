@@ -10,6 +10,8 @@ from .commands import COMMANDS, Edit, Leave
 from .reader import CommandCompleter, Reader
 
 LEAVE_HINT = "(Ctrl-D or /quit leaves)"
+# Lines of a pipe that mlx_lm.chat takes for commands. At a line editor they are text.
+_MLX_LM_WORDS = {"q": "/quit", "r": "/clear", "h": "/help"}
 
 
 def run(chat: Chat, reader: Reader) -> int:
@@ -48,6 +50,8 @@ def completer(chat: Chat) -> CommandCompleter:
 def _take(chat: Chat, reader: Reader, line: str) -> bool:
     """Do what one line says; return False if it ends the chat."""
     text = line.strip()
+    if not chat.interactive:
+        text = _MLX_LM_WORDS.get(line, text)
     if not text:
         return True
     if commands.is_command(text):

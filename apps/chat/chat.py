@@ -12,31 +12,39 @@ from pathlib import Path
 from rich.text import Text
 
 from ... import SpecStreamError
+from ...errors import OptionError
 from ..conversation import Conversation
+from .autosave import Autosave
 from .drafts import DraftView
 from .interrupt import while_answering
-from .keeper import Keeper
+from .reports import why_no_drafts
 from .session import ChatSession, Reply
 from .speed import Speed, measure
-from .status import answer_status
+from .status import answer_status, wrapped
 from .text import printable
 from .view import View
 
 IDLE_BUDGET_S = 1.5  # what the first measurement may take before the next prompt shows
 ASKED_BUDGET_S = 10.0
 WORTH_MEASURING = 16  # tokens of an answer
+MOST_UNDONE = 100
 
 
 @dataclass
 class Chat:
-    """Everything a command may touch. `interactive`: a person sits at a line editor."""
+    """Everything a command may touch.
+
+    interactive: a person sits at a line editor. earlier: the conversations before every change,
+    with the files they were kept in, for `undo`.
+    """
 
     session: ChatSession
     view: View
-    keeper: Keeper
+    autosave: Autosave
     interactive: bool = False
     live_drafts: bool = False
     speeds: dict[Hashable, Speed | None] = field(default_factory=dict)
+    earlier: list[tuple[Conversation, Path | None]] = field(default_factory=list)
 
     @property
     def num_streams(self) -> int:
@@ -66,9 +74,14 @@ class Chat:
             SpecStreamError: it cannot be answered or kept.
         """
         drafts = self.draft_view() if self.live_drafts else None
-        before = self.session.reply
+        before, was = self.session.reply, self.session.conversation
         with while_answering() as stopped:
-            screen = self.view.answer(self.status, drafts, self.num_streams)
+            screen = self.view.answer(
+                self.status,
+                drafts,
+                self.num_streams,
+                hides_thoughts=self.session.settings.thinking == "hidden",
+            )
             try:
                 for _ in self.session.answer(conversation, stopped, screen.prompt):
                     reply = self.session.current
@@ -76,10 +89,12 @@ class Chat:
                     screen.feed(reply)
             finally:
                 screen.finish()
-            answered = self.session.reply is not before
+                answered = self.session.reply is not before
+                if answered:
+                    self._note_change(was)
             self._remark(answered)
             if answered:
-                self.keeper.keep(self.session.conversation)
+                self.autosave.write(self.session.conversation)
             reply = self.session.reply
             long_enough = reply is not None and len(reply.tokens) >= WORTH_MEASURING
             if self.interactive and long_enough and self._speed_key() not in self.speeds:
@@ -92,25 +107,52 @@ class Chat:
 
     def replace_conversation(self, conversation: Conversation) -> None:
         """Go on with another conversation; the KV cache keeps what the two share."""
+        self._note_change(self.session.conversation)
         self.session.conversation = conversation
         self.session.reply = None
+
+    def change_system(self, text: str | None) -> None:
+        """Give the conversation another system prompt."""
+        self._note_change(self.session.conversation)
+        self.session.conversation = self.session.conversation.copy()
+        self.session.conversation.system = text
+
+    def undo(self) -> None:
+        """Go back to the conversation before its last change.
+
+        Raises:
+            OptionError: nothing has been changed yet.
+            OutputError: it cannot be kept.
+        """
+        if not self.earlier:
+            raise OptionError("there is nothing to undo yet.")
+        self.session.conversation, self.autosave.own = self.earlier.pop()
+        self.session.reply = None
+        self.autosave.write(self.session.conversation)
+
+    def _note_change(self, before: Conversation) -> None:
+        """Note what the conversation was before it changes."""
+        self.earlier.append((before, self.autosave.own))
+        del self.earlier[:-MOST_UNDONE]
 
     def show_exchange(self, number: int) -> None:
         """Show one question and its answer."""
         exchange = self.session.conversation.exchanges[number - 1]
         self.view.show(Text(f"{number} › {printable(exchange.question)}", style="bold"))
+        if exchange.thought and self.session.settings.thinking != "hidden":
+            self.view.thought(exchange.thought)
         if exchange.answer:
             self.view.markdown(exchange.answer)
 
-    def described(self) -> str:
-        """Return model, mode and tree in a line."""
+    def described(self, *more: str) -> str:
+        """Return model, mode and tree, and what more there is to say."""
         session = self.session
         parts = [short_name(session.model.name), session.mode]
         if session.mode != "plain":
             parts.append(f"tree {session.settings.decode.tree}")
         if session.model.context_length is not None:
             parts.append(f"context {session.model.context_length}")
-        return " · ".join(parts)
+        return wrapped([*parts, *more], self.view.console.width - 1)
 
     def _measure(self, budget_s: float, stopped: object) -> Speed | None:
         assert callable(stopped)
@@ -138,8 +180,15 @@ class Chat:
             )
         if reply.stopped:
             self.view.note("(stopped)")
+        elif reply.last.finish_reason == "length" and reply.splitter.inside:
+            self.view.note(
+                "(cut while it was thinking: /set max-tokens allows longer answers, /set thinking "
+                "off asks for none of this)"
+            )
         elif reply.last.finish_reason == "length":
             self.view.note("(cut: /set max-tokens allows longer answers)")
+        if self.live_drafts and not reply.last.stats.drafted:
+            self.view.note(why_no_drafts(self.session))
 
 
 def short_name(name: str) -> str:

@@ -20,7 +20,7 @@ from ...generation.sampling_options import add_sampling_options
 from ..conversation import Conversation
 from ..saving import load_conversation
 from .interrupt import can_move_cursor, typing_ahead
-from .places import history_file, newest_conversation
+from .paths import history_file, newest_conversation
 from .settings import DEFAULT_MAX_TOKENS, Settings
 
 if TYPE_CHECKING:
@@ -125,14 +125,14 @@ def _live_chat(
         completer(chat),
         lambda width: fitted([*chat.status(chat.session.reply), "/help"], width),
     )
-    view.note(f"{chat.described()} · /help")
+    view.note(chat.described("/help"))
     if conversation.exchanges:
         chat.show_exchange(len(conversation.exchanges))
     try:
         status = run(chat, reader)
     finally:  # an answer may have been cut by a signal; /load and /system change things, too
-        chat.keeper.keep(chat.session.conversation)
-    if chat.keeper.own is not None and chat.session.conversation.exchanges:
+        chat.autosave.write(chat.session.conversation)
+    if chat.autosave.own is not None and chat.session.conversation.exchanges:
         view.note("(saved; specstream chat --resume goes on with it)")
     return status
 
@@ -148,18 +148,18 @@ def _chat(
 ) -> Chat:
     """Load the model and return the chat with it."""
     from ... import load
+    from .autosave import Autosave
     from .chat import Chat, short_name
-    from .keeper import Keeper
     from .session import ChatSession
 
     model, tokenizer = load(arguments.model, **load_options(arguments))
-    keeper = Keeper(
+    autosave = Autosave(
         short_name(model.name), automatic=interactive and not arguments.no_save, own=own
     )
     return Chat(
         ChatSession(model, tokenizer, settings, conversation, cache_config(arguments)),
         view,
-        keeper,
+        autosave,
         interactive=interactive,
         live_drafts=arguments.draft,
     )

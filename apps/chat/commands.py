@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.table import Table
 from rich.text import Text
 
 from ...errors import OptionError
 from ..conversation import Conversation
 from .chat import Chat
 from .drafts import drawing
-from .reports import settings_table, stats_table, token_pieces, tokens_table
+from .listing import Listing
+from .reports import settings_table, stats_table, token_pieces, tokens_table, why_no_drafts
 from .settings import SETTINGS, canonical
 
 
@@ -75,9 +75,7 @@ def _help(chat: Chat, argument: str) -> Outcome:
     name = argument.lstrip("/").lower()
     if name and name not in COMMANDS:
         raise OptionError(f"there is no command /{name}; /help lists them.")
-    table = Table.grid(padding=(0, 2))
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    table = Listing()
     for key, command in COMMANDS.items():
         if name in ("", key):
             table.add_row(Text(command.usage, style="bold"), Text(command.summary))
@@ -92,8 +90,8 @@ def _help(chat: Chat, argument: str) -> Outcome:
 
 def _clear(chat: Chat, argument: str) -> Outcome:
     _takes_nothing("clear", argument)
-    chat.keeper.start_over()
     chat.replace_conversation(Conversation(chat.session.conversation.system))
+    chat.autosave.start_over()
     chat.view.note("(a new conversation; /system shows the system prompt it keeps)")
     return None
 
@@ -103,7 +101,7 @@ def _system(chat: Chat, argument: str) -> Outcome:
     if not argument:
         chat.view.note(conversation.system if conversation.system else "(no system prompt)")
         return None
-    conversation.system = None if argument.lower() == "none" else argument
+    chat.change_system(None if argument.lower() == "none" else argument)
     chat.view.note("(from the next answer on)")
     return None
 
@@ -116,7 +114,10 @@ def _set(chat: Chat, argument: str) -> Outcome:
         chat.view.show(settings_table(session.settings, name))
         return None
     session.use(session.settings.changed(name, value))
-    chat.view.note(f"({chat.described()})" if name in ("mode", "tree") else "(set)")
+    if name == "thinking" and session.marks is None:
+        chat.view.note("(set, but this model does not think before it answers)")
+    else:
+        chat.view.note(f"({chat.described()})" if name in ("mode", "tree") else "(set)")
     return None
 
 
@@ -132,7 +133,7 @@ def _stats(chat: Chat, argument: str) -> Outcome:
 def _save(chat: Chat, argument: str) -> Outcome:
     if not argument:
         raise OptionError("/save needs the name of a file, for example /save sky.json.")
-    path = chat.keeper.save(chat.session.conversation, argument)
+    path = chat.autosave.save(chat.session.conversation, argument)
     chat.view.note(f"(saved to {path})")
     return None
 
@@ -140,7 +141,9 @@ def _save(chat: Chat, argument: str) -> Outcome:
 def _load(chat: Chat, argument: str) -> Outcome:
     if not argument:
         raise OptionError("/load needs the name of a file that /save wrote.")
-    chat.replace_conversation(chat.keeper.load(argument))
+    conversation = chat.autosave.load(argument)
+    chat.replace_conversation(conversation)
+    chat.autosave.start_over()
     count = len(chat.session.conversation.exchanges)
     if count:
         chat.show_exchange(count)
@@ -172,6 +175,16 @@ def _edit(chat: Chat, argument: str) -> Outcome:
     return conversation
 
 
+def _undo(chat: Chat, argument: str) -> Outcome:
+    _takes_nothing("undo", argument)
+    chat.undo()
+    exchanges = chat.session.conversation.exchanges
+    if exchanges:
+        chat.show_exchange(len(exchanges))
+    chat.view.note(f"(undone; question {len(exchanges) + 1} is next)")
+    return None
+
+
 def _tokens(chat: Chat, argument: str) -> Outcome:
     if argument:
         chat.view.show(token_pieces(chat.session, argument))
@@ -189,6 +202,10 @@ def _draft(chat: Chat, argument: str) -> Outcome:
         raise OptionError(f"/draft takes nothing, 'on' or 'off', got {argument!r}.")
     if chat.session.reply is None:
         raise OptionError("there is no answer yet whose drafts could be shown; ask something.")
+    assert chat.session.reply.last is not None
+    if not chat.session.reply.last.stats.drafted:
+        chat.view.note(why_no_drafts(chat.session))
+        return None
     chat.view.show(drawing(chat.draft_view(), chat.session.reply.steps, chat.num_streams))
     return None
 
@@ -245,6 +262,9 @@ COMMANDS: dict[str, Command] = {
     "retry": Command("/retry", "answer the last question again", _retry),
     "edit": Command(
         "/edit [N] [TEXT]", "change question N (the last) and go on from there", _edit, _numbers
+    ),
+    "undo": Command(
+        "/undo", "go back to before the last answer, edit, clear, load or system prompt", _undo
     ),
     "list": Command("/list", "show the conversation", _list),
     "clear": Command("/clear", "begin a new conversation", _clear),

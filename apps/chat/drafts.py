@@ -17,7 +17,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ..tokens import decoded
+from ..tokens import TokenTexts
 from .session import DraftStep
 from .text import on_one_line
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 STREAM_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
-PART = "‥"  # a token that is part of a character
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -36,7 +35,7 @@ class DraftView:
         self.tokenizer = tokenizer
         self.coloured = coloured
         self.number = 0
-        self.unfinished: list[int] = []
+        self.texts = TokenTexts(tokenizer)
 
     def legend(self, num_streams: int) -> Text:
         """Return the line that explains the marks."""
@@ -52,7 +51,7 @@ class DraftView:
         self.number += 1
         kept = Text()
         for token, origin in zip(step.tokens, step.origins, strict=True):
-            kept.append(self._kept_text(token), style=style_of(origin))
+            kept.append(on_one_line(self.texts.next(token)), style=style_of(origin))
             kept.append(mark(origin), style=style_of(origin))
         rows = Table.grid(padding=(0, 1))
         rows.add_column(justify="right", min_width=3)
@@ -62,15 +61,6 @@ class DraftView:
         if rejected:
             rows.add_row(Text("✗", style="dim"), rejected)
         return rows
-
-    def _kept_text(self, token: int) -> str:
-        """Return a token's text; of a character in several tokens all but the last show PART."""
-        text = decoded(self.tokenizer, [*self.unfinished, token])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.unfinished) < 4:
-            self.unfinished.append(token)
-            return PART
-        self.unfinished = []
-        return on_one_line(text)
 
     def _rejected(self, step: DraftStep) -> Text:
         """Return the drafts that were not accepted, stream by stream."""
@@ -82,7 +72,7 @@ class DraftView:
             text.append(" " if text else "")
             text.append(mark(stream), style=style_of(stream))
             words = [
-                _word(decoded(self.tokenizer, [draft.tokens[node]]))
+                _word(TokenTexts(self.tokenizer).next(draft.tokens[node]))
                 for node in sorted(nodes)
                 if draft.depths[node] == stream
             ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from rich.console import RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..tokens import decoded
+from ..tokens import TokenTexts
+from .listing import Listing
 from .session import ChatSession
 from .settings import Settings
 from .speed import Speed
@@ -16,7 +16,7 @@ from .text import on_one_line
 
 def settings_table(settings: Settings, only: str = "") -> RenderableType:
     """Return the settings with their values and what they may be."""
-    table = _columns(3)
+    table = Listing()
     for name, value, wanted in settings.rows():
         if only in ("", name):
             table.add_row(Text(name, style="bold"), Text(value), Text(wanted, style="dim"))
@@ -25,7 +25,7 @@ def settings_table(settings: Settings, only: str = "") -> RenderableType:
 
 def stats_table(session: ChatSession, speed: Speed | None) -> RenderableType:
     """Return the figures of the last answer and of the machine."""
-    table = _columns(2)
+    table = Listing()
 
     def row(name: str, value: str) -> None:
         table.add_row(Text(name, style="bold"), Text(value))
@@ -35,9 +35,9 @@ def stats_table(session: ChatSession, speed: Speed | None) -> RenderableType:
         last, stats = reply.last, reply.last.stats
         reused = len(reply.prompt) - reply.prefilled
         row("prompt", f"{len(reply.prompt)} tokens, {reused} of them from the cache")
-        row("reading", f"{last.prompt_tps:.1f} tok/s")
+        row("reading", _rate(last.prompt_rate))
         row("answer", f"{stats.tokens} tokens in {stats.passes} passes")
-        row("writing", f"{last.generation_tps:.1f} tok/s")
+        row("writing", _rate(last.generation_rate))
         if stats.drafted:
             row("per step", f"{stats.tokens_per_step:.2f} tokens")
             row("drafts", f"{stats.accepted} of {stats.drafted} accepted")
@@ -61,14 +61,14 @@ def stats_table(session: ChatSession, speed: Speed | None) -> RenderableType:
 def tokens_table(session: ChatSession) -> RenderableType:
     """Return how many tokens every part of the conversation has, and how full the context is."""
     conversation = session.conversation
-    table = _columns(3)
+    table = Listing()
 
     def count(text: str) -> str:
         return str(len(session.tokenizer.encode(text, add_special_tokens=False)))
 
     table.add_row("", Text("asked", style="dim"), Text("answered", style="dim"))
     if conversation.system is not None:
-        table.add_row(Text("system", style="bold"), count(conversation.system))
+        table.add_row(Text("system", style="bold"), count(conversation.system), "")
     for number, exchange in enumerate(conversation.exchanges, start=1):
         name = Text(str(number), style="bold" if number > conversation.forgotten else "dim")
         if number <= conversation.forgotten:
@@ -78,24 +78,32 @@ def tokens_table(session: ChatSession) -> RenderableType:
     seen = len(session.encode(messages)) if messages else 0
     limit = session.model.context_length
     total = Text(f"{seen} tokens in all" + (f" of {limit}" if limit is not None else ""))
-    outer = _columns(1)
-    outer.add_row(table)
-    outer.add_row(total)
-    return outer
+    return Group(table, total)
 
 
 def token_pieces(session: ChatSession, text: str) -> RenderableType:
     """Return a text cut into its tokens."""
     ids = session.tokenizer.encode(text, add_special_tokens=False)
-    line = Text(f"{len(ids)}: ", style="bold")
+    line, texts = Text(f"{len(ids)}: ", style="bold"), TokenTexts(session.tokenizer)
     for place, token in enumerate(ids):
         line.append("|" if place else "", style="dim")
-        line.append(on_one_line(decoded(session.tokenizer, [token])), style="not bold")
+        line.append(on_one_line(texts.next(token)), style="not bold")
     return line
 
 
-def _columns(count: int) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for _ in range(count):
-        table.add_column(overflow="fold")
-    return table
+def why_no_drafts(session: ChatSession) -> str:
+    """Return why the last answer has no drafts to show, and how to get an answer with some."""
+    settings = session.settings
+    if session.model.streams is None:
+        how = "the model has no streams; `specstream train` makes some and --streams loads them"
+    elif settings.mode == "plain":
+        how = "/set mode speculative, then /retry"
+    elif settings.decode.tree.kind == "auto":
+        how = "that is faster here; to see drafts all the same: /set tree chain, then /retry"
+    else:
+        how = "/retry drafts"
+    return f"(this answer was decoded plainly, nothing was drafted; {how})"
+
+
+def _rate(rate: float | None) -> str:
+    return "too short to tell" if rate is None else f"{rate:.1f} tok/s"

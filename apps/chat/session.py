@@ -16,18 +16,18 @@ import mlx.core as mx
 from ... import GenerationResponse, StreamModel, stream_generate
 from ...config import CacheConfig
 from ...model.cache.kinds import check_quantised
+from ...model.prefill import PacedChunks
 from ...prompts import Prompt, encode_prompt
 from ...speculation.result import DraftRecord
 from ..conversation import Conversation, Message
 from ..prefix import PrefixCache
+from ..thinking import Segment, ThoughtMarks, ThoughtSplitter
 from .settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-PREFILL_STEP = 512  # prompt tokens between two looks at Ctrl-C
 
 
 class StoppedError(Exception):
@@ -48,13 +48,18 @@ class Reply:
     """An answer as it grows, with what it took to make it.
 
     prompt: all token ids that asked for it. prefilled: how many of them were computed; the cache
-    held the others.
+    held the others. segments: thoughts and content, in the order they came; text and thought: all
+    of the one and of the other.
     """
 
     prompt: list[int]
     prefilled: int
+    splitter: ThoughtSplitter
     forgot: int = 0
+    segments: list[Segment] = field(default_factory=list)
     text: str = ""
+    thought: str = ""
+    thought_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     steps: list[DraftStep] = field(default_factory=list)
     last: GenerationResponse | None = None
@@ -62,13 +67,27 @@ class Reply:
 
     def add(self, response: GenerationResponse) -> None:
         """Take in the next token; a step's tokens are counted from stream 1, main comes last."""
-        self.text += response.text
+        self.thought_tokens += self.splitter.inside
+        self._split(response.text, over=response.finish_reason is not None)
         self.tokens.append(response.token)
         if self.last is None or response.stats.passes != self.last.stats.passes:
             self.steps.append(DraftStep([], [], response.draft))
         self.steps[-1].tokens.append(response.token)
         self.steps[-1].origins.append(response.origin)
         self.last = response
+
+    def stop(self) -> None:
+        """Take in that no more will come."""
+        self.stopped = True
+        self._split("", over=True)
+
+    def _split(self, text: str, *, over: bool) -> None:
+        for segment in self.splitter.feed(text, over=over):
+            self.segments.append(segment)
+            if segment.is_thought:
+                self.thought += segment.text
+            else:
+                self.text += segment.text
 
 
 def _never() -> bool:
@@ -81,6 +100,7 @@ class ChatSession:
 
     current: the answer that is growing, or the last one that was begun. reply: the last one that
     is part of the conversation. Both are None before the first. caching: how the cache holds rows.
+    chunks: how much of a prompt is read between two looks at Ctrl-C.
     """
 
     model: StreamModel
@@ -90,12 +110,15 @@ class ChatSession:
     caching: CacheConfig = field(default_factory=CacheConfig)
     current: Reply | None = None
     reply: Reply | None = None
+    chunks: PacedChunks = field(default_factory=PacedChunks)
     prefix: PrefixCache = field(init=False)
+    marks: ThoughtMarks | None = field(init=False)
 
     def __post_init__(self) -> None:
         backbone = self.model.backbone
         check_quantised(backbone.forward, backbone.windows, self.caching)
         self.prefix = PrefixCache.for_model(backbone, self.caching)
+        self.marks = ThoughtMarks.of(self.tokenizer)
         self.use(self.settings)
 
     def use(self, settings: Settings) -> None:
@@ -116,7 +139,8 @@ class ChatSession:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of messages in the model's chat template."""
-        return encode_prompt(self.tokenizer, Prompt(tuple(messages)))
+        thinks = {"enable_thinking": False} if self.settings.thinking == "off" else None
+        return encode_prompt(self.tokenizer, Prompt(tuple(messages)), template_options=thinks)
 
     def answer(
         self,
@@ -138,7 +162,8 @@ class ChatSession:
         vocab_size = self.model.backbone.vocab_size
         ids = conversation.prompt(self.encode, self.model.context_length, settings.max_tokens)
         rest = self.prefix.reuse(ids)
-        reply = Reply(ids, len(rest), max(0, conversation.forgotten - forgotten))
+        splitter = ThoughtSplitter.after(self.marks, ids)
+        reply = Reply(ids, len(rest), splitter, max(0, conversation.forgotten - forgotten))
         self.current = reply
 
         def progress(done: int, total: int) -> None:
@@ -157,7 +182,7 @@ class ChatSession:
                 sampler=settings.sampling.sampler(vocab_size, self.tokenizer),
                 logits_processors=settings.sampling.processors(vocab_size),
                 prompt_cache=self.prefix.kv,
-                prefill_step_size=PREFILL_STEP,
+                prefill_step_size=self.chunks,
                 prompt_progress_callback=progress,
                 config=settings.decode,
                 speculative=settings.mode == "speculative",
@@ -168,15 +193,17 @@ class ChatSession:
                     reply.add(response)
                     yield response
                     if response.finish_reason is None and stopped():
-                        reply.stopped = True
+                        reply.stop()
                         break
             finally:
                 stream.close()  # type: ignore[attr-defined]
             finished = True
         except StoppedError:
-            finished = reply.stopped = True
+            finished = True
+            reply.stop()
         except GeneratorExit:
-            finished = reply.stopped = True
+            finished = True
+            reply.stop()
             raise
         finally:
             if finished:
@@ -184,7 +211,11 @@ class ChatSession:
             else:  # an error from anywhere: trust no row
                 self.prefix.reset()
             if reply.text or (finished and not reply.stopped):
-                conversation.answer(reply.text, stopped=reply.stopped or not finished)
+                conversation.answer(
+                    reply.text,
+                    stopped=reply.stopped or not finished,
+                    thought=reply.thought or None,
+                )
                 self.conversation, self.reply = conversation, reply
 
     def _budget(self, prompt_tokens: int) -> int:

@@ -16,6 +16,7 @@ from ...generation.sampling_options import sampling_config
 DEFAULT_MAX_TOKENS = 1024
 
 DecodeMode = Literal["speculative", "plain"]
+Thinking = Literal["on", "off", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = DEFAULT_MAX_TOKENS
+    thinking: Thinking = "on"
     mode: DecodeMode = "speculative"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
@@ -38,6 +40,8 @@ class Settings:
             )
         if self.mode not in ("speculative", "plain"):
             raise OptionError(f"mode must be speculative or plain, got {self.mode!r}.")
+        if self.thinking not in ("on", "off", "hidden"):
+            raise OptionError(f"thinking must be on, off or hidden, got {self.thinking!r}.")
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Settings:
@@ -145,6 +149,9 @@ SETTINGS: dict[str, Setting] = {
     "frequency-penalty": _sampling("frequency_penalty", float, "a number, 0 for off", "0", "0.5"),
     "seed": _sampling("seed", _optional(int), "a whole number, or none", "none", "0"),
     "max-tokens": _plain("max_tokens", int, "a whole number, -1 for no limit", "256", "-1"),
+    "thinking": _plain(
+        "thinking", str, "on, off, or hidden: thoughts are not shown", "on", "off", "hidden"
+    ),
     "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
     "tree": _decode(
         "tree", TreeSpec.parse, "auto, chain, chain3, 16 (rows) or 3^4", "auto", "chain", "8", "16"

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(_shown(character) for character in text.replace("\r", ""))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 token", "2 tokens"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def on_one_line(text: str) -> str:
     """Return `text` on one line, its line ends and tabs visible."""
     return printable(text.replace("\n", "⏎").replace("\t", "⇥"))

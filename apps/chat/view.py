@@ -10,15 +10,16 @@ from typing import Protocol, TextIO
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from ...prompt_progress import LONG_PROMPT
 from .drafts import DraftView
+from .live_region import LiveRegion, render
 from .markdown import AnswerMarkdown, BlockSplitter
-from .region import LiveRegion, render
 from .session import Reply
 from .status import fitted, prompt_status
-from .text import printable
+from .text import counted, printable
 
 Status = Callable[[Reply], list[str]]
-LONG_PROMPT = 64  # tokens to read that are worth a line
+THOUGHT_STYLE = "dim italic"
 FRAME_S = 0.05  # at most twenty drawings a second
 
 
@@ -52,7 +53,17 @@ class View(Protocol):
     def markdown(self, text: str) -> None:
         """Show an answer that was given earlier."""
 
-    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+    def thought(self, text: str) -> None:
+        """Show what was thought before an earlier answer."""
+
+    def answer(
+        self,
+        status: Status,
+        drafts: DraftView | None,
+        num_streams: int,
+        *,
+        hides_thoughts: bool = False,
+    ) -> AnswerView:
         """Begin to show an answer, as steps if `drafts` is given."""
 
 
@@ -82,10 +93,20 @@ class TerminalView:
             self.file.write("".join(f"{line}\n" for line in [*lines, ""]))
         self.file.flush()
 
-    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+    def thought(self, text: str) -> None:
+        self.show(Text(f"{printable(text)}\n", style=THOUGHT_STYLE))
+
+    def answer(
+        self,
+        status: Status,
+        drafts: DraftView | None,
+        num_streams: int,
+        *,
+        hides_thoughts: bool = False,
+    ) -> AnswerView:
         region = LiveRegion(self.console, self.file)
         if drafts is None:
-            return MarkdownAnswer(region, status)
+            return MarkdownAnswer(region, status, hides_thoughts=hides_thoughts)
         return DraftAnswer(region, status, drafts, num_streams)
 
 
@@ -126,23 +147,23 @@ class _LiveAnswer:
 class MarkdownAnswer(_LiveAnswer):
     """Renders Markdown block by block; lines that no longer change go to the scrollback.
 
-    A block taller than the screen is let go line by line from its top.
+    A block taller than the screen is let go line by line from its top. Thoughts are dimmed, or
+    folded into one line.
     """
 
-    def __init__(self, region: LiveRegion, status: Status) -> None:
+    def __init__(self, region: LiveRegion, status: Status, *, hides_thoughts: bool = False) -> None:
         super().__init__(region, status)
+        self.hides_thoughts = hides_thoughts
         self.splitter = BlockSplitter()
-        self.fed = 0
+        self.in_thought = False
+        self.fed = 0  # segments
         self.blocks = 0
         self.let_go = 0  # lines of the growing block that are final
+        self.reply: Reply | None = None
         self.final: list[str] = []
 
     def feed(self, reply: Reply) -> None:
-        text, self.fed = reply.text[self.fed :], len(reply.text)
-        for block in self.splitter.feed(printable(text)):
-            self.final += self._lines(block)[self.let_go :]
-            self.let_go = 0
-            self.blocks += 1
+        self._take(reply)
         if not self.due(reply):
             return
         lines = self._lines(self.splitter.rest)
@@ -154,12 +175,41 @@ class MarkdownAnswer(_LiveAnswer):
         self.final = []
 
     def finish(self) -> None:
-        self.final += self._lines(self.splitter.rest)[self.let_go :]
+        if self.reply is not None:
+            self._take(self.reply)  # what a stopped answer had held back
+        self._let_go(self.splitter.rest)
         self.region.close([*self.final, ""])
+
+    def _take(self, reply: Reply) -> None:
+        """Take in the segments that are new."""
+        self.reply = reply
+        new, self.fed = reply.segments[self.fed :], len(reply.segments)
+        if self.in_thought and self.hides_thoughts:
+            self.splitter.rest = f"(thought: {counted(reply.thought_tokens, 'token')})"
+        for segment in new:
+            if segment.is_thought != self.in_thought:
+                self._let_go(self.splitter.rest)
+                self.splitter, self.in_thought = BlockSplitter(), segment.is_thought
+            if segment.is_thought and self.hides_thoughts:
+                self.splitter.rest = f"(thought: {counted(reply.thought_tokens, 'token')})"
+                continue
+            for block in self.splitter.feed(printable(segment.text)):
+                self._let_go(block)
+
+    def _let_go(self, block: str) -> None:
+        """Hand a complete block to the scrollback."""
+        lines = self._lines(block)
+        self.final += lines[self.let_go :]
+        self.let_go = 0
+        self.blocks += bool(lines)
 
     def _lines(self, block: str) -> list[str]:
         """Return a block rendered, below an empty line unless it is the first."""
-        lines = block_lines(self.console, block, self.width)
+        if self.in_thought:
+            thought = Text(block.strip("\n"), style=THOUGHT_STYLE)
+            lines = render(self.console, thought, self.width) if thought else []
+        else:
+            lines = block_lines(self.console, block, self.width)
         return ["", *lines] if lines and self.blocks else lines
 
 
@@ -228,35 +278,64 @@ class PlainView:
     def markdown(self, text: str) -> None:
         print(printable(text), file=self.out, flush=True)
 
-    def answer(self, status: Status, drafts: DraftView | None, num_streams: int) -> AnswerView:
+    def thought(self, text: str) -> None:
+        self.note(text)
+
+    def answer(
+        self,
+        status: Status,
+        drafts: DraftView | None,
+        num_streams: int,
+        *,
+        hides_thoughts: bool = False,
+    ) -> AnswerView:
         del status
-        return PlainAnswer(self, drafts, num_streams)
+        return PlainAnswer(self, drafts, num_streams, hides_thoughts=hides_thoughts)
 
 
 class PlainAnswer:
-    """Writes text as it comes, or the steps that it came in."""
+    """Writes text as it comes, or the steps that it came in; thoughts to standard error."""
 
-    def __init__(self, view: PlainView, drafts: DraftView | None, num_streams: int) -> None:
+    def __init__(
+        self,
+        view: PlainView,
+        drafts: DraftView | None,
+        num_streams: int,
+        *,
+        hides_thoughts: bool = False,
+    ) -> None:
         self.view = view
+        self.hides_thoughts = hides_thoughts
+        self.in_thought = False
         self.drafts = drafts
         self.num_streams = num_streams
         self.reply: Reply | None = None
-        self.fed = 0
+        self.fed = 0  # segments
 
     def prompt(self, done: int, total: int) -> None:
         del done, total
 
     def feed(self, reply: Reply) -> None:
         self.reply = reply
-        if self.drafts is None:
-            self.view.out.write(printable(reply.text[self.fed :]))
-            self.view.out.flush()
-        self.fed = len(reply.text)
+        new, self.fed = reply.segments[self.fed :], len(reply.segments)
+        for segment in new if self.drafts is None else ():
+            self._leave_thought(segment.is_thought)
+            file = self.view.err if segment.is_thought else self.view.out
+            if not (segment.is_thought and self.hides_thoughts):
+                print(printable(segment.text), end="", file=file, flush=True)
+
+    def _leave_thought(self, is_thought: bool) -> None:
+        """End a thought's last line before what is none."""
+        if self.in_thought and not is_thought and not self.hides_thoughts:
+            print(file=self.view.err, flush=True)
+        self.in_thought = is_thought
 
     def finish(self) -> None:
         if self.reply is None:
             return
+        self.feed(self.reply)  # what a stopped answer had held back
         if self.drafts is None:
+            self._leave_thought(False)
             print(file=self.view.out, flush=True)
             return
         self.view.show(self.drafts.legend(self.num_streams))

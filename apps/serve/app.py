@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,14 +17,9 @@ from .errors import ApiError
 from .guard import Guard
 from .limits import Access
 from .metrics import Metrics
+from .page_files import FOLDER, PAGE_FILES
 from .service import Service
 
-_PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/page.css": ("page.css", "text/css"),
-}
 # The page may run its own script and style and talk to this server, nothing else.
 _CONTENT_POLICY = "; ".join(
     (
@@ -78,7 +72,7 @@ def create_app(service: Service, access: Access) -> ASGIApp:
         Route("/health", endpoints.health),
         Route("/metrics", endpoints.metrics),
         Route("/openapi.json", endpoints.openapi),
-        *(Route(path, _page_file(name, kind)) for path, (name, kind) in _PAGE_FILES.items()),
+        *(Route(path, _page_file(name, kind)) for path, (name, kind) in PAGE_FILES.items()),
     ]
     handlers: dict[Any, Any] = {
         ApiError: _api_error,
@@ -92,7 +86,7 @@ def create_app(service: Service, access: Access) -> ASGIApp:
 
 
 def _page_file(name: str, kind: str) -> Any:
-    content = (_PAGE / name).read_bytes()
+    content = (FOLDER / name).read_bytes()
 
     async def served(request: Request) -> Response:
         del request

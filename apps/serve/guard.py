@@ -23,10 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .limits import Access
+from .page_files import PAGE_FILES
 
-OPEN_PATHS = frozenset(
-    {"/", "/page.js", "/page.css", "/favicon.ico", "/health", "/openapi.json"}
-)  # without a key
+OPEN_PATHS = frozenset({*PAGE_FILES, "/favicon.ico", "/health", "/openapi.json"})  # without a key
 # A web page may send these; the last three are what Anthropic's client adds.
 _ALLOWED_HEADERS = (
     *("Authorization", "Content-Type", "X-API-Key"),

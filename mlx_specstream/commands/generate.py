@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..generation.response import GenerationResponse
     from ..loading.load import StreamModel
     from ..model.cache import KVCache
+    from ..model.prefill import ChunkSize
 
 log = logging.getLogger("mlx_specstream")
 
@@ -79,8 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefill-step-size",
         type=int,
-        default=2048,
-        help="prompt tokens per pass; fewer take less memory (default: %(default)s)",
+        help=(
+            "prompt tokens per pass; fewer take less memory (default: 2048, and at a "
+            "terminal no more than take a moment, so that Ctrl-C is heard)"
+        ),
     )
     parser.add_argument(
         "--prompt-cache-file",
@@ -118,6 +121,7 @@ def main(argv: list[str]) -> int:
 
     from ..generation.generate import stream_generate
     from ..loading.load import load
+    from ..prompt_progress import PromptProgress
     from ..prompts import Prompt, encode_prompt
 
     if arguments.seed is not None:
@@ -134,7 +138,7 @@ def main(argv: list[str]) -> int:
         behind_cache=arguments.prompt_cache_file is not None,
     )
     vocab_size = model.backbone.vocab_size
-    cache = None
+    reading, cache = PromptProgress(sys.stderr), None
     if arguments.prompt_cache_file is not None:
         cache = _stored_cache(arguments.prompt_cache_file, arguments.model, model, caching)
     responses = stream_generate(
@@ -160,7 +164,8 @@ def main(argv: list[str]) -> int:
         kv_bits=caching.kv_bits,
         kv_group_size=caching.kv_group_size,
         quantized_kv_start=caching.quantized_kv_start,
-        prefill_step_size=arguments.prefill_step_size,
+        prefill_step_size=_chunks(arguments.prefill_step_size),
+        prompt_progress_callback=reading,
     )
     if config.lossy:
         log.warning("note: %s", LOSSY_NOTE)
@@ -175,6 +180,7 @@ def main(argv: list[str]) -> int:
             if not arguments.json:
                 print(last.text, end="", flush=True)
     finally:
+        reading.clear()
         if not arguments.json:
             print(flush=True)  # also before an error or "interrupted"
     assert last is not None  # max_tokens is at least 1
@@ -228,14 +234,27 @@ def _record(
         "tokens": list(tokens),
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": round(last.prompt_tps, 3),
+        "prompt_tps": _rounded(last.prompt_rate),
         "generation_tokens": last.generation_tokens,
-        "generation_tps": round(last.generation_tps, 3),
+        "generation_tps": _rounded(last.generation_rate),
         "peak_memory": round(last.peak_memory, 3),
         "model": model.name,
         "streams": model.streams_name or None,
         "speculation": last.stats.to_dict(),
     }
+
+
+def _rounded(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 3)
+
+
+def _chunks(wanted: int | None) -> ChunkSize:
+    """Return the prompt tokens per pass: as asked for, or paced if a person waits."""
+    from ..model.prefill import PREFILL_CHUNK, PacedChunks
+
+    if wanted is not None:
+        return wanted
+    return PacedChunks(PREFILL_CHUNK) if sys.stdout.isatty() else PREFILL_CHUNK
 
 
 def prompt_text(option: str) -> str:

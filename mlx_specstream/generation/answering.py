@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..model.cache import KVCache, to_mlx_lm
+from ..model.prefill import ChunkSize
 from ..planner.adaptive import AutoDecoder
 from ..speculation.decode import StreamDecoder
 from ..speculation.plain import PlainDecoder
@@ -50,7 +51,7 @@ class Answering:
     given: list[int] = field(default_factory=list)
 
     def responses(
-        self, module: nn.Module, chunk: int, progress: Progress | None
+        self, module: nn.Module, chunk: ChunkSize, progress: Progress | None
     ) -> Iterator[GenerationResponse]:
         """Yield a response per token until the answer is over.
 
@@ -73,7 +74,7 @@ class Answering:
         self.stats = self.stats.after([piece.origin for piece in self.pieces], result.drafted)
         return self.answer.finish_reason is None
 
-    def _tokens(self, chunk: int, progress: Progress) -> Iterator[GenerationResponse]:
+    def _tokens(self, chunk: ChunkSize, progress: Progress) -> Iterator[GenerationResponse]:
         started = time.perf_counter()
         total = len(self.prompt)
         progress(0, total)

@@ -22,7 +22,7 @@ from ..config import CacheConfig, DecodeConfig
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK
+from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
 from ..speculation.decode import StreamDecoder
@@ -87,7 +87,7 @@ def stream_generate(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
-    prefill_step_size: int = PREFILL_CHUNK,
+    prefill_step_size: ChunkSize = PREFILL_CHUNK,
     prompt_progress_callback: Progress | None = None,
     config: DecodeConfig | None = None,
     speculative: bool = True,
@@ -114,6 +114,7 @@ def stream_generate(
         config: how to decode; None for the tree that pays here, plain decoding included.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
+        prefill_step_size: prompt tokens per pass, or `PacedChunks` for a prompt someone waits for.
         continues: the answer goes on with the prompt's text and keeps the blank it may begin
             with; None: where the prompt is a text that does not end with a control token.
         seed: of this answer's random numbers; None takes one from MLX's global generator, so
@@ -133,7 +134,7 @@ def stream_generate(
     caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     cache = cache_for(model, prompt_cache, caching)
     max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
-    if prefill_step_size < 1:
+    if isinstance(prefill_step_size, int) and prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
     chooser = TokenChooser(
         needed_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed

@@ -11,6 +11,8 @@ from ..speculation.result import DraftRecord
 from ..speculation.statistics import SpeculationStats
 from .answer import FinishReason
 
+FEWEST_TIMED = 3  # tokens or passes; the rate of fewer says how fast a clock is, not a model
+
 
 @dataclass(frozen=True)
 class GenerationResponse:
@@ -43,6 +45,16 @@ class GenerationResponse:
         return self.origin > 0
 
     @property
+    def prompt_rate(self) -> float | None:
+        """Return prompt tokens per second, None of a prompt too short to tell."""
+        return self.prompt_tps if self.prompt_tokens >= FEWEST_TIMED else None
+
+    @property
+    def generation_rate(self) -> float | None:
+        """Return tokens per second, None after too few passes to tell (the first is not timed)."""
+        return self.generation_tps if self.stats.passes >= FEWEST_TIMED else None
+
+    @property
     def logprobs(self) -> mx.array:
         """Return the target's log-probabilities (V,), computed when asked for."""
         logits = self.processed(self.logits)
@@ -52,14 +64,15 @@ class GenerationResponse:
 def summary(response: GenerationResponse) -> str:
     """Return the figures of an answer's last response in lines, mlx-lm's first."""
     lines = [
-        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
-        (
-            f"Generation: {response.generation_tokens} tokens, "
-            f"{response.generation_tps:.3f} tokens-per-sec"
-        ),
+        f"Prompt: {_counted(response.prompt_tokens, response.prompt_rate)}",
+        f"Generation: {_counted(response.generation_tokens, response.generation_rate)}",
         f"Peak memory: {response.peak_memory:.3f} GB",
     ]
     if response.stats.drafted:
         lossy = " (lossy)" if response.stats.lossy else ""
         lines.append(f"Speculation{lossy}: {response.stats}")
     return "\n".join(lines)
+
+
+def _counted(tokens: int, rate: float | None) -> str:
+    return f"{tokens} tokens" + ("" if rate is None else f", {rate:.3f} tokens-per-sec")

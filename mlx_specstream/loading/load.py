@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..errors import ModelError, OptionError
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, prefill_chunks
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
 from ..model.probe import check_backbone
 from ..speculation.streams import Streams
 from ..weights.hub import fetch, first_line, refuse_revision
@@ -73,7 +73,7 @@ class StreamModel:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prefill(
-        self, tokens: Sequence[int], cache: KVCache, chunk: int = PREFILL_CHUNK
+        self, tokens: Sequence[int], cache: KVCache, chunk: ChunkSize = PREFILL_CHUNK
     ) -> Iterator[int]:
         """Append `tokens` to a cache a chunk at a time, yielding how many are done.
 

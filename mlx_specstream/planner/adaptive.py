@@ -21,7 +21,7 @@ from typing import Protocol
 
 from ..config import DecodeConfig
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK
+from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..speculation.decode import StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.result import StepResult
@@ -82,7 +82,7 @@ class AutoDecoder:
         tokens: Sequence[int],
         cache: KVCache,
         on_progress: Callable[[int, int], None] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: ChunkSize = PREFILL_CHUNK,
     ) -> None:
         """Append all of `tokens` to the committed text; the last prompt token is not for here."""
         self.plain.prefill(tokens, cache, on_progress, chunk)

@@ -46,12 +46,10 @@ def encode_prompt(
         ids: list[int] = list(tokenizer.encode(text + (response or "")))
         return ids
     control = ControlTokens.of(tokenizer)
-    turns = [
-        {**turn, "content": control.of_turn(turn["role"], turn["content"])}
-        if turn["content"] is not None  # a call alone
-        else turn
-        for turn in prompt.messages
-    ]
+    turns = [dict(turn) for turn in prompt.messages]
+    for turn in turns:
+        if turn["content"] is not None:  # a call alone
+            turn["content"] = control.of_turn(turn["role"], turn["content"])
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     open_end = unfinished or response is not None

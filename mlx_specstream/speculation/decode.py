@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..config import DecodeConfig, StreamConfig, TreeSpec
 from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, prefill
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .condition import Conditioner
 from .prune import Pruner
 from .result import DraftRecord, StepResult, read_report, to_ints
@@ -82,7 +82,7 @@ class StreamDecoder:
         tokens: Sequence[int],
         cache: KVCache,
         on_progress: Callable[[int, int], None] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: ChunkSize = PREFILL_CHUNK,
     ) -> None:
         """Append all of `tokens` to the committed text; the last prompt token is not for here."""
         prefill(self.streams.forward, tokens, cache, on_progress, chunk)

@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..config import DecodeConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, prefill
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .decode import StreamDecoder
 from .result import StepResult, read_report
 from .sampling import TokenChooser
@@ -36,7 +36,7 @@ class PlainDecoder:
         tokens: Sequence[int],
         cache: KVCache,
         on_progress: Callable[[int, int], None] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: ChunkSize = PREFILL_CHUNK,
     ) -> None:
         """Append all of `tokens` to the committed text; the last prompt token is not for here."""
         prefill(self.backbone.forward, tokens, cache, on_progress, chunk)

@@ -11,13 +11,14 @@ from prompt_toolkit.document import Document
 
 from mlx_specstream import StreamModel
 from mlx_specstream.apps.chat import app, commands
+from mlx_specstream.apps.chat.autosave import Autosave
 from mlx_specstream.apps.chat.chat import Chat, short_name
 from mlx_specstream.apps.chat.commands import COMMANDS, Edit, Leave
-from mlx_specstream.apps.chat.keeper import Keeper
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import SETTINGS, Settings
 from mlx_specstream.apps.chat.view import PlainView
 from mlx_specstream.apps.conversation import Conversation, Exchange
+from mlx_specstream.apps.saving import load_conversation
 from mlx_specstream.config import PruneSpec, TreeSpec, TypicalSpec
 from mlx_specstream.errors import OptionError
 from tests.apps.parrot import ANSWER
@@ -30,7 +31,7 @@ def chat(parrot: tuple[StreamModel, Any]) -> Chat:
     return Chat(
         session,
         PlainView(io.StringIO(), io.StringIO()),
-        Keeper("parrot", automatic=True),
+        Autosave("parrot", automatic=True),
         interactive=True,
     )
 
@@ -104,7 +105,7 @@ def test_a_line_editors_keys(chat: Chat) -> None:
     assert app.run(chat, reader) == 0
     assert reader.defaults == ["", "a", "", "", "a", "", ""]
     assert [e.question for e in chat.session.conversation.exchanges] == ["b"]
-    assert chat.keeper.own is not None
+    assert chat.autosave.own is not None
     assert "(nothing was changed)" in written(chat)
     assert app.LEAVE_HINT in written(chat)
 
@@ -124,6 +125,84 @@ def test_the_speed_is_measured_once_for_each_setting(chat: Chat) -> None:
     app.run(chat, Lines("three"))
     assert chat.session.conversation.exchanges[-1].answer == ANSWER
     assert chat.status(chat.session.reply)[1] == "plain"
+
+
+def test_undo_goes_back_one_change_at_a_time(chat: Chat) -> None:
+    first = chat.session.conversation
+    app.run(chat, Lines("one"))
+    own = chat.autosave.own
+    assert own is not None
+    commands.run(chat, "/system be kind")
+    app.run(chat, Lines("/edit 1 other"))
+    commands.run(chat, "/clear")
+    assert chat.autosave.own is None
+
+    def questions() -> list[str]:
+        return [e.question for e in chat.session.conversation.exchanges]
+
+    for wanted, system in (
+        (["other"], "be kind"),
+        (["a", "one"], "be kind"),
+        (["a", "one"], None),
+        (["a"], None),
+    ):
+        commands.run(chat, "/undo")
+        assert (questions(), chat.session.conversation.system) == (wanted, system)
+    assert chat.session.conversation == first
+    with pytest.raises(OptionError, match="nothing to undo"):
+        commands.run(chat, "/undo")
+    app.run(chat, Lines("two"))
+    assert questions() == ["a", "two"]
+    assert chat.session.conversation.exchanges[-1].answer == ANSWER
+    commands.run(chat, "/undo")
+    kept = load_conversation(chat.autosave.own) if chat.autosave.own else None
+    assert kept is None or kept == chat.session.conversation, "what is resumed is what is left"
+
+
+def test_undo_of_the_first_question_is_kept_too(chat: Chat) -> None:
+    chat.session.conversation = Conversation()
+    app.run(chat, Lines("one", "two"))
+    own = chat.autosave.own
+    assert own is not None
+    commands.run(chat, "/undo")
+    assert load_conversation(own) == chat.session.conversation
+
+
+def test_drafts_of_a_plain_answer(chat: Chat) -> None:
+    commands.run(chat, "/set mode plain")
+    app.run(chat, Lines("one", "/draft"))
+    assert written(chat).count("/set mode speculative, then /retry") == 1
+    assert "main stream" not in written(chat)
+    app.run(chat, Lines("/draft on", "two"))
+    assert written(chat).count("/set mode speculative, then /retry") == 2, "said unasked"
+    app.run(chat, Lines("/set mode speculative", "/set tree chain", "/retry", "/draft"))
+    assert written(chat).count("main stream") == 3
+    assert written(chat).count("decoded plainly") == 2
+
+
+def test_parts_of_characters_say_so(chat: Chat) -> None:
+    commands.run(chat, "/tokens aé你!")
+    assert "7: a|‥|é|‥|‥|你|!" in written(chat)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+@pytest.mark.parametrize("line", ["/help", "/set", "/stats", "/tokens"])
+def test_names_are_whole_on_any_screen(chat: Chat, width: int, line: str) -> None:
+    app.run(chat, Lines("one"))
+    chat.view.console.width = width
+    assert isinstance(chat.view, PlainView)
+    chat.view.out = io.StringIO()
+    commands.run(chat, line)
+    names = {
+        "/help": [command.usage for command in COMMANDS.values()],
+        "/set": list(SETTINGS),
+        "/stats": ["prompt", "reading", "writing", "memory"],
+        "/tokens": ["asked", "answered"],
+    }[line]
+    text = chat.view.out.getvalue()
+    for name in names:
+        assert name in text, text
+    assert max(len(row) for row in text.splitlines()) <= width
 
 
 def test_completion(chat: Chat) -> None:
@@ -157,6 +236,7 @@ def test_settings_are_read_and_shown() -> None:
         ("seed", "7"),
         ("max-tokens", "-1"),
         ("mode", "plain"),
+        ("thinking", "hidden"),
         ("tree", "3^2"),
         ("prune", "8:0.5"),
         ("schedule", "inline"),

@@ -68,6 +68,17 @@ def test_every_line_is_a_turn(chat: Callable[..., tuple[int, str, str]]) -> None
     assert "\x1b" not in text
 
 
+def test_single_letters_of_mlx_lm_chat(chat: Callable[..., tuple[int, str, str]]) -> None:
+    status, text, err = chat(b"one\nr\n/tokens\nh\ntwo\nq\nnever\n")
+    assert status == 0
+    assert text.count("That is *all*") == 2
+    assert "0 tokens in all" in text
+    assert "/retry" in text
+    assert "a new conversation" in err
+    # With anything beside it a letter is text, as there.
+    assert chat(b" q\n")[1] == ANSWER + "\n"
+
+
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_specstream.apps.chat.keeper import Keeper
-from mlx_specstream.apps.chat.places import newest_conversation
+from mlx_specstream.apps.chat.autosave import Autosave
+from mlx_specstream.apps.chat.paths import newest_conversation
 from mlx_specstream.apps.conversation import Conversation, Exchange
 from mlx_specstream.apps.saving import FORMAT, load_conversation, save_conversation
 from mlx_specstream.errors import DataError, OutputError
@@ -46,39 +46,39 @@ def test_any_text_survives(
 def test_another_file_is_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "precious.txt"
     path.write_text("mine")
-    keeper = Keeper("demo", automatic=True)
+    autosave = Autosave("demo", automatic=True)
     with pytest.raises(OutputError, match="exists already"):
-        keeper.save(TALK, str(path))
+        autosave.save(TALK, str(path))
     assert path.read_text() == "mine"
 
 
 def test_a_chats_own_files_are_replaced(tmp_path: Path) -> None:
-    keeper = Keeper("demo", automatic=True)
-    path = keeper.save(TALK, str(tmp_path / "talk.json"))
-    keeper.save(Conversation(None, [Exchange("x", "y")]), str(path))
+    autosave = Autosave("demo", automatic=True)
+    path = autosave.save(TALK, str(tmp_path / "talk.json"))
+    autosave.save(Conversation(None, [Exchange("x", "y")]), str(path))
     assert load_conversation(path).exchanges == [Exchange("x", "y")]
-    other = Keeper("demo", automatic=True)
+    other = Autosave("demo", automatic=True)
     other.load(str(path))
     other.save(TALK, str(path))
     assert load_conversation(path) == TALK
 
 
 def test_a_conversation_follows_into_its_own_file(tmp_path: Path) -> None:
-    keeper = Keeper("demo", automatic=True)
-    keeper.keep(Conversation())
-    assert keeper.own is None, "nothing to keep"
-    keeper.keep(TALK)
-    first = keeper.own
-    keeper.keep(TALK)
-    assert keeper.own == first == newest_conversation()
+    autosave = Autosave("demo", automatic=True)
+    autosave.write(Conversation())
+    assert autosave.own is None, "nothing to keep"
+    autosave.write(TALK)
+    first = autosave.own
+    autosave.write(TALK)
+    assert autosave.own == first == newest_conversation()
     assert first is not None
     assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
-    keeper.start_over()
-    keeper.keep(TALK)
-    assert keeper.own != first
+    autosave.start_over()
+    autosave.write(TALK)
+    assert autosave.own != first
     assert first.is_file()
-    quiet = Keeper("demo", automatic=False)
-    quiet.keep(TALK)
+    quiet = Autosave("demo", automatic=False)
+    quiet.write(TALK)
     assert quiet.own is None
 
 

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from mlx_specstream import StreamModel
 from mlx_specstream.apps.chat.drafts import DraftView, drawing, mark
+from mlx_specstream.apps.chat.live_region import LiveRegion
 from mlx_specstream.apps.chat.markdown import BlockSplitter
-from mlx_specstream.apps.chat.region import LiveRegion
 from mlx_specstream.apps.chat.session import ChatSession, DraftStep, Reply
-from mlx_specstream.apps.chat.status import fitted
+from mlx_specstream.apps.chat.status import fitted, wrapped
 from mlx_specstream.apps.chat.text import on_one_line, printable
 from mlx_specstream.apps.chat.view import PlainView, TerminalView, block_lines
 from mlx_specstream.apps.conversation import Conversation
@@ -121,6 +121,13 @@ def test_no_escape_sequence_survives() -> None:
     assert text.startswith("a␛]0;title␇b")
     assert printable("👨‍👩‍👧 ‍ naïve 中文") == "👨‍👩‍👧 ‍ naïve 中文"
     assert on_one_line("a\n\tb") == "a⏎⇥b"
+
+
+def test_parts_of_a_status_are_not_broken() -> None:
+    parts = ["Some-Model-4bit", "lossless", "context 8192", "/help"]
+    assert wrapped(parts, 80) == "Some-Model-4bit · lossless · context 8192 · /help"
+    assert wrapped(parts, 30) == "Some-Model-4bit · lossless\ncontext 8192 · /help"
+    assert wrapped(parts, 5).splitlines() == parts
 
 
 def test_the_status_line_fits() -> None:

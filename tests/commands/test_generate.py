@@ -57,6 +57,66 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["streams"] == folder
 
 
+@pytest.mark.parametrize(("count", "known"), [(1, False), (2, False), (3, True)])
+def test_a_rate_of_one_or_two_tokens_is_not_told(
+    folder: str, capsys: pytest.CaptureFixture[str], count: int, known: bool
+) -> None:
+    words = ["--model", folder, "-p", "hello", "-m", str(count), "--no-speculation"]
+    out, _ = spoken(capsys, *words)
+    (line,) = [line for line in out.splitlines() if line.startswith("Generation:")]
+    assert line.startswith(f"Generation: {count} tokens")
+    assert ("tokens-per-sec" in line) == known
+    record = json.loads(spoken(capsys, *words, "--json")[0])
+    assert (record["generation_tps"] is not None) == known
+    assert record["prompt_tps"] is not None
+    words += ["--ignore-chat-template", "--prompt", "hi"]
+    assert json.loads(spoken(capsys, *words, "--json")[0])["prompt_tps"] is None
+
+
+class Tty(io.StringIO):
+    """A terminal that remembers all it was sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_of_a_long_prompt_at_a_terminal(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", folder, "-p", "hello" * 20, "-m", "2", "--verbose", "F"]
+    words += ["--prefill-step-size", "40"]
+    plain = spoken(capsys, *words)
+    assert plain[1] == ""
+    err = Tty()
+    monkeypatch.setattr("sys.stderr", err)
+    assert spoken(capsys, *words)[0] == plain[0]
+    lines = err.getvalue().split("\r")
+    assert [line for line in lines if "reading" in line] == [
+        f"\x1b[Kreading {done}/103 tokens" for done in (0, 40, 80, 102)
+    ]
+    assert lines[-1] == "\x1b[K", "the line is taken away"
+
+
+def test_a_terminal_gets_paced_chunks(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[object] = []
+    given = answering.Answering.responses
+
+    def noted(self: Any, module: Any, chunk: object, progress: Any) -> Any:
+        chunks.append(chunk)
+        return given(self, module, chunk, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(answering.Answering, "responses", noted)
+    words = ["--model", folder, "-p", "hello", "-m", "1"]
+    spoken(capsys, *words)
+    monkeypatch.setattr("sys.stdout", Tty())
+    spoken(capsys, *words)
+    spoken(capsys, *words, "--prefill-step-size", "300")
+    assert [type(chunk).__name__ for chunk in chunks] == ["int", "PacedChunks", "int"]
+    assert chunks[::2] == [2048, 300]
+
+
 def test_stop_strings_and_tokens(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", folder, "-p", "hi", "-m", "20", "--json"]
     whole = json.loads(spoken(capsys, *words)[0])

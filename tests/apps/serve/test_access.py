@@ -86,7 +86,7 @@ def test_a_wrong_key_is_refused(make_service: MakeService, given: str | None) ->
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
-    for path in ("/", "/page.js", "/health", "/openapi.json"):
+    for path in ("/", "/page.js", "/markdown.js", "/health", "/openapi.json"):
         assert client.get(path, headers=headers).status_code == 200
 
 

@@ -448,6 +448,8 @@ def test_the_page_runs_nothing_from_elsewhere(client: TestClient) -> None:
     assert page.headers["x-content-type-options"] == "nosniff"
     assert "http://" not in page.text
     assert "https://" not in page.text
-    script = client.get("/page.js")
-    assert script.headers["content-type"].startswith("text/javascript")
-    assert "innerHTML" not in script.text
+    for name in ("page", "markdown", "server", "store"):
+        script = client.get(f"/{name}.js")
+        assert script.headers["content-type"].startswith("text/javascript")
+        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert way not in script.text

@@ -7,10 +7,10 @@ from pathlib import Path
 from ...weights.files import IfExists
 from ..conversation import Conversation
 from ..saving import load_conversation, save_conversation
-from .places import new_conversation_file
+from .paths import new_conversation_file
 
 
-class Keeper:
+class Autosave:
     """Knows which files are this chat's own, so that it overwrites no others.
 
     own: the file that follows the conversation, None until there is something to keep.
@@ -22,13 +22,13 @@ class Keeper:
         self.own = own
         self.may_replace: set[Path] = set()
 
-    def keep(self, conversation: Conversation) -> None:
-        """Write the conversation to the chat's own file, if there is anything to write.
+    def write(self, conversation: Conversation) -> None:
+        """Write the conversation to the chat's own file, which begins with the first question.
 
         Raises:
             OutputError: it cannot be written.
         """
-        if not self.automatic or not conversation.exchanges:
+        if not self.automatic or not (conversation.exchanges or self.own):
             return
         if self.own is None:
             self.own = new_conversation_file()
@@ -47,7 +47,7 @@ class Keeper:
         return path
 
     def load(self, name: str) -> Conversation:
-        """Read a conversation; from here on it is followed in a new file.
+        """Read a conversation that a person names; `save` may replace its file.
 
         Raises:
             DataError: the file cannot be read or holds something else.
@@ -55,7 +55,6 @@ class Keeper:
         path = Path(name).expanduser()
         conversation = load_conversation(path)
         self.may_replace.add(path.absolute())
-        self.own = None
         return conversation
 
     def start_over(self) -> None:
