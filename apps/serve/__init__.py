@@ -4,9 +4,9 @@ A request's way through the files:
 
 guard ──► endpoints ──► body, schema      who may ask; JSON that is what the description says
               │ ├─────► prompt, settings  messages to token ids; how tokens are to be drawn
-              │ └─────► engine ──► turns ──► generating   one thread owns the model; one answer
+              │ └─────► engine ──► scheduler ──► request_state one thread owns the model; one answer
               ▼              ▲          └──► prefixes     KV caches shared between requests
-   answering, replies ◄ work ┘                            passes to OpenAI's JSON and events
+   answering, replies ◄ request ┘                         passes to OpenAI's JSON and events
               └──► tool_calls
 
 `responses/` and `messages/` are two further APIs over the same chat: `request` makes a chat request of

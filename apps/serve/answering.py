@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 
 from .disconnect import until_gone
 from .replies import Choice, Reply
+from .request import Event, Failure, Request
 from .service import Service
 from .settings import Settings
-from .work import Event, Failure, Work
 
 KEEP_ALIVE_S = 10.0  # between signs of life while an answer waits or its prompt is read
 GRACE_S = 5.0  # beyond the time limit, for the last events to be sent
@@ -47,21 +47,21 @@ class Answering:
         self.events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         deadline = arrived + service.limits.time_limit_s
-        self.works: list[Work] = []
+        self.requests: list[Request] = []
         n = len(reply.choices) // len(prompts)
         for place, choice in enumerate(reply.choices):
             number = place % n  # of the answers to one prompt
-            self.works.append(
-                Work(
+            self.requests.append(
+                Request(
                     prompt=prompts[place // n],
                     settings=settings[place],
                     deliver=partial(self._deliver, choice),
                     deadline=deadline,
-                    after=self.works[-1] if number else None,
+                    after=self.requests[-1] if number else None,
                     shared=number < n - 1,
                 )
             )
-        service.engine.submit(self.works)
+        service.engine.submit(self.requests)
 
     def _deliver(self, choice: Choice, event: Event) -> None:
         """Take an event, in the engine's thread."""
@@ -84,7 +84,7 @@ class Answering:
 
     def close(self) -> None:
         """Let go of what is not finished, and count what was."""
-        self.service.engine.cancel(self.works)
+        self.service.engine.cancel(self.requests)
         metrics, usage = self.service.metrics, self.reply.usage()
         metrics.duration.observe(time.monotonic() - self.arrived)
         metrics.prompt_tokens.inc(usage["prompt_tokens"])

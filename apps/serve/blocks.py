@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .replies import Delta
+from .request import Piece
 from .tool_calls import Call
-from .work import Piece
 
 Kind = Literal["reasoning", "text", "call"]
 

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 import mlx.core as mx
 
 from .errors import ApiError, invalid
-from .work import Decoding, Event, Failure, Progress, Work
+from .request import Decoding, Event, Failure, Progress, Request
 
 log = logging.getLogger("mlx_specstream")
 
@@ -41,7 +41,7 @@ class Engine:
         self.make = make
         self.decode_concurrency = decode_concurrency
         self.max_queue = max_queue
-        self.waiting: deque[Work] = deque()
+        self.waiting: deque[Request] = deque()
         self.active = 0
         self.seconds_per_answer = 1.0  # a running mean, for Retry-After
         self._changed = threading.Condition()
@@ -70,7 +70,7 @@ class Engine:
         """Tell whether answers are being generated."""
         return self._thread.is_alive() and self._closing is None
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         """Line up the answers to one request, all or none.
 
         Raises:
@@ -82,18 +82,18 @@ class Engine:
             if not self._thread.is_alive():
                 raise ApiError(503, "the model is not running; restart the server.")
             room = self.decode_concurrency + self.max_queue
-            if self.active + len(self.waiting) + len(works) > room:
-                raise self._full(len(works))
-            self.waiting.extend(works)
+            if self.active + len(self.waiting) + len(requests) > room:
+                raise self._full(len(requests))
+            self.waiting.extend(requests)
             self._changed.notify()
 
-    def cancel(self, works: Sequence[Work]) -> None:
+    def cancel(self, requests: Sequence[Request]) -> None:
         """Let go of answers nobody waits for; those that wait in line leave it at once."""
         with self._changed:
-            for work in works:
-                work.cancelled = True
-                if work in self.waiting:
-                    self.waiting.remove(work)
+            for request in requests:
+                request.cancelled = True
+                if request in self.waiting:
+                    self.waiting.remove(request)
             self._changed.notify()
 
     def close(self) -> None:
@@ -153,11 +153,11 @@ class Engine:
         finally:
             reason = self._closing or ApiError(500, "the model stopped unexpectedly.")
             with self._changed:
-                left = [*decoding.works, *self.waiting]
+                left = [*decoding.requests, *self.waiting]
                 self.waiting.clear()
                 self.active = 0
-            for work in left:
-                self._deliver(work, Failure(reason))
+            for request in left:
+                self._deliver(request, Failure(reason))
 
     def _turn(self, decoding: Decoding) -> bool:
         """Admit, decode one step, tidy up; return False when it is time to stop."""
@@ -172,40 +172,40 @@ class Engine:
             events = decoding.step()
         except Exception as error:
             # Which answer it was is not known, and no state can be trusted.
-            for work in list(decoding.works):
-                self._fail(decoding, work, error)
+            for request in list(decoding.requests):
+                self._fail(decoding, request, error)
             events = []
-        for work, event in events:
-            self._deliver(work, event)
+        for request, event in events:
+            self._deliver(request, event)
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
         now = time.monotonic()
-        for work in list(decoding.works):
-            if not work.over and not work.cancelled and now > work.deadline:
-                self._deliver(work, out_of_time(work))
-            if work.over or work.cancelled:
-                self._end(decoding, work)
+        for request in list(decoding.requests):
+            if not request.over and not request.cancelled and now > request.deadline:
+                self._deliver(request, out_of_time(request))
+            if request.over or request.cancelled:
+                self._end(decoding, request)
         return True
 
-    def _next(self) -> Work | None:
+    def _next(self) -> Request | None:
         """Return the first in line, unless the answer it comes after still reads the prompt."""
         if not self.waiting:
             return None
-        work = self.waiting[0]
-        before = work.after
+        request = self.waiting[0]
+        before = request.after
         ready = before is None or before.prompt_read or before.over or before.cancelled
-        return work if ready else None
+        return request if ready else None
 
     def _admit(self, decoding: Decoding) -> None:
         """Take on as many answers as may be decoded at once; those out of time leave the line."""
         now = time.monotonic()
         with self._changed:
-            late = [work for work in self.waiting if now > work.deadline]
-            for work in late:
-                self.waiting.remove(work)
-        for work in late:
-            self._deliver(work, out_of_time(work))
+            late = [request for request in self.waiting if now > request.deadline]
+            for request in late:
+                self.waiting.remove(request)
+        for request in late:
+            self._deliver(request, out_of_time(request))
         while True:
             with self._changed:
                 first = self._next() if self.active < self.decode_concurrency else None
@@ -221,36 +221,36 @@ class Engine:
                     self.active -= 1
                 self._deliver(first, Failure.of(error))
 
-    def _fail(self, decoding: Decoding, work: Work, error: Exception) -> None:
-        self._deliver(work, Failure.of(error))
-        self._end(decoding, work)
+    def _fail(self, decoding: Decoding, request: Request, error: Exception) -> None:
+        self._deliver(request, Failure.of(error))
+        self._end(decoding, request)
 
-    def _end(self, decoding: Decoding, work: Work) -> None:
-        work.over = True
+    def _end(self, decoding: Decoding, request: Request) -> None:
+        request.over = True
         try:
-            decoding.end(work)
+            decoding.end(request)
         except Exception:
             log.exception("an answer could not be ended cleanly")
         with self._changed:
             self.active -= 1
-        spent = time.monotonic() - work.begun_at
+        spent = time.monotonic() - request.begun_at
         self.seconds_per_answer += 0.2 * (spent - self.seconds_per_answer)
 
-    def _deliver(self, work: Work, event: Event) -> None:
+    def _deliver(self, request: Request, event: Event) -> None:
         """Hand over an event; an answer is over after a finish reason or an error."""
-        if work.over or work.cancelled:
+        if request.over or request.cancelled:
             return
         if isinstance(event, Progress):
-            work.last = event
-        work.over = isinstance(event, Failure) or event.finish_reason is not None
-        work.deliver(event)
+            request.last = event
+        request.over = isinstance(event, Failure) or event.finish_reason is not None
+        request.deliver(event)
 
 
-def out_of_time(work: Work) -> Event:
+def out_of_time(request: Request) -> Event:
     """Return the end of an answer whose time is over: what there is of it, or an error."""
-    if work.last is None:
+    if request.last is None:
         return Failure(
             ApiError(503, "the server was too busy to begin this answer in time; try again later.")
         )
-    last = work.last
+    last = request.last
     return Progress((), "length", last.stats, last.cached_tokens, last.tokens_per_s)

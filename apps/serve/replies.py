@@ -17,8 +17,8 @@ from ... import __version__
 from ...speculation.statistics import SpeculationStats
 from ..thinking import ThoughtSplitter
 from .errors import ApiError
+from .request import Alternative, Piece, Progress
 from .tool_calls import Call, CallReader
-from .work import Alternative, Piece, Progress
 
 Json = dict[str, Any]
 FINGERPRINT = f"mlx-specstream-{__version__}"

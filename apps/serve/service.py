@@ -27,10 +27,10 @@ from .limits import Limits
 from .metrics import Metrics
 from .prefixes import PrefixStore
 from .prompt import PromptEncoder
+from .request import Decoding
+from .scheduler import Scheduler
 from .schema import ChatRequest, CompletionRequest
 from .settings import Settings
-from .turns import Turns
-from .work import Decoding
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -218,7 +218,7 @@ def start_service(
         backbone = model.backbone
         check_quantised(backbone.forward, backbone.windows, caching or CacheConfig())
         with wired_limit(model.model):
-            turns = Turns(
+            scheduler = Scheduler(
                 model,
                 tokenizer,
                 prompt_cache_bytes=limits.prompt_cache_bytes,
@@ -227,9 +227,9 @@ def start_service(
                 prefill_step_size=limits.prefill_step_size,
                 caching=caching,
             )
-            turns.warm_up()
-            found.append((model, tokenizer, turns.prefixes))
-            yield turns
+            scheduler.warm_up()
+            found.append((model, tokenizer, scheduler.prefixes))
+            yield scheduler
 
     engine = Engine(
         making, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue

@@ -18,8 +18,8 @@ from mlx_specstream import StreamModel, TreeSpec, load
 from mlx_specstream.apps.serve.app import create_app
 from mlx_specstream.apps.serve.limits import Access, Limits
 from mlx_specstream.apps.serve.run import DrainingServer, listen, url_of
+from mlx_specstream.apps.serve.scheduler import Scheduler
 from mlx_specstream.apps.serve.service import Service, start_service
-from mlx_specstream.apps.serve.turns import Turns
 from mlx_specstream.config import DecodeConfig
 from tests.apps.parrot import save_parrot
 from tests.support.scripted import with_streams
@@ -143,14 +143,14 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Every step of the model waits for this gate."""
-    gate, step = Gate(), Turns.step
+    gate, step = Gate(), Scheduler.step
 
-    def held(self: Turns) -> Any:
-        if self.works:
+    def held(self: Scheduler) -> Any:
+        if self.requests:
             gate.wait()
         return step(self)
 
-    monkeypatch.setattr(Turns, "step", held)
+    monkeypatch.setattr(Scheduler, "step", held)
     yield gate
     gate.open()
 

@@ -10,12 +10,12 @@ from mlx_specstream.apps.serve.blocks import Blocks
 from mlx_specstream.apps.serve.errors import ApiError
 from mlx_specstream.apps.serve.messages.reply import MessageReply
 from mlx_specstream.apps.serve.replies import Choice, Delta
+from mlx_specstream.apps.serve.request import Alternative, Piece
 from mlx_specstream.apps.serve.responses.reply import ResponseReply
 from mlx_specstream.apps.serve.responses.request import parsed_response
 from mlx_specstream.apps.serve.responses.store import ResponseStore
 from mlx_specstream.apps.serve.service import Defaults
 from mlx_specstream.apps.serve.tool_calls import Call
-from mlx_specstream.apps.serve.work import Alternative, Piece
 
 ADD = Call("add", '{"a": 1}', "call_1")
 PING = Call("ping", "{}", "call_2")

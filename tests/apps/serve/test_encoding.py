@@ -13,7 +13,7 @@ import pytest
 
 from mlx_specstream.apps.serve.errors import ApiError
 from mlx_specstream.apps.serve.prompt import PromptEncoder
-from mlx_specstream.apps.serve.turns import Turns
+from mlx_specstream.apps.serve.scheduler import Scheduler
 from mlx_specstream.errors import DataError, OptionError
 from tests.apps.serve.conftest import Live, MakeService, ask, client_of
 from tests.support.tiny import byte_tokenizer
@@ -97,11 +97,11 @@ def test_what_fails_before_the_first_token_has_a_status(
     status: int,
     stream: bool,
 ) -> None:
-    def failing(self: Turns, work: Any) -> None:
+    def failing(self: Scheduler, work: Any) -> None:
         raise error
 
     client = client_of(make_service())
-    monkeypatch.setattr(Turns, "begin", failing)
+    monkeypatch.setattr(Scheduler, "begin", failing)
     response = client.post(CHAT, json=ask(stream=stream))
     assert response.status_code == status
     assert json.loads(response.text)["error"]["message"]

@@ -13,73 +13,75 @@ import pytest
 
 from mlx_specstream.apps.serve.engine import Engine
 from mlx_specstream.apps.serve.errors import ApiError
+from mlx_specstream.apps.serve.request import Event, Failure, Piece, Progress, Request
 from mlx_specstream.apps.serve.settings import Settings
-from mlx_specstream.apps.serve.work import Event, Failure, Piece, Progress, Work
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.speculation.statistics import SpeculationStats
 
 
-class Turns:
+class Scheduler:
     """Decodes "token n of n": each step gives one answer in turn a token, when told to go."""
 
     def __init__(self) -> None:
-        self.works: list[Work] = []
-        self.given: dict[Work, int] = {}
-        self.ended: list[Work] = []
+        self.requests: list[Request] = []
+        self.given: dict[Request, int] = {}
+        self.ended: list[Request] = []
         self.go = threading.Semaphore(0)
         self.error: Exception | None = None
 
-    def begin(self, work: Work) -> None:
-        if work.prompt == [13]:
+    def begin(self, request: Request) -> None:
+        if request.prompt == [13]:
             raise OptionError("thirteen cannot be begun.")
-        self.works.append(work)
-        work.prompt_read = True
+        self.requests.append(request)
+        request.prompt_read = True
 
-    def end(self, work: Work) -> None:
-        self.works.remove(work)
-        self.ended.append(work)
+    def end(self, request: Request) -> None:
+        self.requests.remove(request)
+        self.ended.append(request)
 
-    def step(self) -> list[tuple[Work, Event]]:
-        if not self.works:
+    def step(self) -> list[tuple[Request, Event]]:
+        if not self.requests:
             return []
         assert self.go.acquire(timeout=30)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        work = self.works.pop(0)
-        self.works.append(work)
-        count = self.given[work] = self.given.get(work, 0) + 1
-        finish = "length" if count == work.settings.max_tokens else None
+        request = self.requests.pop(0)
+        self.requests.append(request)
+        count = self.given[request] = self.given.get(request, 0) + 1
+        finish = "length" if count == request.settings.max_tokens else None
         stats = SpeculationStats(count, count)
-        return [(work, Progress((Piece(count, "x", 0),), finish, stats, 0, 1.0))]
+        return [(request, Progress((Piece(count, "x", 0),), finish, stats, 0, 1.0))]
 
 
-Make = Callable[..., tuple[Engine, Turns]]
+Make = Callable[..., tuple[Engine, Scheduler]]
 
 
 @pytest.fixture
 def make_engine() -> Iterator[Make]:
-    made: list[tuple[Engine, Turns]] = []
+    made: list[tuple[Engine, Scheduler]] = []
 
-    def make(concurrency: int = 2, max_queue: int = 2) -> tuple[Engine, Turns]:
-        turns = Turns()
+    def make(concurrency: int = 2, max_queue: int = 2) -> tuple[Engine, Scheduler]:
+        scheduler = Scheduler()
         engine = Engine(
-            lambda: nullcontext(turns), decode_concurrency=concurrency, max_queue=max_queue
+            lambda: nullcontext(scheduler), decode_concurrency=concurrency, max_queue=max_queue
         )
         engine.start()
-        made.append((engine, turns))
-        return engine, turns
+        made.append((engine, scheduler))
+        return engine, scheduler
 
     yield make
-    for engine, turns in made:
-        turns.go.release(1000)
+    for engine, scheduler in made:
+        scheduler.go.release(1000)
         engine.stop()
 
 
-def work(tokens: int = 3, prompt: int = 1, limit_s: float = 60, **fields: Any) -> tuple[Work, Any]:
+def request(
+    tokens: int = 3, prompt: int = 1, limit_s: float = 60, **fields: Any
+) -> tuple[Request, Any]:
     events: queue.Queue[Event] = queue.Queue()
     deadline = time.monotonic() + limit_s
-    return Work([prompt], Settings(tokens), events.put, deadline, **fields), events
+    return Request([prompt], Settings(tokens), events.put, deadline, **fields), events
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -90,37 +92,37 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_answers_take_turns(make_engine: Make) -> None:
-    engine, turns = make_engine()
+    engine, scheduler = make_engine()
     order: list[int] = []
-    one, other = (work(prompt=prompt)[0] for prompt in (1, 2))
+    one, other = (request(prompt=prompt)[0] for prompt in (1, 2))
     for each in (one, other):
         each.deliver = lambda _, each=each: order.append(each.prompt[0])  # type: ignore[misc]
     engine.submit([one])
     engine.submit([other])
     until(lambda: engine.active == 2)
-    turns.go.release(6)
+    scheduler.go.release(6)
     until(lambda: engine.idle)
     assert order == [1, 2, 1, 2, 1, 2]
-    assert turns.ended == [one, other]
+    assert scheduler.ended == [one, other]
 
 
 def test_a_full_line_is_refused_and_moves_on(make_engine: Make) -> None:
-    engine, turns = make_engine(concurrency=1, max_queue=2)
-    works = [work(tokens=1)[0] for _ in range(3)]
-    for each in works:
+    engine, scheduler = make_engine(concurrency=1, max_queue=2)
+    requests = [request(tokens=1)[0] for _ in range(3)]
+    for each in requests:
         engine.submit([each])
     until(lambda: engine.active == 1)
     with pytest.raises(ApiError) as refused:
-        engine.submit([work()[0]])
+        engine.submit([request()[0]])
     assert refused.value.status == 429
     assert 1 <= int(refused.value.headers["Retry-After"]) <= 60
-    turns.go.release(1)
-    until(lambda: len(turns.ended) == 1)
-    engine.submit([work()[0]])
+    scheduler.go.release(1)
+    until(lambda: len(scheduler.ended) == 1)
+    engine.submit([request()[0]])
     with pytest.raises(ApiError, match="too many"):
-        engine.submit([work()[0], work()[0]])
+        engine.submit([request()[0], request()[0]])
     with pytest.raises(ApiError) as never:
-        engine.submit([work()[0] for _ in range(4)])
+        engine.submit([request()[0] for _ in range(4)])
     assert never.value.status == 400
 
 
@@ -130,40 +132,40 @@ def test_when_to_try_again_follows_the_line(
 ) -> None:
     """Two are waiting and two answers are written at a time: the next is one and a half away."""
     engine, _ = make_engine(concurrency=2, max_queue=2)
-    engine.submit([work()[0] for _ in range(4)])
+    engine.submit([request()[0] for _ in range(4)])
     until(lambda: engine.active == 2)
     engine.seconds_per_answer = seconds_per_answer
     with pytest.raises(ApiError, match=f"try again in {said} s") as refused:
-        engine.submit([work()[0]])
+        engine.submit([request()[0]])
     assert refused.value.headers["Retry-After"] == str(said)
 
 
 def test_whoever_leaves_makes_room(make_engine: Make) -> None:
-    engine, turns = make_engine(concurrency=1, max_queue=1)
-    active, events = work()
-    waiting, never = work()
+    engine, scheduler = make_engine(concurrency=1, max_queue=1)
+    active, events = request()
+    waiting, never = request()
     engine.submit([active])
     until(lambda: engine.active == 1)
     engine.submit([waiting])
     engine.cancel([waiting])
-    third, _ = work()
+    third, _ = request()
     engine.submit([third])  # at once
     engine.cancel([active])
-    turns.go.release(1)
-    until(lambda: turns.ended == [active])
-    until(lambda: turns.works == [third])
+    scheduler.go.release(1)
+    until(lambda: scheduler.ended == [active])
+    until(lambda: scheduler.requests == [third])
     assert events.empty()
     assert never.empty()
 
 
 def test_an_answer_out_of_time_ends_with_what_there_is(make_engine: Make) -> None:
-    engine, turns = make_engine(concurrency=1)
-    active, events = work(tokens=100, limit_s=0.2)
-    waiting, late = work(limit_s=0.2)
+    engine, scheduler = make_engine(concurrency=1)
+    active, events = request(tokens=100, limit_s=0.2)
+    waiting, late = request(limit_s=0.2)
     engine.submit([active, waiting])
-    turns.go.release(1)
+    scheduler.go.release(1)
     time.sleep(0.25)
-    turns.go.release(1)
+    scheduler.go.release(1)
     event = late.get(timeout=30)
     assert isinstance(event, Failure)
     assert event.error.status == 503
@@ -179,59 +181,59 @@ def test_an_answer_out_of_time_ends_with_what_there_is(make_engine: Make) -> Non
 
 
 def test_an_answer_that_cannot_begin_hurts_no_other(make_engine: Make) -> None:
-    engine, turns = make_engine()
-    bad, refused = work(prompt=13)
-    good, events = work(tokens=1)
+    engine, scheduler = make_engine()
+    bad, refused = request(prompt=13)
+    good, events = request(tokens=1)
     engine.submit([bad, good])
-    turns.go.release(1)
+    scheduler.go.release(1)
     assert refused.get(timeout=30).error.status == 400
     assert events.get(timeout=30).finish_reason == "length"
 
 
 def test_an_error_of_the_model_is_told_and_the_next_answer_works(make_engine: Make) -> None:
-    engine, turns = make_engine()
-    broken, events = work()
-    turns.error = RuntimeError("private path")
+    engine, scheduler = make_engine()
+    broken, events = request()
+    scheduler.error = RuntimeError("private path")
     engine.submit([broken])
-    turns.go.release(1)
+    scheduler.go.release(1)
     failed = events.get(timeout=30)
     assert failed.error.status == 500
     assert "private" not in failed.error.message
-    good, events = work(tokens=1)
+    good, events = request(tokens=1)
     engine.submit([good])
-    turns.go.release(1)
+    scheduler.go.release(1)
     assert events.get(timeout=30).finish_reason == "length"
 
 
 def test_siblings_wait_until_the_prompt_is_read(make_engine: Make) -> None:
-    engine, turns = make_engine(concurrency=3)
-    first, _ = work()
-    second, _ = work(after=first)
-    begin = turns.begin
-    turns.begin = lambda one: (begin(one), setattr(one, "prompt_read", False))  # type: ignore
+    engine, scheduler = make_engine(concurrency=3)
+    first, _ = request()
+    second, _ = request(after=first)
+    begin = scheduler.begin
+    scheduler.begin = lambda one: (begin(one), setattr(one, "prompt_read", False))  # type: ignore
     engine.submit([first, second])
-    until(lambda: turns.works == [first])
-    turns.go.release(1)
-    until(lambda: turns.given.get(first) == 1)
-    assert turns.works == [first]
+    until(lambda: scheduler.requests == [first])
+    scheduler.go.release(1)
+    until(lambda: scheduler.given.get(first) == 1)
+    assert scheduler.requests == [first]
     first.prompt_read = True
-    turns.go.release(1)
-    until(lambda: second in turns.works)
+    scheduler.go.release(1)
+    until(lambda: second in scheduler.requests)
 
 
 def test_stopping_tells_everybody(make_engine: Make) -> None:
-    engine, turns = make_engine(concurrency=1)
-    works = [work() for _ in range(3)]
-    for each, _ in works:
+    engine, scheduler = make_engine(concurrency=1)
+    requests = [request() for _ in range(3)]
+    for each, _ in requests:
         engine.submit([each])
     until(lambda: engine.active == 1)
     engine.close()
     with pytest.raises(ApiError) as closed:
-        engine.submit([work()[0]])
+        engine.submit([request()[0]])
     assert closed.value.status == 503
-    turns.go.release(1)
+    scheduler.go.release(1)
     engine.stop()
-    for _, events in works:
+    for _, events in requests:
         *_, last = list(events.queue)
         assert isinstance(last, Failure)
         assert last.error.status == 503
@@ -246,5 +248,5 @@ def test_a_model_that_cannot_be_loaded_is_the_callers_error() -> None:
     with pytest.raises(ModelError, match="is gone"):
         engine.start()
     with pytest.raises(ApiError) as refused:
-        engine.submit([work()[0]])
+        engine.submit([request()[0]])
     assert refused.value.status == 503

@@ -28,9 +28,9 @@ from ...generation.generate import decoder_for
 from ...speculation.result import StepResult
 from ...speculation.sampling import TokenChooser
 from ..prefix import PrefixCache
-from .generating import Generating
 from .prefixes import PrefixStore
-from .work import Event, Failure, Work
+from .request import Event, Failure, Request
+from .request_state import RequestState
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_specstream")
 
 
-class Turns:
+class Scheduler:
     """Decodes the answers under way, alone or together."""
 
     def __init__(
@@ -62,13 +62,13 @@ class Turns:
         own = partial(model.backbone.new_cache, caching)
         new_cache = own if self.batch is None else self.batch.new_cache
         self.prefixes = PrefixStore(new_cache, prompt_cache_bytes)
-        self.reading: deque[Generating] = deque()  # whose turn is next comes first
-        self.writing: deque[Generating] = deque()
-        self.slots: dict[Slot, Generating] = {}
+        self.reading: deque[RequestState] = deque()  # whose turn is next comes first
+        self.writing: deque[RequestState] = deque()
+        self.slots: dict[Slot, RequestState] = {}
 
     @property
-    def works(self) -> list[Work]:
-        return [answer.work for answer in (*self.reading, *self.writing)]
+    def requests(self) -> list[Request]:
+        return [answer.request for answer in (*self.reading, *self.writing)]
 
     def warm_up(self) -> None:
         """Measure and compile what the first answer would otherwise wait for."""
@@ -77,16 +77,16 @@ class Turns:
         for _ in decoder.steps(0, self.prefixes.new_cache(), lambda _: False):
             pass
 
-    def begin(self, work: Work) -> None:
+    def begin(self, request: Request) -> None:
         """Take an answer on; its prompt is read after those that came before."""
-        cache = self.prefixes.take(work.prompt)
+        cache = self.prefixes.take(request.prompt)
         self.reading.append(
-            Generating(work, self.model, self.tokenizer, cache, self.prefill_step_size)
+            RequestState(request, self.model, self.tokenizer, cache, self.prefill_step_size)
         )
 
-    def end(self, work: Work) -> None:
+    def end(self, request: Request) -> None:
         """Stop an answer and store what its cache holds, unless an error makes that doubtful."""
-        answer = next(one for one in (*self.reading, *self.writing) if one.work is work)
+        answer = next(one for one in (*self.reading, *self.writing) if one.request is request)
         for line in (self.reading, self.writing):
             if answer in line:
                 line.remove(answer)
@@ -95,10 +95,10 @@ class Turns:
             answer.settle()
             self.prefixes.put(answer.prefix())
 
-    def step(self) -> list[tuple[Work, Event]]:
+    def step(self) -> list[tuple[Request, Event]]:
         """Read a chunk of one prompt, and let the answers that are being written have a pass."""
         events = self._read()
-        writing = [answer for answer in self.writing if not answer.work.over]
+        writing = [answer for answer in self.writing if not answer.request.over]
         if not writing:
             return events
         if self.batch is None or len(writing) == 1:
@@ -108,7 +108,7 @@ class Turns:
             return events + self._alone(answer)
         return events + self._together(self.batch)
 
-    def _read(self) -> list[tuple[Work, Event]]:
+    def _read(self) -> list[tuple[Request, Event]]:
         if not self.reading:
             return []
         answer = self.reading.popleft()
@@ -116,8 +116,8 @@ class Turns:
             if next(answer.reading, None) is not None:
                 self.reading.append(answer)
                 return []
-            read = answer.work.prompt[:-1]
-            if answer.work.shared:
+            read = answer.request.prompt[:-1]
+            if answer.request.shared:
                 self.prefixes.put(PrefixCache(answer.kv.copy(len(read)), read))
         except Exception as error:
             self.reading.append(answer)
@@ -126,30 +126,30 @@ class Turns:
         self.writing.append(answer)
         return []
 
-    def _alone(self, answer: Generating) -> list[tuple[Work, Event]]:
+    def _alone(self, answer: RequestState) -> list[tuple[Request, Event]]:
         """Give one answer a pass of a decoder of its own."""
         try:
             self._leave_batch(answer)
             result = answer.alone(partial(self._steps, answer))
-            return [(answer.work, answer.progress(result))]
+            return [(answer.request, answer.progress(result))]
         except Exception as error:
             return [self._failed(answer, error)]
 
-    def _steps(self, answer: Generating) -> Iterator[StepResult]:
+    def _steps(self, answer: RequestState) -> Iterator[StepResult]:
         decoder = decoder_for(self.model, self.config, answer.chooser, self.speculative)
         return decoder.steps(answer.root, answer.kv, answer.wanted)
 
-    def _together(self, batch: BatchDecoder) -> list[tuple[Work, Event]]:
+    def _together(self, batch: BatchDecoder) -> list[tuple[Request, Event]]:
         """Give all answers a pass that they share."""
         joined = set(self.slots.values())
         for answer in self.writing:
-            if answer not in joined and not answer.work.over:
+            if answer not in joined and not answer.request.over:
                 answer.settle()
                 slot = batch.add(
                     [answer.root], cache=answer.kv, chooser=answer.chooser, more=answer.wanted
                 )
                 self.slots[slot] = answer
-        events: list[tuple[Work, Event]] = []
+        events: list[tuple[Request, Event]] = []
         try:
             results = batch.step()
         except Exception as error:  # of all, such as no memory: nothing in the batch can be trusted
@@ -163,21 +163,21 @@ class Turns:
                 events.append(self._failed(answer, raised or RuntimeError("no result")))
                 continue
             try:
-                events.append((answer.work, answer.progress(result)))
+                events.append((answer.request, answer.progress(result)))
             except Exception as error:
                 events.append(self._failed(answer, error))
         return events
 
-    def _leave_batch(self, answer: Generating) -> None:
+    def _leave_batch(self, answer: RequestState) -> None:
         """Take an answer's cache back from the batch, if it is there."""
         for slot, one in list(self.slots.items()):
             if one is answer and self.batch is not None:
                 del self.slots[slot]
                 answer.kv = self.batch.remove(slot)
 
-    def _failed(self, answer: Generating, error: Exception) -> tuple[Work, Event]:
+    def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
         answer.failed = True
-        return answer.work, Failure.of(error)
+        return answer.request, Failure.of(error)
 
 
 def make_batch(

@@ -1,6 +1,6 @@
 """One answer under way: what draws its tokens, their text, and its KV cache.
 
-Ids come from a decoder (`turns.py` decides which); here they become pieces of text, until the
+Ids come from a decoder (`scheduler.py` decides which); here they become pieces of text, until the
 answer is over. Nothing depends on which decoder it was, so an answer may change it in the middle.
 """
 
@@ -20,13 +20,13 @@ from ...speculation.sampling import TokenChooser, TreeProcessor
 from ...speculation.statistics import SpeculationStats
 from ..prefix import PrefixCache
 from ..tokens import decoded
-from .work import Alternative, Piece, Progress, Work
+from .request import Alternative, Piece, Progress, Request
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-class Generating:
+class RequestState:
     """The state of one answer.
 
     kv: its cache while no batch holds it. reading: yields while its prompt is being read.
@@ -34,25 +34,25 @@ class Generating:
 
     def __init__(
         self,
-        work: Work,
+        request: Request,
         model: StreamModel,
         tokenizer: TokenizerWrapper,
         cache: PrefixCache,
         chunk: int,
     ) -> None:
-        settings = work.settings
-        self.work = work
+        settings = request.settings
+        self.request = request
         self.tokenizer = tokenizer
         self.kv: KVCache = cache.kv
         self.cached_tokens = cache.kv.length
         self.reading: Iterator[int] = model.prefill(
-            work.prompt[self.cached_tokens : -1], cache.kv, chunk
+            request.prompt[self.cached_tokens : -1], cache.kv, chunk
         )
         # To the chooser the text begins with the prompt's last token, whatever came from a cache.
         self.chooser = TokenChooser(
             settings.sampler(model.backbone.vocab_size, tokenizer),
-            settings.processors(work.prompt[:-1], tokenizer.eos_token_ids),
-            work.prompt[-1:],
+            settings.processors(request.prompt[:-1], tokenizer.eos_token_ids),
+            request.prompt[-1:],
             seed=settings.seed,
         )
         for process in self.chooser.processors:
@@ -61,7 +61,7 @@ class Generating:
         self.text = Answer(
             detokenizer_for(tokenizer, continues=settings.continues),
             settings.ends(tokenizer.eos_token_ids),
-            settings.stops(work.prompt),
+            settings.stops(request.prompt),
             settings.max_tokens,
         )
         self.steps: Iterator[StepResult] | None = None
@@ -74,7 +74,7 @@ class Generating:
     @property
     def root(self) -> int:
         """Return the one token that is not in the cache: the text's last."""
-        return self.given[-1] if self.given else self.work.prompt[-1]
+        return self.given[-1] if self.given else self.request.prompt[-1]
 
     def wanted(self, result: StepResult) -> bool:
         """Turn a step's tokens into text; tell whether the answer needs another step."""
@@ -84,7 +84,7 @@ class Generating:
 
     def begin(self) -> None:
         """Note that the prompt is read and writing begins."""
-        self.work.prompt_read = True
+        self.request.prompt_read = True
         self.began = time.perf_counter()
 
     def alone(self, steps: Callable[[], Iterator[StepResult]]) -> StepResult:
@@ -98,17 +98,17 @@ class Generating:
         if self.steps is not None:
             self.steps.close()  # type: ignore[attr-defined]
             self.steps = None
-        kept = len(self.work.prompt) + len(self.given) - 1
+        kept = len(self.request.prompt) + len(self.given) - 1
         self.kv.rewind(min(self.kv.length, kept))
 
     def prefix(self) -> PrefixCache:
         """Return the cache with its tokens, for later requests."""
-        text = self.work.prompt + self.given
+        text = self.request.prompt + self.given
         return PrefixCache(self.kv, text[: self.kv.length])
 
     def progress(self, result: StepResult) -> Progress:
         """Return what a step gave out."""
-        made, settings = [], self.work.settings
+        made, settings = [], self.request.settings
         for index, piece in enumerate(self.pieces):
             drawn: Alternative | None = None
             alternatives: tuple[Alternative, ...] = ()
@@ -131,10 +131,10 @@ class Generating:
     def _ranked(self, logits: mx.array, token: int) -> tuple[Alternative, tuple[Alternative, ...]]:
         """Return a token and the likeliest ones, in the distribution that it was drawn from."""
         rows = logits[None]
-        history = mx.array([self.work.prompt[-1], *self.given])
+        history = mx.array([self.request.prompt[-1], *self.given])
         for process in self.chooser.processors:
             rows = process(history, rows)
-        count = self.work.settings.logprobs or 0
+        count = self.request.settings.logprobs or 0
         own, found = ranked(rows[0], token, count)
         drawn, *alternatives = (
             Alternative(one, decoded(self.tokenizer, [one]), value)

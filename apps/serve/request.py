@@ -76,7 +76,7 @@ Event = Progress | Failure
 
 
 @dataclass(eq=False)
-class Work:
+class Request:
     """One answer to generate.
 
     deliver: called in the engine's thread with every event. deadline: of `time.monotonic`.
@@ -89,7 +89,7 @@ class Work:
     settings: Settings
     deliver: Callable[[Event], None]
     deadline: float
-    after: Work | None = None
+    after: Request | None = None
     shared: bool = False
     begun_at: float = 0.0
     cancelled: bool = False
@@ -105,20 +105,20 @@ class Decoding(Protocol):
     """
 
     @property
-    def works(self) -> Sequence[Work]:
+    def requests(self) -> Sequence[Request]:
         """Return the answers under way."""
 
-    def begin(self, work: Work) -> None:
+    def begin(self, request: Request) -> None:
         """Take an answer on.
 
         Raises:
             SpecStreamError: it cannot be begun; nothing of it is left behind.
         """
 
-    def end(self, work: Work) -> None:
+    def end(self, request: Request) -> None:
         """Let go of an answer, finished or not, and keep its KV cache for others."""
 
-    def step(self) -> list[tuple[Work, Event]]:
+    def step(self) -> list[tuple[Request, Event]]:
         """Advance; return what came of it. An answer that is over stays until `end`.
 
         An error that concerns one answer is its `Failure`; one that is raised ends them all.

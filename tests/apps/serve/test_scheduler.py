@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_specstream import StreamModel, stream_generate
-from mlx_specstream.apps.serve import turns as turns_module
+from mlx_specstream.apps.serve import scheduler as scheduler_module
+from mlx_specstream.apps.serve.request import Failure, Request
+from mlx_specstream.apps.serve.scheduler import Scheduler
 from mlx_specstream.apps.serve.settings import Settings
-from mlx_specstream.apps.serve.turns import Turns
-from mlx_specstream.apps.serve.work import Failure, Work
 from mlx_specstream.config import CacheConfig
 from mlx_specstream.errors import ModelError
 from tests.apps.serve.conftest import TREE
@@ -30,34 +30,36 @@ KINDS = (
 )
 
 
-def make_turns(model: StreamModel, **options: Any) -> Turns:
+def make_turns(model: StreamModel, **options: Any) -> Scheduler:
     options = {"prompt_cache_bytes": 2**28, "prefill_step_size": 4, **options}
-    return Turns(model, byte_tokenizer(), config=TREE, **options)
+    return Scheduler(model, byte_tokenizer(), config=TREE, **options)
 
 
-def make_work(prompt: list[int], settings: Settings) -> Work:
-    return Work(prompt, settings, lambda _: None, time.monotonic() + 60)
+def make_work(prompt: list[int], settings: Settings) -> Request:
+    return Request(prompt, settings, lambda _: None, time.monotonic() + 60)
 
 
-def run(turns: Turns, works: dict[int, list[Work]], cancel_at: dict[int, Work]) -> dict[Work, str]:
-    """Begin works at the given steps; return what each wrote until it was over or cancelled."""
-    texts: dict[Work, str] = {}
-    last = max(works)
+def run(
+    scheduler: Scheduler, requests: dict[int, list[Request]], cancel_at: dict[int, Request]
+) -> dict[Request, str]:
+    """Begin requests at the given steps; return what each wrote until it was over or cancelled."""
+    texts: dict[Request, str] = {}
+    last = max(requests)
     for step in range(2000):
-        for work in works.get(step, ()):
-            turns.begin(work)
-            texts[work] = ""
+        for request in requests.get(step, ()):
+            scheduler.begin(request)
+            texts[request] = ""
         gone = cancel_at.get(step)
-        if gone is not None and gone in turns.works:
-            turns.end(gone)
-        for work, event in turns.step():
+        if gone is not None and gone in scheduler.requests:
+            scheduler.end(gone)
+        for request, event in scheduler.step():
             assert not isinstance(event, Failure), event
-            texts[work] += "".join(piece.text for piece in event.pieces)
-            work.over = event.finish_reason is not None
-        for work in list(turns.works):
-            if work.over:
-                turns.end(work)
-        if step >= last and not turns.works:
+            texts[request] += "".join(piece.text for piece in event.pieces)
+            request.over = event.finish_reason is not None
+        for request in list(scheduler.requests):
+            if request.over:
+                scheduler.end(request)
+        if step >= last and not scheduler.requests:
             return texts
     raise AssertionError("the answers do not end")
 
@@ -76,38 +78,38 @@ def test_company_changes_nothing(
     tiny_stream_model: StreamModel, arrivals: list[tuple[int, list[int], int, bool]], leave: int
 ) -> None:
     model = tiny_stream_model
-    turns = make_turns(model)
-    works: dict[int, list[Work]] = {}
-    leaving: dict[int, Work] = {}
+    scheduler = make_turns(model)
+    requests: dict[int, list[Request]] = {}
+    leaving: dict[int, Request] = {}
     for at, prompt, kind, leaves in arrivals:
-        work = make_work(prompt, KINDS[kind])
-        works.setdefault(at, []).append(work)
+        request = make_work(prompt, KINDS[kind])
+        requests.setdefault(at, []).append(request)
         if leaves:
-            leaving[at + leave] = work
-    together = run(turns, works, leaving)
-    for work, text in together.items():
-        alone = run(make_turns(model), {0: [make_work(work.prompt, work.settings)]}, {})
+            leaving[at + leave] = request
+    together = run(scheduler, requests, leaving)
+    for request, text in together.items():
+        alone = run(make_turns(model), {0: [make_work(request.prompt, request.settings)]}, {})
         (whole,) = alone.values()
-        assert text == whole if work.over else whole.startswith(text)
-    for entry in turns.prefixes.entries:
+        assert text == whole if request.over else whole.startswith(text)
+    for entry in scheduler.prefixes.entries:
         assert_holds(entry.kv, model, entry.tokens)
 
 
 def test_answers_share_passes(
     tiny_stream_model: StreamModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = make_turns(tiny_stream_model)
-    assert turns.batch is not None
+    scheduler = make_turns(tiny_stream_model)
+    assert scheduler.batch is not None
     sizes: list[int] = []
-    step = turns.batch.step
+    step = scheduler.batch.step
 
     def counted() -> Any:
         found = step()
         sizes.append(len(found))
         return found
 
-    monkeypatch.setattr(turns.batch, "step", counted)
-    run(turns, {0: [make_work([n, 1], Settings(10)) for n in (1, 2, 3)]}, {})
+    monkeypatch.setattr(scheduler.batch, "step", counted)
+    run(scheduler, {0: [make_work([n, 1], Settings(10)) for n in (1, 2, 3)]}, {})
     assert sizes.count(3) >= 5
 
 
@@ -117,70 +119,72 @@ def test_a_model_that_cannot_be_batched_takes_turns(
     def refuse(*_: Any, **__: Any) -> Any:
         raise ModelError("this one is odd.")
 
-    works = [make_work([n, 7, 9], KINDS[n]) for n in range(1, 4)]
-    batched = run(make_turns(tiny_stream_model), {0: works}, {})
-    monkeypatch.setattr(turns_module, "BatchDecoder", refuse)
-    turns = make_turns(tiny_stream_model)
-    assert turns.batch is None
-    again = [make_work(work.prompt, work.settings) for work in works]
-    in_turn = run(turns, {0: again}, {})
+    requests = [make_work([n, 7, 9], KINDS[n]) for n in range(1, 4)]
+    batched = run(make_turns(tiny_stream_model), {0: requests}, {})
+    monkeypatch.setattr(scheduler_module, "BatchDecoder", refuse)
+    scheduler = make_turns(tiny_stream_model)
+    assert scheduler.batch is None
+    again = [make_work(request.prompt, request.settings) for request in requests]
+    in_turn = run(scheduler, {0: again}, {})
     assert list(in_turn.values()) == list(batched.values())
 
 
 def test_an_answers_own_error_is_its_own(tiny_stream_model: StreamModel) -> None:
-    turns = make_turns(tiny_stream_model)
+    scheduler = make_turns(tiny_stream_model)
     good, bad = make_work([1, 2], Settings(8)), make_work([3, 4], Settings(8))
-    turns.begin(good)
-    turns.begin(bad)
+    scheduler.begin(good)
+    scheduler.begin(bad)
 
     def fail(tokens: Any, logits: Any) -> Any:
         if tokens.shape[0] > 3:
             raise ValueError("no")
         return logits
 
-    next(one for one in turns.reading if one.work is bad).chooser.processors = (fail,)
+    next(one for one in scheduler.reading if one.request is bad).chooser.processors = (fail,)
     given, failed = "", []
     for _ in range(40):
-        for work, event in turns.step():
+        for request, event in scheduler.step():
             if isinstance(event, Failure):
-                failed.append(work)
-                work.over = True
-            elif work is good:
+                failed.append(request)
+                request.over = True
+            elif request is good:
                 given += "".join(piece.text for piece in event.pieces)
-                work.over = event.finish_reason is not None
-        for work in list(turns.works):
-            if work.over:
-                turns.end(work)
+                request.over = event.finish_reason is not None
+        for request in list(scheduler.requests):
+            if request.over:
+                scheduler.end(request)
     assert failed == [bad]
     alone = run(make_turns(tiny_stream_model), {0: [make_work([1, 2], Settings(8))]}, {})
     assert [given] == list(alone.values())
-    assert all(entry.tokens[:2] != [3, 4] for entry in turns.prefixes.entries)
+    assert all(entry.tokens[:2] != [3, 4] for entry in scheduler.prefixes.entries)
 
 
 def test_when_a_shared_pass_fails_the_next_answers_start_afresh(
     tiny_stream_model: StreamModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = make_turns(tiny_stream_model)
-    broken = turns.batch
+    scheduler = make_turns(tiny_stream_model)
+    broken = scheduler.batch
     lost = [make_work([n, 1], Settings(8)) for n in (1, 2)]
-    for work in lost:
-        turns.begin(work)
+    for request in lost:
+        scheduler.begin(request)
     for _ in range(5):
-        turns.step()
+        scheduler.step()
 
     def fail() -> Any:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(broken, "step", fail)
-    failures = turns.step()
-    assert [work for work, event in failures if isinstance(event, Failure)] == lost
-    for work in lost:
-        turns.end(work)
-    assert not turns.prefixes.entries
-    again = run(turns, {0: [make_work(work.prompt, work.settings) for work in lost]}, {})
+    failures = scheduler.step()
+    assert [request for request, event in failures if isinstance(event, Failure)] == lost
+    for request in lost:
+        scheduler.end(request)
+    assert not scheduler.prefixes.entries
+    again = run(
+        scheduler, {0: [make_work(request.prompt, request.settings) for request in lost]}, {}
+    )
     fresh = run(
         make_turns(tiny_stream_model),
-        {0: [make_work(work.prompt, work.settings) for work in lost]},
+        {0: [make_work(request.prompt, request.settings) for request in lost]},
         {},
     )
     assert list(again.values()) == list(fresh.values())
@@ -209,9 +213,9 @@ def test_caches_that_do_not_keep_all_rows_are_each_answers_own(caching: CacheCon
         )
         for prompt in prompts
     ]
-    turns = make_turns(model, caching=caching, prompt_cache_bytes=0)
-    assert turns.batch is None
-    works = [make_work(prompt, Settings(20)) for prompt in prompts * 2]
-    found = run(turns, {0: works[:2], 3: works[2:4], 9: works[4:]}, {})
-    assert [found[work] for work in works] == expected * 2
-    assert not turns.prefixes.entries
+    scheduler = make_turns(model, caching=caching, prompt_cache_bytes=0)
+    assert scheduler.batch is None
+    requests = [make_work(prompt, Settings(20)) for prompt in prompts * 2]
+    found = run(scheduler, {0: requests[:2], 3: requests[2:4], 9: requests[4:]}, {})
+    assert [found[request] for request in requests] == expected * 2
+    assert not scheduler.prefixes.entries
