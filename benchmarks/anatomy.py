@@ -90,7 +90,8 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
         # of one value is as well) MLX runs both passes layer by layer together and finds weights
         # in the processor's cache, which no step can.
         node = 0 * mx.argmax(logits[0, 0, :2])
-        stream_states = stepper.stream_states(verified, node, node, cache)
+        root = mx.argmax(logits[0, 0])
+        stream_states = stepper.stream_states(verified, node, root, cache)
         mx.eval(logits, head(norm(stream_states)))
 
     def token() -> None:

@@ -10,7 +10,7 @@ from typing import Protocol, TextIO
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from ...prompt_progress import LONG_PROMPT
+from ...generation.prompt_progress import LONG_PROMPT
 from .drafts import DraftView
 from .live_region import LiveRegion, render
 from .markdown import AnswerMarkdown, BlockSplitter

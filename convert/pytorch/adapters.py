@@ -46,13 +46,11 @@ class StreamAdapters(nn.Module):
         config: StreamConfig,
         backbone: Backbone,
         embedding_std: float = 1.0,
-        next_token_rms: float = 8.0,
     ) -> None:
         """Make untrained adapters.
 
         Args:
             embedding_std: scale of the P_j; far below the hidden state's own they are invisible and learn nothing.
-            next_token_rms: scale at which the next token enters the untrained streams' starts; the same holds.
 
         Raises:
             ValueError: a target module does not exist in the model, or N_s leaves no layer below.
@@ -69,12 +67,7 @@ class StreamAdapters(nn.Module):
         self.stream_init = (
             LowRank(h, h, config.stream_init_rank) if config.stream_init_rank else None
         )
-        self.next_token = None
-        if config.next_token_rank:
-            self.next_token = LowRank(h, h, config.next_token_rank)
-            # A·ê has variance 1/3 (Kaiming's bound for unit inputs), so B sets the scale.
-            std = next_token_rms * math.sqrt(3 / config.next_token_rank)
-            nn.init.normal_(self.next_token.lora_B.weight, std=std)
+        self.next_token = LowRank(h, h, config.next_token_rank) if config.next_token_rank else None
         self.pruner = LowRank(h, h, config.pruner_rank) if config.pruner_rank else None
         self.conditioner = None
         if config.conditioner_rank:
@@ -137,14 +130,12 @@ class StreamAdapters(nn.Module):
         return main.unsqueeze(-1) + offsets
 
 
-def grow(
-    adapters: StreamAdapters, backbone: Backbone, next_token_rms: float = 0.0, **changes: object
-) -> StreamAdapters:
+def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
     """Return adapters of a changed config that hold everything the given ones have learned.
 
     Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner, the lower
-    layers of shared mode, the next token at the start of streams, the conditioner's second token, which changes nothing
-    yet); a changed `lora_rank` keeps the maps' largest singular values, at the same alpha / rank.
+    layers of shared mode, the next token at the start of streams, the conditioner's second token; the last two change
+    nothing yet); a changed `lora_rank` keeps the maps' largest singular values, at the same alpha / rank.
     """
     before = adapters.config
     rank = changes.get("lora_rank", before.lora_rank)
@@ -154,8 +145,7 @@ def grow(
     config = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
     if config == before:
         return adapters
-    grown = StreamAdapters(config, backbone, next_token_rms=next_token_rms)
-    learned = adapters.state_dict()
+    grown, learned = StreamAdapters(config, backbone), adapters.state_dict()
     extra = config.num_streams - before.num_streams
     embeddings = learned["stream_embeddings"]
     learned["stream_embeddings"] = torch.cat((embeddings, embeddings[-1:].repeat(extra, 1)))

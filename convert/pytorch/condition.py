@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NUM_CANDIDATES = 32
-"""Only a stream's best candidates are re-ranked, at decoding and when measuring."""
-
 
 def unit(x: Tensor) -> Tensor:
     """Divide `x` (..., h) by its root mean square."""

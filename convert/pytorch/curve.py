@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import DataError, OptionError
 from ...exit_status import exit_status
 from ...prompts.lines import json_lines
-from ...weights.files import atomic_file
+from ...weights.files import atomic_file, refuse_same_file
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    refuse_same_file({"the log": args.log, "--output": args.output})
     draw(args.log, args.output, args.title)
     return 0
 

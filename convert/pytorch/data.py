@@ -1,7 +1,6 @@
-"""Training texts as token ids, and the batches that the packed trainer eats.
+"""Targets and batches of the packed trainer; texts are read by `mlx_specstream.train.data`.
 
-A record holds `prompt_ids` and `answer_ids` (`distill.py` writes them), or `messages` / `prompt` + `completion`, which
-are turned into ids with the tokenizer's chat template. Stream positions are the last prompt token and every answer
+Stream positions are the last prompt token and every answer
 token that still has a target; with P prompt and A answer tokens, position i stands at t = P - 1 + i and
 
     root x_{t+1} = answer[i]      stream j: parent x_{t+j} = answer[i+j-1], target x_{t+1+j} = answer[i+j]
@@ -11,100 +10,34 @@ with answer[-1] the last prompt token, which is the parent of the first root.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...errors import DataError
-from ...prompts.lines import json_lines
+from ...train.batches import Selection
+from ...train.data import Example, read_records, tokenize
 
-Key = tuple[str, int]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One text: `prompt` is given, `answer` is to be foreseen."""
-
-    key: Key
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def num_positions(self) -> int:
-        """Positions whose first stream has a target."""
-        return max(0, len(self.answer) - 1)
-
-
 def read_examples(
-    files: Iterable[str | Path], tokenizer: object = None, max_length: int = 1024
+    files: Iterable[str | Path], tokenizer: Any = None, max_length: int = 1024
 ) -> list[Example]:
-    """Read JSON-lines files; texts with fewer than two answer tokens or more than `max_length` in all are left out.
+    """Read the training texts of all files; those of more than `max_length` tokens are left out.
 
     Raises:
         DataError: a line is not JSON or holds no text in a known form.
     """
     examples = []
-    for file in map(Path, files):
-        for number, (record, where) in enumerate(json_lines(file)):
-            if not isinstance(record, dict):
-                raise DataError(f"{where} must be a JSON object, got {type(record).__name__}.")
-            prompt, answer = record_ids(record, tokenizer, where)
-            key = (str(record.get("source", file.stem)), int(record.get("index", number)))
-            if len(answer) > 1 and len(prompt) + len(answer) <= max_length:
-                examples.append(Example(key, tuple(prompt), tuple(answer)))
+    for file in files:
+        records = read_records(file, "train")
+        examples += tokenize(records, tokenizer, max_length=max_length, cut=False)[0]
     return examples
-
-
-def record_ids(
-    record: dict[str, object], tokenizer: object, where: str
-) -> tuple[list[int], list[int]]:
-    """Return prompt and answer ids of one record."""
-    if "answer_ids" in record:
-        return list(record["prompt_ids"]), list(record["answer_ids"])  # type: ignore[call-overload]
-    messages = record.get("messages")
-    if messages is None and "completion" in record:
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["completion"]},
-        ]
-    if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where} has neither answer_ids, nor messages that end with the assistant, nor a completion."
-        )
-    if tokenizer is None:
-        raise DataError(f"{where} holds text, not ids; a tokenizer is needed.")
-    template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
-    prompt = list(template(messages[:-1], add_generation_prompt=True, return_dict=False))
-    answer = list(tokenizer.encode(messages[-1]["content"], add_special_tokens=False))  # type: ignore[attr-defined]
-    return prompt, [*answer, tokenizer.eos_token_id]  # type: ignore[attr-defined]
-
-
-def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """Return (train, held out): the `count` texts whose prompts hash lowest; more data barely moves the split."""
-
-    def rank(example: Example) -> bytes:
-        return hashlib.sha256(json.dumps(example.prompt).encode()).digest()
-
-    held_prompts = {e.prompt for e in sorted(examples, key=rank)[:count]}
-    train = [e for e in examples if e.prompt not in held_prompts]
-    held = [e for e in examples if e.prompt in held_prompts]
-    return train, held
-
-
-@dataclass(frozen=True)
-class Selection:
-    """An example and the positions of it that get streams, ascending, each < num_positions."""
-
-    example: Example
-    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -133,7 +66,7 @@ def targets(batch: Sequence[Selection], num_streams: int) -> Targets:
     for selection in batch:
         answer = selection.example.answer
         padded = selection.example.prompt[-1:] + answer + (0,) * num_streams
-        for i in selection.positions:
+        for i in selection.rows:
             windows.append(padded[i : i + num_streams + 2])
             valid.append([i + j < len(answer) for j in range(1, num_streams + 1)])
     around = torch.tensor(windows)
@@ -142,8 +75,8 @@ def targets(batch: Sequence[Selection], num_streams: int) -> Targets:
 
 def select(example: Example, fraction: float, seed: str) -> Selection:
     """Choose a random `fraction` of an example's positions, at least one."""
-    count = example.num_positions
-    chosen = random.Random(seed).sample(range(count), max(1, round(count * fraction)))  # noqa: S311
+    every = example.positions
+    chosen = random.Random(seed).sample(every, max(1, round(len(every) * fraction)))  # noqa: S311
     return Selection(example, tuple(sorted(chosen)))
 
 

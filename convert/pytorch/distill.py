@@ -25,9 +25,10 @@ from tqdm import tqdm
 from ...exit_status import exit_status
 from ...prompts import prompt_of
 from ...prompts.lines import json_lines
+from ...weights.files import refuse_same_file
 from .backbone import Backbone
 from .batched import Prompt, answer
-from .states import StateShape, StateWriter
+from .states import StateShape, StateWriter, state_files
 
 
 def prompt_text(record: object, where: str) -> str:
@@ -76,6 +77,8 @@ def distill(args: argparse.Namespace) -> None:
     """Answer every prompt of `args.data` that the output does not hold yet."""
     from transformers import AutoTokenizer
 
+    files = {"--data": args.data, "--output": args.output}
+    refuse_same_file(files | ({"--states": state_files(args.states)} if args.states else {}))
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...exit_status import exit_status
-from ...weights.files import atomic_file
+from ...train.batches import Selection
+from ...train.data import Example
+from ...train.figures import NUM_CANDIDATES, walk
+from ...weights.files import atomic_file, refuse_same_file
 from .backbone import Backbone
 from .checkpoint import load_checkpoint
-from .condition import NUM_CANDIDATES
-from .data import Example, Selection, Targets, read_examples, targets
+from .data import Targets, read_examples, targets
 from .joint import JointStreams
-from .measure import walk
 from .packed import PackedBatch, PackedStreams
 from .states import StateReader, compute_states
 
@@ -124,7 +125,7 @@ class Tally:
         self.positions += len(accepted)
         self.accepted += int(accepted.sum())
         self.tokens += len(accepted)
-        self.steps += len(walk(accepted))
+        self.steps += len(walk(accepted.tolist()))
 
     def figures(self) -> dict[str, float]:
         return {
@@ -150,7 +151,7 @@ def evaluate(
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
     for text in tqdm(texts, desc="evaluate", unit="text"):
-        selection = Selection(text, tuple(range(len(text.answer))))
+        selection = Selection(text, tuple(range(text.prompt_length - 1, len(text.tokens) - 1)))
         hidden = foresee(text)
         wanted = targets([selection], G)
         accepted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in tallies}
@@ -228,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    refuse_same_file({"--data": args.data, **({"--output": args.output} if args.output else {})})
     backbone = Backbone.load(args.model, getattr(torch, args.dtype))
     packed = PackedStreams(backbone, load_checkpoint(args.checkpoint, backbone))
     texts = read_examples(args.data)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...train.data import Example
 from .adapters import StreamAdapters
 from .backbone import Backbone, attend
-from .data import Example, alike
+from .data import alike
 from .merged import MergedLayers
 from .model import rotate_values
 

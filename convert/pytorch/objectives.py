@@ -18,10 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...train.batches import Selection
+from ...train.data import Example
+from ...train.figures import summarize
 from . import workers
 from .adapters import StreamAdapters
 from .backbone import Backbone
-from .data import Example, Selection, Targets, targets
+from .data import Targets, targets
 from .joint import JointStreams
 from .loss import (
     HeadCrossEntropy,
@@ -29,7 +32,7 @@ from .loss import (
     VocabularySampler,
     stream_weights,
 )
-from .measure import rank_targets, summarize
+from .measure import rank_targets
 from .packed import PackedBatch, PackedStreams
 from .states import States
 
@@ -72,9 +75,9 @@ class Common:
         """Gather the base states of a batch."""
         return PackedBatch(
             [self.base_states(s.example) for s in batch],
-            [torch.tensor(s.positions) for s in batch],
+            [torch.tensor(s.rows) for s in batch],
             [len(s.example.prompt) - 1 for s in batch],
-            torch.tensor([s.example.answer[i] for s in batch for i in s.positions]),
+            torch.tensor([s.example.answer[i] for s in batch for i in s.rows]),
         )
 
     def head(self, tokens: Tensor, seed: int) -> tuple[Tensor, Vocabulary]:
@@ -192,7 +195,7 @@ class SharedObjective:
             weights = (self.stream_weight / valid.sum(0).clamp(min=1)).expand_as(rows)[rows]
             # An answer's last row has streams for main to attend to, but nothing left to foresee.
             has_target = torch.cat(
-                [torch.arange(len(s.example.answer)) < s.example.num_positions for s in mine]
+                [torch.arange(len(s.example.answer)) < len(s.example.positions) for s in mine]
             )
             part = common.stream_loss(out.streams[has_target], wanted, weights, head, vocabulary)
             total = total + part.total
@@ -213,7 +216,7 @@ class SharedObjective:
                 continue
             start, rows = 0, []
             for selection in part:
-                rows += [start + i for i in selection.positions]
+                rows += [start + i for i in selection.rows]
                 start += len(selection.example.answer)
             hidden = out.streams[torch.tensor(rows)]
             ranks.append(rank_targets(self.packed, hidden, targets(part, hidden.shape[1])))
@@ -225,7 +228,7 @@ class SharedObjective:
 
 def whole(example: Example) -> Selection:
     """Select every position of a text."""
-    return Selection(example, tuple(range(example.num_positions)))
+    return Selection(example, tuple(example.positions))
 
 
 class PrunerObjective:
@@ -237,15 +240,15 @@ class PrunerObjective:
 
     def _exit(self, batch: Sequence[Selection]) -> tuple[Tensor, Tensor]:
         """Return normed early-exit states (n, h) and the tokens (n,) that follow."""
-        rows = [self.common.base_states(s.example).hidden[list(s.positions)] for s in batch]
-        tokens = torch.tensor([s.example.answer[i] for s in batch for i in s.positions])
+        rows = [self.common.base_states(s.example).hidden[s.rows] for s in batch]
+        tokens = torch.tensor([s.example.answer[i] for s in batch for i in s.rows])
         main = torch.cat(rows)
         pruner = self.common.adapters.pruner
         assert pruner is not None
         return self.common.backbone.norm(main + pruner(main)), tokens
 
     def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
-        following = torch.tensor([s.example.answer[i] for s in batch for i in s.positions])
+        following = torch.tensor([s.example.answer[i] for s in batch for i in s.rows])
         head, vocabulary = self.common.head(following, seed)
         hidden, tokens = self._exit(workers.share(batch)[0])
         weights = torch.full((len(tokens),), 1 / len(following))

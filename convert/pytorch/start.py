@@ -38,7 +38,7 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
             wanted["pruner_rank"] = args.pruner_rank
         if args.resize_rank:
             wanted["lora_rank"] = args.resize_rank
-        grown = grow(adapters, backbone, args.next_token_rms, **wanted)
+        grown = grow(adapters, backbone, **wanted)
         if args.mode == "shared" and adapters.config.mode == "lossless":
             grown.scale_lora(args.start_scale)
         return grown
@@ -59,7 +59,7 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
         next_token_rank=args.next_token_rank,
         conditioner_tokens=args.conditioner_tokens if args.conditioner_rank else 1,
     )
-    return StreamAdapters(config, backbone, args.embedding_std, args.next_token_rms)
+    return StreamAdapters(config, backbone, args.embedding_std)
 
 
 def make_objective(args: argparse.Namespace, common: Common) -> Objective:

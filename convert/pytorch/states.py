@@ -18,15 +18,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...train.data import Key
 from .backbone import Backbone, attend
-
-Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,36 @@ class States:
     hidden: Tensor
 
 
-def _paths(prefix: str | Path) -> tuple[Path, Path]:
+def state_files(prefix: str | Path) -> tuple[Path, Path]:
+    """Return the two files of a prefix, data and index."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.jsonl")
+
+
+def _read_shape(line: str, index: Path) -> StateShape:
+    """Read the first line of an index.
+
+    Raises:
+        DataError: it is something else, such as a file of answers.
+    """
+    try:
+        return StateShape(**json.loads(line))
+    except (json.JSONDecodeError, TypeError):
+        raise DataError(
+            f"{index} is no index of base states, which distill --states writes; give another prefix."
+        ) from None
 
 
 class StateWriter:
     """Append states to `prefix`.bin and `prefix`.jsonl."""
 
     def __init__(self, prefix: str | Path, shape: StateShape) -> None:
-        data, index = _paths(prefix)
+        data, index = state_files(prefix)
         if index.exists():
-            with index.open() as lines:
-                given = json.loads(lines.readline())
-            if given != asdict(shape):
+            with index.open(encoding="utf-8") as lines:
+                given = _read_shape(lines.readline(), index)
+            if given != shape:
                 raise DataError(
-                    f"{index} holds states of {given}, not of {asdict(shape)}; choose another file"
+                    f"{index} holds states of {asdict(given)}, not of {asdict(shape)}; choose another file"
                 )
         self.shape = shape
         self.data, self.index = data.open("ab"), index.open("a", encoding="utf-8")
@@ -88,29 +103,39 @@ class StateWriter:
 
 
 class StateReader:
-    """Random access to the states that a `StateWriter` wrote."""
+    """Random access to the states that `StateWriter`s wrote, under one prefix or several.
 
-    def __init__(self, prefix: str | Path) -> None:
-        data, index = _paths(prefix)
-        with index.open(encoding="utf-8") as lines:
-            self.shape = StateShape(**json.loads(lines.readline()))
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-        self.entries: dict[Key, tuple[int, int, int]] = {
-            (e["source"], e["index"]): (e["offset"], e["length"], e["answer"]) for e in entries
-        }
-        self.data = data.open("rb")
+    Raises:
+        DataError: states of different shapes.
+    """
+
+    def __init__(self, *prefixes: str | Path) -> None:
+        self.entries: dict[Key, tuple[BinaryIO, int, int, int]] = {}
+        shapes = []
+        for prefix in prefixes:
+            data, index = state_files(prefix)
+            with index.open(encoding="utf-8") as lines:
+                shapes.append(_read_shape(lines.readline(), index))
+                entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            file = data.open("rb")
+            for e in entries:
+                key = (e["source"], e["index"])
+                self.entries[key] = (file, e["offset"], e["length"], e["answer"])
+        if any(shape != shapes[0] for shape in shapes):
+            raise DataError("the base states given were kept for different layers; give one kind.")
+        self.shape = shapes[0]
 
     def __contains__(self, key: Key) -> bool:
         return key in self.entries
 
     def __getitem__(self, key: Key) -> States:
-        offset, length, answer = self.entries[key]
+        file, offset, length, answer = self.entries[key]
         shape = self.shape
         kv_shape = (shape.num_msa_layers, shape.num_kv_heads, length, shape.head_dim)
         shapes = (kv_shape, kv_shape, (answer, shape.hidden_size))
         sizes = [math.prod(dims) for dims in shapes]
-        self.data.seek(offset)
-        whole = np.fromfile(self.data, dtype=np.int16, count=sum(sizes))
+        file.seek(offset)
+        whole = np.fromfile(file, dtype=np.int16, count=sum(sizes))
         parts = torch.from_numpy(whole).view(getattr(torch, shape.dtype)).split(sizes)
         return States(*(part.view(dims) for part, dims in zip(parts, shapes, strict=True)))
 

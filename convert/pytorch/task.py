@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ...exit_status import exit_status
 from ...prompts.lines import json_lines
-from ...weights.files import atomic_file
+from ...weights.files import atomic_file, refuse_same_file
 from .backbone import Backbone
 from .batched import Decoder, answer
 from .checkpoint import load_checkpoint
@@ -88,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    files = {"--data": args.data, "--output": args.output}
+    refuse_same_file(files | ({"--figures": args.figures} if args.figures else {}))
     figures = run(args)
     print(json.dumps(figures, indent=1))
     if args.figures:

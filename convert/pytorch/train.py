@@ -1,9 +1,9 @@
 r"""Train streams, or a pruner for them, and write a schema-1 checkpoint.
 
     # 1. the model's own answers, and its states on the way
-    python -m mlx_specstream.convert.pytorch.distill --model DIR --data prompts.jsonl --output own.jsonl --states own
+    python -m mlx_specstream.convert.pytorch.distill --model DIR --data prompts.jsonl --output own.jsonl --states states
     # 2. streams and parent conditioner, within a time budget; the learning rate has decayed when the time is up
-    python -m mlx_specstream.convert.pytorch.train --model DIR --data own.jsonl --states own --output OUT \
+    python -m mlx_specstream.convert.pytorch.train --model DIR --data own.jsonl --states states --output OUT \
         --num-streams 4 --num-msa-layers 12 --max-minutes 60
 
 In lossless mode the base model is frozen and only stream rows are computed and differentiated; `--mode shared`
@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--states",
-        help="base states that distill.py kept (prefix); texts without them are left out",
+        nargs="+",
+        help="base states that distill.py kept (prefixes); texts without them are left out",
     )
     parser.add_argument("--output", required=True, help="checkpoint folder to write")
     parser.add_argument(
@@ -102,12 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="streams know the next token from their start on; they then need the deferred schedule",
     )
     group.add_argument(
-        "--next-token-rms",
-        type=float,
-        default=8.0,
-        help="scale at which the next token first enters the streams",
-    )
-    group.add_argument(
         "--embedding-std", type=float, default=1.0, help="scale of the untrained stream embeddings"
     )
     group.add_argument(
@@ -145,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
     group.add_argument("--embedding-lr", type=float, default=4e-2)
     group.add_argument("--conditioner-lr", type=float, default=2e-3)
-    group.add_argument("--next-token-lr", type=float, default=8e-3)
+    group.add_argument("--next-token-lr", type=float, default=2e-3)
     group.add_argument(
         "--final-lr", type=float, default=0.05, help="share of the learning rate left at the end"
     )

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ...train.batches import Selection
+from ...train.data import Example, split_held_out
+from ...train.next_token import NUM_TEXTS, fit_next_token
 from ...weights.files import atomic_file
 from . import workers
 from .backbone import Backbone
 from .checkpoint import save_checkpoint
 from .data import (
-    Example,
-    Selection,
     epoch_batches,
     read_examples,
     select,
-    split_held_out,
 )
 from .loss import VocabularySampler
 from .objectives import Common
@@ -59,8 +59,11 @@ class Trainer:
         )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
-        self.reader = StateReader(args.states) if args.states else None
+        self.reader = StateReader(*args.states) if args.states else None
         self.train, self.held_out = self._texts()
+        self.state_file = self.work / "state.pt"
+        if not self.state_file.exists():
+            self._fit_next_token()
         answers = (e.answer for e in self.train)
         sampler = VocabularySampler(
             self.backbone.vocab_size, answers, args.num_frequent, args.num_random
@@ -68,7 +71,6 @@ class Trainer:
         self.objective = make_objective(
             args, Common(self.backbone, self.adapters, sampler, self._states, args.alpha_decay)
         )
-        self.state_file = self.work / "state.pt"
         if self.state_file.exists():
             self._resume()
 
@@ -84,7 +86,7 @@ class Trainer:
     def _refresh(self) -> None:
         """Take in texts that were added to the data files since; held-out prompts stay held out."""
         if self.args.states:
-            self.reader = StateReader(self.args.states)
+            self.reader = StateReader(*self.args.states)
         held = {e.prompt for e in self.held_out}
         train, newly_held = self._texts()
         self.train = [e for e in (*train, *newly_held) if e.prompt not in held]
@@ -95,6 +97,26 @@ class Trainer:
         with torch.no_grad():
             return compute_states(
                 self.backbone, example.prompt, example.answer, self.adapters.config.num_msa_layers
+            )
+
+    def _fit_next_token(self) -> None:
+        """Give a map of the next token that is still zero its start, from the training texts."""
+        target = self.adapters.next_token
+        if target is None or target.lora_B.weight.any():
+            return
+        texts = (
+            (
+                self._states(e).hidden.float().numpy(),
+                self.backbone.embed(torch.tensor(e.answer[:-1])).float().numpy(),
+            )
+            for e in self.train[:NUM_TEXTS]
+        )
+        found = fit_next_token(self.adapters.config.next_token_rank, texts)
+        target.lora_A.weight.data.copy_(torch.from_numpy(found.a.T))
+        target.lora_B.weight.data.copy_(torch.from_numpy(found.b.T))
+        if not workers.rank():
+            print(
+                f"the next token explains {found.share:.0%} of how hidden states change", flush=True
             )
 
     def _batches(self, epoch: int) -> Iterable[list[Selection]]:
@@ -198,7 +220,7 @@ class Trainer:
             self._export()
 
     def _announce(self) -> None:
-        answers = sum(e.num_positions for e in self.train)
+        answers = sum(len(e.positions) for e in self.train)
         trained = sum(p.numel() for p in self.adapters.parameters())
         budget = (
             f"{self.args.max_minutes:g} minutes"
@@ -261,7 +283,7 @@ class Trainer:
             "arguments": {name: _portable(name, value) for name, value in vars(self.args).items()},
             "progress": asdict(self.progress),
             "texts_by_source": sources,
-            "answer_positions": sum(e.num_positions for e in self.train),
+            "answer_positions": sum(len(e.positions) for e in self.train),
         }
         extra = {
             "train_log.jsonl": (self.work / "train_log.jsonl").read_text(encoding="utf-8"),
@@ -276,8 +298,8 @@ class Trainer:
 
 def _portable(name: str, value: object) -> object:
     """Return an argument as it goes into the checkpoint: of a path its last part, which says nothing of the machine."""
-    if name == "data" and isinstance(value, list):
+    if name in ("data", "states") and isinstance(value, list):
         return [Path(part).name for part in value]
-    if name in ("model", "states", "output", "start_from") and value:
+    if name in ("model", "output", "start_from") and value:
         return Path(str(value)).name
     return value

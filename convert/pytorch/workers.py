@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
-from .data import Selection
+from ...train.batches import Selection
 
 T = TypeVar("T")
 

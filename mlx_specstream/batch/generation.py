@@ -105,7 +105,7 @@ def batch_generate(
     *,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop: Sequence[str] = (),
     config: DecodeConfig | None = None,
     speculative: bool = True,
@@ -124,8 +124,8 @@ def batch_generate(
         verbose: print the figures at the end.
         sampler: as in `stream_generate`; every answer has random numbers of its own.
         logits_processors: as in mlx-lm, without state of their own: all answers share them.
-        seed: prompt number i is answered with the seed `seed + i`; None takes seeds from MLX's
-            global generator.
+        seed: prompt number i is answered with the seed `seed + i`, or with its own of a sequence;
+            None takes seeds from MLX's global generator.
         stop: strings that end an answer and are not part of it.
         config: how to decode; drafts are chains as deep as its tree.
         speculative: False decodes one token per pass, with the same result.
@@ -146,6 +146,9 @@ def batch_generate(
     budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(budgets) != len(prompts):
         raise OptionError(f"max_tokens has {len(budgets)} entries for {len(prompts)} prompts.")
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed or ())
+    if seeds and len(seeds) != len(prompts):
+        raise OptionError(f"seed has {len(seeds)} entries for {len(prompts)} prompts.")
     if any(isinstance(process, TreeProcessor) for process in logits_processors):
         raise OptionError(
             "a grammar follows one answer's text, so answers of a batch cannot share it; add the "
@@ -171,7 +174,7 @@ def batch_generate(
                 needed_sampler(sampler),
                 tuple(logits_processors),
                 list(prompt),
-                seed=None if seed is None else seed + index,
+                seed=None if seed is None else seeds[index],
             ),
             stats=SpeculationStats(lossy=lossy),
         )

@@ -21,13 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from ..batch.generation import BatchAnswer, batch_generate
 from ..errors import DataError, OptionError, OutputError
 from ..loading.load import load
-from ..train.answers import BatchDecoder, Waiting
+from ..train.builtin_prompts import BUILTIN, builtin_records
 from ..train.data import read_records
-from ..train.starter import STARTER, starter_records
+from ..weights.files import refuse_same_file
 from ..weights.hub import first_line
 
 SORT_WINDOW = 1024
@@ -56,8 +58,8 @@ def read_prompts(
         DataError: unreadable data, or a record without a user's turn.
     """
     prompts, too_long = [], 0
-    own = source == STARTER and not Path(source).exists()
-    records = starter_records() if own else read_records(source, split, need_answer=False)
+    own = source == BUILTIN and not Path(source).exists()
+    records = builtin_records() if own else read_records(source, split, need_answer=False)
     for index, record in enumerate(records):
         fields = record.fields
         messages = fields.get("messages") or [
@@ -129,6 +131,11 @@ def record_of(prompt: Prompt, answer: list[int], tokenizer: Any) -> dict[str, An
     }
 
 
+def seed_of(seed: int, index: int) -> int:
+    """Return the seed of one answer: the same whatever else is answered with it."""
+    return int(np.random.SeedSequence([seed & 0xFFFFFFFF, index]).generate_state(1)[0])
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specstream distill", description="Write a model's own answers to prompts."
@@ -169,8 +176,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
+    from mlx_lm.sample_utils import make_sampler
+
     args = build_parser().parse_args(argv)
     check(args)
+    refuse_same_file({"--data": args.data, "--output": args.output})
     output = Path(args.output).expanduser()
     done = finished(output)
     model, tokenizer = load(args.model, streams=None)
@@ -188,17 +198,7 @@ def main(argv: list[str]) -> int:
         + (f", {too_long} too long and left out." if too_long else "."),
         flush=True,
     )
-    decoder = BatchDecoder(
-        model.backbone,
-        batch_size=args.batch_size,
-        max_tokens=args.max_tokens,
-        stop=set(tokenizer.eos_token_ids),
-        temp=args.temp,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    by_index = {prompt.index: prompt for prompt in left}
-    waiting = [Waiting(prompt.index, prompt.tokens) for prompt in in_order(left)]
+    left = list(in_order(left))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -208,13 +208,27 @@ def main(argv: list[str]) -> int:
             ) as bar,
         ):
             tokens = 0
-            for index, answer in decoder.answers(waiting):
-                line = json.dumps(record_of(by_index[index], answer, tokenizer), ensure_ascii=False)
-                file.write(line + "\n")
+
+            def write(number: int, answer: BatchAnswer) -> None:
+                nonlocal tokens
+                line = record_of(left[number], answer.token_ids, tokenizer)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-                tokens += len(answer)
+                tokens += len(answer.token_ids)
                 bar.update()
                 bar.set_postfix(tokens=tokens)
+
+            batch_generate(
+                model,
+                tokenizer,
+                [prompt.tokens for prompt in left],
+                args.max_tokens,
+                sampler=make_sampler(args.temp, args.top_p) if args.temp > 0 else None,
+                seed=[seed_of(args.seed, prompt.index) for prompt in left],
+                speculative=False,
+                completion_batch_size=args.batch_size,
+                on_answer=write,
+            )
     except OSError as error:
         raise OutputError(
             f"{output} cannot be written ({error.strerror or error}); what was finished is kept, "

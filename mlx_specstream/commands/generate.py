@@ -120,8 +120,8 @@ def main(argv: list[str]) -> int:
     import mlx.core as mx
 
     from ..generation.generate import stream_generate
+    from ..generation.prompt_progress import PromptProgress
     from ..loading.load import load
-    from ..prompt_progress import PromptProgress
     from ..prompts import Prompt, encode_prompt
 
     if arguments.seed is not None:

@@ -137,8 +137,14 @@ def _record(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> int:
                 answers.append(record_answer(model.streams, ids, arguments.max_tokens, stop, task))
                 bar.update()
     source = ", ".join(f"{len(some)} {task} prompts" for task, some in prompts.items())
-    conditioned = bool(model.streams.config.conditioner_rank)
-    profile = AcceptanceProfile(model.streams.num_streams, tuple(answers), conditioned, source)
+    streams = model.streams
+    profile = AcceptanceProfile(
+        streams.num_streams,
+        tuple(answers),
+        bool(streams.config.conditioner_rank),
+        source,
+        streams.know_next_token,
+    )
     profile.save(target)
     print(f"recorded {profile.num_positions} tokens ({source}) in {target}")
     return 0

@@ -24,15 +24,15 @@ from ..model.backbone import Backbone
 from ..train.batches import select
 from ..train.data import Example, read_records, split_held_out, tokenize
 from ..train.head import VocabularySampler
+from ..train.initialise import hidden_rms, untrained, with_next_token
 from ..train.loop import DivergenceError, Trainer
 from ..train.objective import LosslessObjective
 from ..train.options import PRESETS, TrainOptions, flag_of
 from ..train.pruner import PrunerObjective
 from ..train.shared import SharedObjective
-from ..train.start import hidden_rms, untrained
 from ..train.state import SavedState, resumable
-from ..train.takeover import take_over
 from ..train.task import Task
+from ..train.warm_start import warm_start
 from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from ..weights.fingerprint import base_dims
 
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     trainer = Trainer(task, make_objective(task), saved=saved, world=world)
     figures = trainer.run()
     if world.rank() == 0:
-        print(verdict(figures, folder))
+        print(gain(figures, folder))
         if options.compare_plain_lora:
             print(comparison(trainer))
     return 0
@@ -223,9 +223,12 @@ def make_task(
     tokens = mx.array([train[0].tokens])
     rms = saved.progress.rms if saved else hidden_rms(backbone, tokens, config.num_msa_layers)
     if given:
-        config, start = take_over(given, options, backbone, rms)
+        config, start = warm_start(given, options, backbone, rms)
     else:
         start = untrained(backbone, config, rms, options.seed, options.gate_start)
+    if not saved:
+        texts = [e.tokens for e in train if len(e.tokens) > 3]
+        start = with_next_token(start, backbone, config, texts)
     name = Path(args.model).name if Path(args.model).exists() else args.model
     return Task(
         backbone=backbone,
@@ -274,7 +277,7 @@ def make_objective(task: Task) -> LosslessObjective:
     return objective(task.backbone, task.config, options, sampler)
 
 
-def verdict(figures: dict[str, dict[str, float]], folder: Path) -> str:
+def gain(figures: dict[str, dict[str, float]], folder: Path) -> str:
     """Return the last lines: decoded tokens per step before and after, and where the streams are."""
     lines = []
     for name, after in figures["after"].items():

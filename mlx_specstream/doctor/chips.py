@@ -52,6 +52,7 @@ def predict(chip: Chip, bits: int, size: ModelSize, profile: AcceptanceProfile) 
     plans = candidates(
         profile.num_streams,
         "lossless",
+        "deferred" if profile.deferred_only else "auto",
         prunable=profile.has_pruned,
         ends_known=profile.has_ends,
     )

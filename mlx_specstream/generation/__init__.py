@@ -7,6 +7,7 @@
 | `answering.py` | one answer under way: from the prompt to responses, and its end |
 | `answer.py` | tokens in, text out, until the answer is over |
 | `stop.py` | stop strings in text that arrives in pieces |
+| `prompt_progress.py` | how far the prompt is, for a person who waits |
 | `response.py` | what a caller gets for every token |
 | `grammar.py` | answers that fit a JSON schema, a regular expression or a grammar |
 | `decode_options.py` | command-line options: which model and streams, how to decode |

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,13 +66,15 @@ class AcceptanceProfile:
 
     Compared by identity: what is read off it is kept for as long as it lives.
 
-    source: what was recorded, in words.
+    source: what was recorded, in words. deferred_only: whether these streams know the next token
+    and so never run inline.
     """
 
     num_streams: int
     answers: tuple[AnswerTrace, ...]
     conditioned: bool = False
     source: str = ""
+    deferred_only: bool = False
 
     @property
     def tasks(self) -> list[str]:
@@ -106,7 +108,7 @@ class AcceptanceProfile:
                 f"no answers of the task {task!r} were recorded; there are "
                 f"{', '.join(self.tasks) or 'none'}."
             )
-        return AcceptanceProfile(self.num_streams, answers, self.conditioned, self.source)
+        return replace(self, answers=answers)
 
     def walk(self, plan: Plan) -> list[int]:
         """Return the accepted drafts of every step of every answer."""
@@ -127,6 +129,7 @@ class AcceptanceProfile:
             "num_streams": self.num_streams,
             "conditioned": self.conditioned,
             "source": self.source,
+            "deferred_only": self.deferred_only,
             "answers": [
                 {"task": answer.task, **written(answer.positions)} for answer in self.answers
             ],
@@ -149,6 +152,7 @@ class AcceptanceProfile:
                 answers=tuple(AnswerTrace(read(a), str(a["task"])) for a in answers),
                 conditioned=bool(values.get("conditioned", False)),
                 source=str(values.get("source", "")),
+                deferred_only=bool(values.get("deferred_only", False)),
             )
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
             raise DataError(

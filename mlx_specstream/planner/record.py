@@ -62,8 +62,8 @@ def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -
     positions: list[Position] = []
     for first in range(0, len(text), CHUNK):
         nodes = before[first : first + CHUNK]
-        drawn = mx.array(list(text[first : first + len(nodes)]))
-        verified = stepper.verify(chain(mx.array(nodes)), cache, drawn)
+        said = mx.array(list(text[first : first + len(nodes)]))
+        verified = stepper.verify(chain(mx.array(nodes)), cache, said)
         assert verified.streams is not None
         trees = []
         for place in range(len(nodes)):

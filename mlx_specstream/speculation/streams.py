@@ -3,10 +3,11 @@
 Stream j of position t starts as the main stream's hidden state plus a learned vector,
 S_tj = f(M_t) + P_j [SS §3.1.1, Eq. 3], at the input of the first MSA layer, and predicts the
 token x_{t+1+j}. Streams that know the next token [own] start at f(M_t) + P_j + B·A·ê(x_{t+1}), with
-ê its embedding row over its rms; they can only run once that token is drawn (deferred). In the MSA
-layers a row of stream (t, j) sees the main stream up to t and the streams 1..j of the same t [SS
-Eq. 2]; in a draft tree, "up to t" is the committed text and the
-node's ancestors. With two nodes A ── B and γ = 2, below the committed text:
+ê its embedding row over its rms; they can only run once that token is drawn (deferred).
+
+In the MSA layers a row of stream (t, j) sees the main stream up to t and the streams 1..j of the
+same t [SS Eq. 2]; in a draft tree, "up to t" is the committed text and the node's ancestors. With
+two nodes A ── B and γ = 2, below the committed text:
 
                        A   B   A1  A2  B1  B2
     main      A      [ 1   .   s   s   .   .  ]     s: shared mode only [SS Eq. 1]

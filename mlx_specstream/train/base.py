@@ -30,6 +30,7 @@ class BaseStates:
 
     first: (B, L, h), at the input of the first MSA layer. last: (B, L, h), after the final norm.
     keys, values: for each MSA layer (B, K, L, D). first_msa: index of the first MSA layer.
+    tokens: (B, L) int32, the texts.
     """
 
     first: mx.array
@@ -37,6 +38,7 @@ class BaseStates:
     keys: tuple[mx.array, ...]
     values: tuple[mx.array, ...]
     first_msa: int
+    tokens: mx.array
 
 
 class KeptRows(LayerKV):
@@ -94,4 +96,5 @@ def base_states(backbone: Backbone, tokens: mx.array, num_msa_layers: int) -> Ba
         tuple(mx.stop_gradient(k) for k in keys),
         tuple(mx.stop_gradient(v) for v in values),
         first_msa,
+        tokens,
     )

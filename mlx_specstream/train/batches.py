@@ -24,6 +24,11 @@ class Selection:
     example: Example
     positions: tuple[int, ...]
 
+    @property
+    def rows(self) -> list[int]:
+        """Return the positions counted from the last prompt token, which is row 0."""
+        return [t + 1 - self.example.prompt_length for t in self.positions]
+
 
 @dataclass(frozen=True)
 class BatchPlan:

@@ -4,10 +4,9 @@
     {"prompt": "...", "completion": "..."}        either with "tools": [...]
     {"text": "..."}
 
-mlx-lm's own dataset classes turn records into tokens; here every record is checked first, so
-that a bad one is named by file and line, and the completion is told from the prompt. Records of
-`specstream distill` also carry the exact ids the model wrote; these are used if they spell the
-record's text.
+Every record is checked first, so that a bad one is named by file and line, and the completion is
+told from the prompt (`rendering.py`). Records of `specstream distill` also carry the exact ids that
+the model wrote; these are used if they spell the record's text.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from ..prompts.lines import json_lines
 from ..prompts.read import is_turn
 from ..weights.hub import first_line
 from .hub_data import hub_rows
+from .rendering import conversation_tokens, end_tokens, has_chat_template
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -33,16 +33,29 @@ MIN_PROMPT = 2
 """A stream never starts at the first token: its hidden state is an outlier a hundred times larger."""
 
 
+Key = tuple[str, int]
+
+
 @dataclass(frozen=True)
 class Example:
     """One text. The streams start at its last prompt token and at every later one.
 
     tokens: the whole text. prompt_length: how many of them are given. where: file and line.
+    key: the name of its source and its place there.
     """
 
     tokens: tuple[int, ...]
     prompt_length: int
-    where: str
+    where: str = ""
+    key: Key = ("", 0)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return self.tokens[self.prompt_length :]
 
     @property
     def positions(self) -> range:
@@ -69,10 +82,21 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Record:
-    """A checked record and where it stands."""
+    """A checked record and where it stands. source, number: of its file."""
 
     fields: dict[str, Any]
     where: str
+    source: str = ""
+    number: int = 0
+
+    @property
+    def key(self) -> Key:
+        """Return the name of the record's source and its place there, as it says or as it stands."""
+        source, index = self.fields.get("source"), self.fields.get("index")
+        return (
+            source if isinstance(source, str) else self.source,
+            index if type(index) is int else self.number,
+        )
 
 
 def read_records(source: str | Path, split: str, *, need_answer: bool = True) -> list[Record]:
@@ -100,8 +124,8 @@ def read_records(source: str | Path, split: str, *, need_answer: bool = True) ->
 
 
 def _lines(path: Path, need_answer: bool) -> Iterator[Record]:
-    for fields, where in json_lines(path):
-        yield Record(check_record(fields, where, need_answer), where)
+    for number, (fields, where) in enumerate(json_lines(path)):
+        yield Record(check_record(fields, where, need_answer), where, path.stem, number)
 
 
 def check_record(fields: object, where: str, need_answer: bool = True) -> dict[str, Any]:
@@ -115,7 +139,9 @@ def check_record(fields: object, where: str, need_answer: bool = True) -> dict[s
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where}: tools must be a list, got {type(tools).__name__}.")
-    if "prompt" in fields and "completion" in fields:
+    if _are_ids(fields.get("prompt_ids")) and _are_ids(fields.get("answer_ids")):
+        texts = []
+    elif "prompt" in fields and "completion" in fields:
         texts = [("prompt", fields["prompt"]), ("completion", fields["completion"])]
     elif "messages" in fields:
         _check_messages(fields["messages"], where)
@@ -149,12 +175,15 @@ def _check_messages(messages: object, where: str) -> None:
 
 def tokenize(
     records: Sequence[Record],
-    tokenizer: TokenizerWrapper,
+    tokenizer: TokenizerWrapper | None,
     *,
     max_length: int,
     mask_prompt: bool = True,
+    cut: bool = True,
 ) -> tuple[list[Example], DataReport]:
-    """Turn records into examples of at most `max_length` tokens; shorter and empty ones drop out.
+    """Turn records into examples of at most `max_length` tokens; empty ones drop out.
+
+    Without `cut`, longer ones drop out too. No tokenizer: records must hold exact ids.
 
     Raises:
         DataError: a record that the chat template refuses, or no completion tokens anywhere.
@@ -163,70 +192,98 @@ def tokenize(
     truncated = no_completion = 0
     for record in records:
         tokens, prompt_length = record_tokens(record, tokenizer, mask_prompt)
-        tokens = _until_end(tokens, prompt_length, tokenizer)
-        cut = len(tokens) > max_length
-        example = Example(tuple(tokens[:max_length]), max(MIN_PROMPT, prompt_length), record.where)
+        if tokenizer is not None:
+            tokens = _until_end(tokens, prompt_length, tokenizer)
+        too_long = len(tokens) > max_length
+        kept = tuple(tokens[:max_length])
+        example = Example(kept, max(MIN_PROMPT, prompt_length), record.where, record.key)
         if len(example.positions) == 0:
             no_completion += 1
             continue
-        truncated += cut
+        truncated += too_long
+        if too_long and not cut:
+            continue
         examples.append(example)
     if records and not examples:
         raise DataError(
             f"none of the {len(records)} records has two completion tokens within {max_length} "
-            f"tokens (first: {records[0].where}); give completions, or raise --max-seq-length."
+            f"tokens (first: {records[0].where}); give records that end with an answer, or raise "
+            "--max-seq-length."
         )
     return examples, DataReport(len(examples), truncated, no_completion)
 
 
 def record_tokens(
-    record: Record, tokenizer: TokenizerWrapper, mask_prompt: bool = True
+    record: Record, tokenizer: TokenizerWrapper | None, mask_prompt: bool = True
 ) -> tuple[list[int], int]:
-    """Return a record's tokens and how many of them are the prompt, by mlx-lm's dataset classes.
+    """Return a record's tokens and how many of them are the prompt.
 
-    Without a chat template, which mlx-lm's classes insist on, a completion follows its bare prompt.
+    A chat is trained on up to its last answer, of which decoding sees the same tokens; one without
+    any has no tokens. Without a chat template a completion follows its bare prompt.
 
     Raises:
         DataError: the chat template refuses the record, or the tokenizer has none.
     """
-    from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
-
     fields = record.fields
     if (exact := _exact_ids(fields, tokenizer)) is not None:
         prompt, answer = exact
-        return prompt + answer, len(prompt) if mask_prompt else 0
-    rows = [fields]
-    try:
-        if "completion" in fields and "prompt" in fields and not tokenizer.has_chat_template:
-            said = list(tokenizer.encode(fields["prompt"]))
+    elif tokenizer is None:
+        raise DataError(f"{record.where} holds text, not ids; a tokenizer is needed.")
+    elif "messages" not in fields and "completion" not in fields:
+        return _text_tokens(fields["text"], tokenizer), 0
+    else:
+        try:
+            prompt, answer = _chat_tokens(fields, tokenizer)
+        except Exception as error:  # templates are programs and raise what they like
+            raise DataError(
+                f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's "
+                "chat template refuses it, or the tokenizer has none."
+            ) from error
+    return prompt + answer, len(prompt) if mask_prompt else 0
+
+
+def _text_tokens(text: str, tokenizer: TokenizerWrapper) -> list[int]:
+    tokens = list(tokenizer.encode(text)) if text else []
+    return (
+        tokens
+        if not tokens or tokens[-1] == tokenizer.eos_token_id
+        else [*tokens, tokenizer.eos_token_id]
+    )
+
+
+def _chat_tokens(
+    fields: dict[str, Any], tokenizer: TokenizerWrapper
+) -> tuple[list[int], list[int]]:
+    if "completion" in fields and "prompt" in fields:
+        if not has_chat_template(tokenizer):
             answer = tokenizer.encode(fields["completion"], add_special_tokens=False)
-            return [*said, *answer, tokenizer.eos_token_id], len(said) if mask_prompt else 0
-        if "completion" in fields and "prompt" in fields:
-            data = CompletionsDataset(rows, tokenizer, "prompt", "completion", mask_prompt)
-        elif "messages" in fields:
-            data = ChatDataset(rows, tokenizer, mask_prompt=mask_prompt)
-        elif not fields["text"]:
-            return [], 0
-        else:
-            data = TextDataset(rows, tokenizer)
-        tokens, offset = data.process(fields)
-    except Exception as error:  # templates are programs and raise what they like
-        raise DataError(
-            f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's chat "
-            "template refuses it, or the tokenizer has none."
-        ) from error
-    return list(tokens), int(offset)
+            return list(tokenizer.encode(fields["prompt"])), [*answer, tokenizer.eos_token_id]
+        messages = [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["completion"]},
+        ]
+    else:
+        messages = fields["messages"]
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    if last < 0:
+        return [], []
+    return conversation_tokens(messages[: last + 1], fields.get("tools"), tokenizer)
 
 
 def _exact_ids(
-    fields: dict[str, Any], tokenizer: TokenizerWrapper
+    fields: dict[str, Any], tokenizer: TokenizerWrapper | None
 ) -> tuple[list[int], list[int]] | None:
-    """Return the ids of a distilled record, if they spell its text under this tokenizer."""
+    """Return the ids of a distilled record, if they spell its text under this tokenizer.
+
+    A record of ids alone is taken as it is, and so is every one where there is no tokenizer.
+    """
     prompt, answer = fields.get("prompt_ids"), fields.get("answer_ids")
-    if not _are_ids(prompt) or not _are_ids(answer) or "messages" not in fields:
+    if not _are_ids(prompt) or not _are_ids(answer):
         return None
     assert isinstance(prompt, list)
     assert isinstance(answer, list)
+    if tokenizer is None or "messages" not in fields:
+        return prompt, answer
     try:
         said = tokenizer.decode(answer, skip_special_tokens=True)
     except Exception:  # ids that this tokenizer does not have
@@ -244,7 +301,7 @@ def _are_ids(value: object) -> bool:
 
 def _until_end(tokens: list[int], prompt_length: int, tokenizer: TokenizerWrapper) -> list[int]:
     """Drop what a chat template adds behind the end-of-turn token: decoding stops before it."""
-    ends = set(tokenizer.eos_token_ids)
+    ends = end_tokens(tokenizer)
     last = next((i for i in range(len(tokens) - 1, -1, -1) if tokens[i] in ends), None)
     if last is None or last < prompt_length:
         return tokens
@@ -256,8 +313,7 @@ def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Exampl
     """Return (train, held out): the prompts whose hash is lowest, so the split outlives new data."""
 
     def rank(example: Example) -> bytes:
-        prompt = example.tokens[: example.prompt_length]
-        return hashlib.sha256(json.dumps(prompt).encode()).digest()
+        return hashlib.sha256(json.dumps(example.prompt).encode()).digest()
 
     chosen = {rank(example) for example in sorted(examples, key=rank)[:count]}
     train = [example for example in examples if rank(example) not in chosen]

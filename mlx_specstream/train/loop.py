@@ -1,6 +1,6 @@
 """The training loop: batches in, stream weights out; killed at any moment, it continues exactly.
 
-resume or start ─► estimate ─► verdict before ─► updates ... ─► verdict after ─► adapter folder
+resume or start ─► estimate ─► decode ─► updates ... ─► decode again ─► adapter folder
 │  every so often: log, validation, checkpoint
 """
 
@@ -20,17 +20,17 @@ from ..weights.fingerprint import fingerprint
 from .batches import BatchPlan, Selection, select, shard
 from .calibrate import calibration
 from .data import digest
+from .decode_eval import decoded_tokens_per_step
 from .estimate import check_memory, memory_bytes, try_batch
+from .initialise import EMBEDDING_RATE
 from .loss import Tensors
 from .objective import BatchResult, LosslessObjective
 from .optimizer import StreamOptimizer, schedule
 from .parallel import sum_results, wait_for_all
 from .record import Log, draw_curve
-from .start import EMBEDDING_RATE
 from .state import STATE_FILE, Progress, SavedState, save_state
 from .task import Task
 from .validate import describe, validate
-from .verdict import decoded_tokens_per_step
 
 NAMED = 6
 
@@ -40,7 +40,7 @@ class DivergenceError(SpecStreamError):
 
 
 class Trainer:
-    """One run. `run` returns the figures of the verdict.
+    """One run. `run` returns the tokens per step decoded before and after.
 
     Raises:
         OptionError: the folder holds a run with other options or data.
@@ -97,7 +97,7 @@ class Trainer:
         last = options.num_updates
         self._announce()
         if not progress.update and not progress.before:
-            progress.before = self._verdict()
+            progress.before = self._decode_eval()
         with tqdm(
             total=last, initial=progress.update, desc="train", disable=None if self.writes else True
         ) as bar:
@@ -256,7 +256,7 @@ class Trainer:
         if self.writes:
             task.say(f"It takes {found.describe(options.num_updates - self.progress.update)}.")
 
-    def _verdict(self) -> dict[str, float]:
+    def _decode_eval(self) -> dict[str, float]:
         options, task = self.options, self.task
         prompts = list(task.valid or task.train)[: options.verdict_prompts]
         if not self.writes or not prompts:
@@ -298,7 +298,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, dict[str, float]]:
         """Compare before with after, write everything, and forget the state."""
-        after = self._verdict()
+        after = self._decode_eval()
         before = self.progress.before
         wait_for_all(self.world)
         if self.writes:

@@ -73,8 +73,10 @@ def stream_loss(
     conditioned = None
     if "conditioner.mlp_in" in tensors:
         conditioner = conditioner_of(tensors, backbone.dtype)
-        parents = backbone.embedding_rows(mx.array(rows.parent))
-        corrected = hidden + conditioner.correction(parents, hidden)
+        parents, before = (
+            backbone.embedding_rows(mx.array(ids)) for ids in (rows.parent, rows.grandparent)
+        )
+        corrected = hidden + conditioner.correction(parents, hidden, before)
         extra, conditioned = cross_entropy(corrected, head, rows.target, row_weights, teacher, soft)
         total = total + extra
     return PassLoss(total, marginal, conditioned)

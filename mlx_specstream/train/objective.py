@@ -22,9 +22,10 @@ from ..speculation.streams import Streams
 from .base import BaseStates, base_states, pad_texts
 from .batches import Selection
 from .early_exit import exit_rows, exit_states
+from .figures import Ranks, summarize
 from .head import Head, VocabularySampler, cross_entropy
 from .loss import Tensors, conditioner_of, lossless_loss
-from .measure import Ranks, rank, summarize
+from .measure import rank
 from .options import TrainOptions
 from .segments import Segments, cut, stream_states
 from .targets import Rows, rows_of, stream_weights, target_counts

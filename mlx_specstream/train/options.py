@@ -60,6 +60,12 @@ class TrainOptions:
     target_modules: tuple[str, ...] = option((), "linear modules that get adapters (all)")
     conditioner_rank: int = option(64, "parent-conditioned candidates; 0: the paper's own", 0)
     conditioner_hidden: int = option(128, "width of the conditioner's MLP", 0)
+    conditioner_tokens: int = option(1, "tokens before a candidate that the conditioner sees", 1, 2)
+    next_token_rank: int = option(
+        0,
+        "streams know the next token from their start on, and are always deferred; 0: they do not",
+        0,
+    )
     stream_init_rank: int = option(0, "rank of the map f in S = f(M) + P; 0: identity", 0)
     rope_offset: RopeOffset = option(
         "position_plus_stream",
@@ -142,6 +148,11 @@ class TrainOptions:
             raise OptionError(
                 "--pruner-rank is trained with lossless streams only; leave it out in shared mode."
             )
+        if self.mode == "shared" and self.next_token_rank:
+            raise OptionError(
+                "--next-token-rank is for lossless streams: in shared mode a token is drawn from a row "
+                "that has seen its streams, which cannot know it yet; leave it out."
+            )
         if self.mode == "shared" and self.part == "pruner":
             raise OptionError("--part pruner is for lossless streams; leave out --mode shared.")
         if bool(self.conditioner_rank) != bool(self.conditioner_hidden):
@@ -202,6 +213,8 @@ class TrainOptions:
             pruner_rank=self.pruner_rank,
             conditioner_rank=self.conditioner_rank,
             conditioner_hidden=self.conditioner_hidden,
+            conditioner_tokens=self.conditioner_tokens if self.conditioner_rank else 1,
+            next_token_rank=self.next_token_rank,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -131,7 +131,12 @@ def stream_states(streams: Streams, base: BaseStates, segments: Segments) -> mx.
     n, P = segments.positions.shape
     G, h, S = streams.num_streams, base.first.shape[-1], segments.num_keys
     text, positions = mx.array(segments.text), mx.array(segments.positions)
-    starts = streams.start(base.first[text[:, None], positions].reshape(1, n * P, h))
+    # Behind a text's last position, where no stream has a target, any token will do.
+    following = mx.minimum(positions + 1, base.tokens.shape[1] - 1)
+    starts = streams.start(
+        base.first[text[:, None], positions].reshape(1, n * P, h),
+        base.tokens[text[:, None], following].reshape(1, n * P),
+    )
     mask = stream_mask(positions, S, streams)
     cache = KVCache(0)
     cache.layers = [LayerKV() for _ in range(base.first_msa)]

@@ -31,7 +31,7 @@ class Progress:
     """Where a run stands.
 
     update: updates made. log_bytes: length of the log then. best, worse: early stopping.
-    before: the verdict before training. elapsed_s: time spent, over all sittings.
+    before: tokens per step decoded before training. elapsed_s: time spent, over all sittings.
     """
 
     update: int = 0

@@ -22,7 +22,8 @@ class Rows:
     """The stream rows of a pass that have a target, on the host; each array (R,).
 
     index: place among the pass's n·P·γ rows. stream: 0..γ-1. text: which text of the batch.
-    target, parent: tokens. teacher: position of the main row that predicts the same token.
+    target, parent, grandparent: tokens, each of the one before. teacher: position of the main row
+    that predicts the same token.
     """
 
     index: np.ndarray
@@ -30,6 +31,7 @@ class Rows:
     text: np.ndarray
     target: np.ndarray
     parent: np.ndarray
+    grandparent: np.ndarray
     teacher: np.ndarray
 
 
@@ -51,6 +53,7 @@ def rows_of(segments: Segments, batch: Sequence[Selection], num_streams: int) ->
         text.astype(np.int32),
         tokens[text, at + 1],
         tokens[text, at],
+        tokens[text, at - 1],
         at.astype(np.int32),
     )
 

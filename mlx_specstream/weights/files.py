@@ -17,12 +17,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from ..errors import OutputError
+from ..errors import OptionError, OutputError
 
 IfExists = Literal["error", "replace", "keep"]
 """What to do when the target exists already: refuse before any work, replace it when the new one is complete, or keep
@@ -100,6 +100,26 @@ def remove_leftovers(target: str | Path) -> None:
             shutil.rmtree(sibling, ignore_errors=True)
         else:
             sibling.unlink(missing_ok=True)
+
+
+def refuse_same_file(options: Mapping[str, str | Path | Sequence[str | Path]]) -> None:
+    """Check that options name different files; links are followed, and the files need not exist.
+
+    options: option -> its file or files, as in {"--data": [...], "--output": "own.jsonl"}.
+
+    Raises:
+        OptionError: two of them are the same file.
+    """
+    taken: dict[Path, str] = {}
+    for option, files in options.items():
+        for file in [files] if isinstance(files, str | Path) else files:
+            path = Path(file).expanduser().resolve()
+            if path in taken:
+                both = (
+                    f"{taken[path]} and {option}" if taken[path] != option else f"{option}, twice,"
+                )
+                raise OptionError(f"{both} would use the same file {file}; give one another name.")
+            taken[path] = option
 
 
 def _final_path(target: str | Path) -> Path:

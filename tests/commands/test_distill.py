@@ -11,45 +11,46 @@ import pytest
 from mlx_specstream.commands import distill
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.loading.load import load
-from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.model.cache import KVCache
-from mlx_specstream.train.answers import BatchDecoder, Waiting
+from mlx_specstream.train.builtin_prompts import builtin_records
 from mlx_specstream.train.data import Record, record_tokens
-from mlx_specstream.train.starter import starter_records
-from tests.support.engine import small_model
-
-PROMPTS = [Waiting(i, [(3 * i + k) % 12 for k in range(2 + i % 4)]) for i in range(9)]
 
 
-def alone(backbone: Backbone, prompt: list[int], max_tokens: int, stop: set[int]) -> list[int]:
-    cache, tokens, answer = KVCache(backbone.num_layers), prompt, []
-    while len(answer) < max_tokens and not (answer and answer[-1] in stop):
-        hidden = backbone.forward(mx.array(tokens), cache)
-        cache.advance(len(tokens))
-        tokens = [int(mx.argmax(backbone.logits(hidden)[-1]).item())]
-        answer += tokens
-    return answer
+def answers_of(output) -> dict[int, dict]:
+    return {r["index"]: r for r in map(json.loads, output.read_text().splitlines())}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_greedy_answers_are_the_models_own(family) -> None:
-    backbone = Backbone(small_model(family))
-    stop = {alone(backbone, PROMPTS[0].tokens, 5, set())[3]}
-    decoder = BatchDecoder(backbone, batch_size=3, max_tokens=7, stop=stop)
-    found = dict(decoder.answers(PROMPTS))
-    assert found == {p.index: alone(backbone, p.tokens, 7, stop) for p in PROMPTS}
-    assert len({len(answer) for answer in found.values()}) > 1
+def test_greedy_answers_are_the_models_own(tiny_folder, tmp_path) -> None:
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": "say" * (1 + i % 4) + str(i)}) for i in range(9))
+    )
+    command = ["--model", str(tiny_folder), "--data", str(data), "--output", str(output)]
+    assert distill.main([*command, "--max-tokens", "7", "--batch-size", "3"]) == 0
+    model, tokenizer = load(str(tiny_folder), streams=None)
+    for record in answers_of(output).values():
+        tokens = list(record["prompt_ids"])
+        while len(tokens) < len(record["prompt_ids"] + record["answer_ids"]):
+            tokens.append(int(mx.argmax(model.model(mx.array([tokens]))[0, -1]).item()))
+        assert tokens == record["prompt_ids"] + record["answer_ids"]
+        assert len(record["answer_ids"]) == 7 or tokens[-1] in tokenizer.eos_token_ids
 
 
-def test_sampled_answers_do_not_depend_on_the_batch() -> None:
-    backbone = Backbone(small_model())
-    runs = [
-        dict(BatchDecoder(backbone, size, 6, {11}, temp=0.9, top_p=0.9, seed=4).answers(order))
-        for size, order in ((2, PROMPTS), (5, PROMPTS[::-1]))
-    ]
+def test_sampled_answers_do_not_depend_on_the_batch(tiny_folder, tmp_path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": "say " * (9 - i)}) for i in range(6)))
+    command = ["--model", str(tiny_folder), "--data", str(data), "--max-tokens", "6"]
+    command += ["--temp", "0.9", "--top-p", "0.9"]
+    runs = []
+    for number, options in enumerate((("2", "4"), ("5", "4"), ("5", "5"))):
+        output = tmp_path / f"own{number}.jsonl"
+        words = ["--batch-size", options[0], "--seed", options[1], "--output", str(output)]
+        if number == 1:  # what was answered before changes nothing of the rest
+            lines = (tmp_path / "own0.jsonl").read_text().splitlines(keepends=True)
+            output.write_text("".join(lines[:2]))
+        assert distill.main([*command, *words]) == 0
+        runs.append({i: r["answer_ids"] for i, r in answers_of(output).items()})
     assert runs[0] == runs[1]
-    other = dict(BatchDecoder(backbone, 4, 6, {11}, temp=0.9, seed=5).answers(PROMPTS))
-    assert other != runs[0]
+    assert runs[0] != runs[2]
 
 
 def test_a_stopped_run_continues(tiny_folder, tmp_path, capsys) -> None:
@@ -101,7 +102,7 @@ def test_bad_options_and_foreign_files(tmp_path) -> None:
 
 
 def test_starter_prompts_are_two_hundred_different_ones(tiny_folder, tmp_path, capsys) -> None:
-    texts = [record.fields["prompt"] for record in starter_records()]
+    texts = [record.fields["prompt"] for record in builtin_records()]
     assert len(set(texts)) == len(texts) == 200
     assert not any("{" in text for text in texts)
     out = tmp_path / "own.jsonl"

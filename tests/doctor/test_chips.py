@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mlx_specstream.doctor import chips
 from mlx_specstream.doctor.chips import _curves, compare_steps, main, predict
 from mlx_specstream.errors import DataError, OptionError
-from mlx_specstream.planner import Plan
+from mlx_specstream.planner import CostCurve, Plan
 from mlx_specstream.planner.acceptance import assumed_profile
 from mlx_specstream.planner.prior import CHIPS, SIZES, Chip, at, chip_named, prior_curve
 from tests.planner.test_planner import curve
@@ -59,6 +61,24 @@ def test_predictions_say_what_is_known_of_chips() -> None:
     assert (poor.plan, poor.speedup) == ("plain", 1.0)
     assert good.speedup > 1.4
     assert good.tokens_per_s == pytest.approx(good.speedup * good.plain_tokens_per_s)
+
+
+def test_streams_that_cannot_run_inline_are_not_predicted_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[set[str]] = []
+
+    def curve(
+        chip: Chip, bits: int, size: object, num_streams: int, plans: list[Plan]
+    ) -> CostCurve:
+        asked.append({plan.schedule for plan in plans})
+        return prior_curve(chip, bits, size, num_streams, plans)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chips, "prior_curve", curve)
+    profile = assumed_profile(4).only("chat")
+    for deferred_only in (False, True):
+        predict(M4_PRO, 16, SIZES[2], replace(profile, deferred_only=deferred_only))
+    assert asked == [{"deferred", "inline"}, {"deferred"}]
 
 
 def test_the_command_labels_its_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,17 +51,20 @@ def test_the_true_path_is_looked_up_in_a_tree() -> None:
     assert looked_up(tree, [8, 1]) == Position()
 
 
-@pytest.mark.parametrize("mode", ["lossless", "shared"])
+@pytest.mark.parametrize("mode", ["lossless", "shared", "next token known"])
 def test_walking_the_records_is_decoding(mode: str) -> None:
     """The heart of every prediction: accepted drafts, step by step, are those of real decoding."""
     model = small_model(layers=3, vocab=12, seed=1)
-    streams = random_streams(model, stream_config(mode=mode, num_streams=3), scale=0.1)
+    known = {"mode": "lossless", "next_token_rank": 3, "conditioner_tokens": 2}
+    fields = known if mode == "next token known" else {"mode": mode}
+    streams = random_streams(model, stream_config(**fields, num_streams=3), scale=0.1)
     hits = 0
     for prompt in ([1, 2, 3], [5, 6, 7, 8]):
         trace = record_answer(streams, prompt, 40, ())
         assert len(trace.positions) == 40
         names = ["chain", "chain2", "3", "4", "7", "12", "2^2", "3^3", "16:4", "16:6"]
-        names += ["32:8", "8 inline:2", "8 inline:4", "16 inline:4"] if mode == "lossless" else []
+        names += ["32:8"] if mode != "shared" else []
+        names += ["8 inline:2", "8 inline:4", "16 inline:4"] if mode == "lossless" else []
         for name in names:
             plan = Plan.parse(f"{name} inline" if mode == "shared" else name)
             run = decode(stream_decoder(streams, plan.config(DecodeConfig())), prompt, 40)
@@ -85,7 +88,8 @@ def test_rates_count_what_was_reached() -> None:
 def profile(*tasks: str) -> AcceptanceProfile:
     late = Position((3,), (2,), {16: (2,), 32: (4,)}, {8: (1, 0)})
     positions = (THE_CAT_SAT, Position(), late, Position(ends={8: (0,)}))
-    return AcceptanceProfile(4, tuple(AnswerTrace(positions, task) for task in tasks), True, "mine")
+    answers = tuple(AnswerTrace(positions, task) for task in tasks)
+    return AcceptanceProfile(4, answers, True, "mine", True)
 
 
 def test_profiles_survive_the_disk(tmp_path: Path) -> None:
@@ -98,6 +102,7 @@ def test_profiles_survive_the_disk(tmp_path: Path) -> None:
     assert read.only("sql").num_positions == 4
     assert read.has_pruned
     assert read.has_ends
+    assert read.only("chat").deferred_only
     with pytest.raises(DataError, match="no answers of the task 'code'"):
         read.only("code")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from itertools import count
@@ -294,6 +295,15 @@ def test_what_is_fixed_is_not_planned(
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "soon")
     with pytest.raises(OptionError, match="SPECSTREAM_PLAN_SECONDS must be"):
         planner_for(joined)
+
+
+def test_streams_that_know_the_next_token_are_planned_deferred(joined: StreamModel) -> None:
+    assert joined.streams is not None
+    assert "inline" in {plan.schedule for plan in costs.model_plans(joined)}
+    backbone = joined.streams.backbone
+    knowing = random_streams(backbone.model, stream_config(next_token_rank=3))
+    plans = costs.model_plans(dataclasses.replace(joined, streams=knowing))
+    assert {plan.schedule for plan in plans} == {"deferred"}
 
 
 published_costs = costs.published_costs  # the real one, which `conftest.py` turns off

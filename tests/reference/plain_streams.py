@@ -104,6 +104,10 @@ class PlainModel:
                     start = main[p]
                     if config.stream_init_rank:
                         start = start + (start @ t["stream_init.lora_a"]) @ t["stream_init.lora_b"]
+                    if config.next_token_rank:
+                        e = embed[tokens[p + 1]]
+                        e = e / torch.sqrt((e * e).mean() + 1e-6)
+                        start = start + (e @ t["next_token.lora_a"]) @ t["next_token.lora_b"]
                     for j in range(1, config.num_streams + 1):
                         streams[p, j] = start + t["stream_embeddings"][j - 1]
             rows = [self.project(layer, x, p, 0) for p, x in enumerate(main)]
@@ -130,11 +134,14 @@ class PlainModel:
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
         return head @ x
 
-    def corrected(self, parent: int, s: Tensor) -> Tensor:
+    def corrected(self, parent: int, before: int, s: Tensor) -> Tensor:
         t = self.tensors
-        e = self.weights["model.embed_tokens.weight"][parent]
-        e, unit = (x / torch.sqrt((x * x).mean() + 1e-6) for x in (e, s))
-        inner = torch.nn.functional.silu(t["conditioner.mlp_in"] @ torch.cat([e, unit]))
+        embed = self.weights["model.embed_tokens.weight"]
+        e, unit, g = (
+            x / torch.sqrt((x * x).mean() + 1e-6) for x in (embed[parent], s, embed[before])
+        )
+        seen = torch.cat([e, unit, g][: 1 + self.config.conditioner_tokens])
+        inner = torch.nn.functional.silu(t["conditioner.mlp_in"] @ seen)
         low = (e @ t["conditioner.lora_a"]) @ t["conditioner.lora_b"]
         return s + t["conditioner.mlp_out"] @ inner + low
 
@@ -151,7 +158,7 @@ class PlainModel:
                 wanted = torch.softmax(self.logits(main[t + j]).detach(), dim=-1)
                 states = [streams[n, j - 1]]
                 if self.config.conditioner_rank:
-                    states.append(self.corrected(tokens[t + j], states[0]))
+                    states.append(self.corrected(tokens[t + j], tokens[t + j - 1], states[0]))
                 for state in states:
                     scores = torch.log_softmax(self.logits(state), dim=-1)
                     row = (soft - 1) * scores[tokens[t + 1 + j]] - soft * (wanted @ scores)

@@ -17,7 +17,7 @@ from mlx_specstream.doctor.sizes import Shape
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.streams import Streams
-from mlx_specstream.train.start import untrained
+from mlx_specstream.train.initialise import untrained
 
 _BLOCK_ROWS = 64
 GROUP_SIZE = 64

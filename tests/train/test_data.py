@@ -139,13 +139,13 @@ def test_rows_have_their_targets_and_weights_add_up_to_one() -> None:
     segments = cut([s.positions for s in batch], 3)
     rows = rows_of(segments, batch, 3)
     seen = set()
-    for index, j, text, target, parent, at in zip(
-        rows.index, rows.stream, rows.text, rows.target, rows.parent, rows.teacher, strict=True
-    ):
+    fields = ("index", "stream", "text", "target", "parent", "grandparent", "teacher")
+    columns = [getattr(rows, name) for name in fields]
+    for index, j, text, target, parent, before, at in zip(*columns, strict=True):
         tokens, t = batch[text].example.tokens, at - j - 1
         assert t in batch[text].positions
         assert segments.positions.reshape(-1)[index // 3] == t
-        assert (target, parent) == (tokens[t + 2 + j], tokens[t + 1 + j])
+        assert [before, parent, target] == list(tokens[t + j : t + j + 3])
         seen.add((text, t, j))
     assert len(seen) == len(rows.index) == target_counts(batch, 3).sum()
     weights = stream_weights(target_counts(batch, 3), 0.8)

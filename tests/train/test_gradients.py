@@ -24,6 +24,7 @@ from tests.train.plain import assert_close, everything, some_texts, whole_loss
 VARIANTS = [
     {},
     {"rope_offset": "position"},
+    {"next_token_rank": 3, "conditioner_tokens": 2},
     {"value_rotation": 0.05},
     {"stream_init_rank": 0, "conditioner_rank": 0, "conditioner_hidden": 0},
     {"num_streams": 1, "num_msa_layers": 1},
@@ -70,7 +71,7 @@ def test_segments_are_exact(options) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("fields", VARIANTS[:3])
+@pytest.mark.parametrize("fields", VARIANTS[:4])
 def test_the_training_forward_is_the_engines(family, fields) -> None:
     model = small_model(family, layers=3)
     if family == "mistral":
@@ -93,7 +94,8 @@ def test_the_training_forward_is_the_engines(family, fields) -> None:
             cache = KVCache(backbone.num_layers)
             backbone.forward(mx.array(tokens[:t]), cache)
             cache.advance(int(t))
-            verified = stepper.verify(root_only(mx.array([tokens[t]])), cache)
+            following = mx.array([tokens[t + 1]])
+            verified = stepper.verify(root_only(mx.array([tokens[t]])), cache, following)
             expected = backbone.norm(verified.streams)[0, 0]
             assert mx.allclose(states[n, p], expected, atol=2e-5), (n, p)
             assert mx.allclose(

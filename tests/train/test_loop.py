@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import loop
 from mlx_specstream.train.loop import DivergenceError
@@ -177,6 +178,21 @@ def test_early_stopping_keeps_the_best(tmp_path) -> None:
     checks = [r["valid"]["loss"] for r in read_log(tmp_path / "out") if "valid" in r]
     assert len(checks) < 20
     assert np.mean(checks[-1]) >= min(np.mean(c) for c in checks)
+
+
+@pytest.mark.parametrize(
+    ("patience", "update", "best"), [(0, 6, 5), (1, 3, 2), (2, 4, 2), (3, 6, 5), (9, 6, 5)]
+)
+def test_patience_is_counted_in_validations_without_a_gain(
+    tmp_path, monkeypatch, patience, update, best
+) -> None:
+    losses = iter([3.0, 2.0, 2.0, 2.5, 1.0, 1.5])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"loss": [next(losses)]})
+    monkeypatch.setattr(loop, "describe", lambda _: "")
+    task = tiny_task(tmp_path / "out", iters=6, steps_per_eval=1, patience=patience)
+    trainer = loop.Trainer(task, make_objective(task))
+    trainer.run()
+    assert (trainer.progress.update, trainer.progress.best_update) == (update, best)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, unbroken, monkeypatch) -> None:

@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
-from mlx_specstream.errors import OutputError
+from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.weights import files
-from mlx_specstream.weights.files import atomic_file, atomic_folder, remove_leftovers
+from mlx_specstream.weights.files import (
+    atomic_file,
+    atomic_folder,
+    refuse_same_file,
+    remove_leftovers,
+)
 
 MAKERS = pytest.mark.parametrize("kind", ["file", "folder"])
 
@@ -189,3 +194,19 @@ def test_leftovers(tmp_path: Path) -> None:
         path.touch()
     remove_leftovers(target)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_two_options_that_name_one_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    refuse_same_file({"--data": [tmp_path / "a", tmp_path / "b"], "--output": tmp_path / "c"})
+    for options, message in (
+        ({"--data": tmp_path / "a", "--output": tmp_path / "link"}, "--data and --output would"),
+        (
+            {"--output": tmp_path / "c", "--states": [tmp_path / ".." / tmp_path.name / "c"]},
+            "--states",
+        ),
+        ({"--data": [tmp_path / "a", tmp_path / "a"]}, "--data, twice, would"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            refuse_same_file(options)

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from mlx_specstream.config import StreamConfig  # noqa: E402
 from mlx_specstream.convert.pytorch.adapters import StreamAdapters  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import SUPPORTED_FAMILIES, Backbone  # noqa: E402
+from mlx_specstream.train.data import Example  # noqa: E402
 
 VOCAB = 97
 
@@ -60,6 +61,10 @@ def tiny_adapters(backbone: Backbone, seed: int = 1, **changes: object) -> Strea
     for parameter in adapters.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
     return adapters
+
+
+def example_of(key: tuple[str, int], prompt: tuple[int, ...], answer: tuple[int, ...]) -> Example:
+    return Example((*prompt, *answer), len(prompt), key=key)
 
 
 @pytest.fixture(params=SUPPORTED_FAMILIES)

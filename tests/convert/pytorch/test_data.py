@@ -10,23 +10,23 @@ torch = pytest.importorskip("torch")
 
 from mlx_specstream.convert.pytorch import workers  # noqa: E402
 from mlx_specstream.convert.pytorch.data import (  # noqa: E402
-    Example,
-    Selection,
     epoch_batches,
     read_examples,
-    split_held_out,
     targets,
 )
 from mlx_specstream.errors import DataError  # noqa: E402
+from mlx_specstream.train.batches import Selection  # noqa: E402
+from mlx_specstream.train.data import split_held_out  # noqa: E402
+from tests.convert.pytorch.conftest import example_of  # noqa: E402
 
 
 def examples(count):
-    return [Example(("s", i), (1, i), tuple(range(10, 13 + i % 5))) for i in range(count)]
+    return [example_of(("s", i), (1, i), tuple(range(10, 13 + i % 5))) for i in range(count)]
 
 
 def test_targets_follow_the_text():
-    text = Example(("s", 0), (5, 6), (10, 11, 12, 13))
-    wanted = targets([Selection(text, (0, 2))], num_streams=3)
+    text = example_of(("s", 0), (5, 6), (10, 11, 12, 13))
+    wanted = targets([Selection(text, (1, 3))], num_streams=3)
     assert wanted.tokens.tolist() == [[11, 12, 13], [13, 0, 0]]
     assert wanted.parents.tolist() == [[10, 11, 12], [12, 13, 0]]
     assert wanted.grandparents.tolist() == [[6, 10, 11], [11, 12, 13]]
@@ -41,7 +41,7 @@ def test_epochs_are_functions_of_seed_and_number():
     assert first != list(epoch_batches(examples(30), epoch=1, **arguments))
     keys = [s.example.key for batch in first for s in batch]
     assert len(keys) == len(set(keys)) >= 27  # a short last batch may be dropped
-    assert all(p < s.example.num_positions for batch in first for s in batch for p in s.positions)
+    assert all(p in s.example.positions for batch in first for s in batch for p in s.positions)
 
 
 def test_held_out_prompts_are_stable_and_apart():
@@ -54,7 +54,7 @@ def test_held_out_prompts_are_stable_and_apart():
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_shares_of_a_batch_are_the_batch(monkeypatch, processes):
-    batch = [Selection(e, tuple(range(e.num_positions))) for e in examples(7)]
+    batch = [Selection(e, tuple(e.positions)) for e in examples(7)]
     monkeypatch.setattr(workers, "count", lambda: processes)
     found, rows = [], []
     for rank in range(processes):
@@ -72,6 +72,6 @@ def test_bad_lines_are_named(tmp_path):
     file.write_text(json.dumps({"prompt_ids": [1], "answer_ids": [2, 3]}) + "\nnot json\n")
     with pytest.raises(DataError, match="line 2"):
         read_examples([file])
-    file.write_text(json.dumps({"text": "x"}) + "\n")
+    file.write_text(json.dumps({"question": "x"}) + "\n")
     with pytest.raises(DataError, match="line 1"):
         read_examples([file])

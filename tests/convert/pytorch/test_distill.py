@@ -87,6 +87,15 @@ def test_states_are_those_of_a_forward_pass(make_backbone, tmp_path):
         assert key in reader
         for name in ("keys", "values", "hidden"):
             assert torch.equal(getattr(reader[key], name), getattr(states, name))
+    other = StateWriter(tmp_path / "more", shape)
+    other.append(("s", 99), kept[key])
+    both = StateReader(tmp_path / "states", tmp_path / "more")
+    assert torch.equal(both["s", 99].hidden, kept[key].hidden)
+    assert torch.equal(both[key].values, kept[key].values)
+    odd = StateWriter(tmp_path / "odd", StateShape(3, 1, 2, 3))
+    odd.index.flush()
+    with pytest.raises(DataError, match="different layers"):
+        StateReader(tmp_path / "states", tmp_path / "odd")
     with pytest.raises(DataError, match="choose another file"):
         StateWriter(tmp_path / "states", StateShape(3, 1, 2, 3))
 

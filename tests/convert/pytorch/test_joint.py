@@ -11,18 +11,19 @@ pytest.importorskip("transformers")
 
 from mlx_specstream.convert.pytorch.adapters import grow, resize  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import SUPPORTED_FAMILIES  # noqa: E402
-from mlx_specstream.convert.pytorch.data import Example, grouped  # noqa: E402
+from mlx_specstream.convert.pytorch.data import grouped  # noqa: E402
 from mlx_specstream.convert.pytorch.joint import JointStreams, families  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
-from tests.convert.pytorch.conftest import tiny_adapters, tiny_backbone  # noqa: E402
+from mlx_specstream.train.data import Example  # noqa: E402
+from tests.convert.pytorch.conftest import example_of, tiny_adapters, tiny_backbone  # noqa: E402
 
 SCHEMA, OTHER = (5, 6, 7, 8, 9, 10), (40, 41, 42, 43, 44, 45)
 TEXTS = [
-    Example(("a", 0), (*SCHEMA, 11, 12), (20, 21, 22, 2)),
-    Example(("a", 1), (*OTHER, 11), (30, 31, 2)),
-    Example(("a", 2), (*SCHEMA, 13), (23, 24, 25, 26, 2)),
-    Example(("a", 3), SCHEMA, (27, 28, 2)),
+    example_of(("a", 0), (*SCHEMA, 11, 12), (20, 21, 22, 2)),
+    example_of(("a", 1), (*OTHER, 11), (30, 31, 2)),
+    example_of(("a", 2), (*SCHEMA, 13), (23, 24, 25, 26, 2)),
+    example_of(("a", 3), SCHEMA, (27, 28, 2)),
 ]
 
 
@@ -86,8 +87,8 @@ def test_a_text_beyond_the_window_is_refused():
 
 
 def test_groups_hold_every_text_once():
-    texts = [Example(("g", i), (*range(5, 15), 20 + i), (3, 2)) for i in range(7)]
-    texts += [Example(("h", i), (*range(50, 60), 20 + i), (3, 2)) for i in range(5)]
+    texts = [example_of(("g", i), (*range(5, 15), 20 + i), (3, 2)) for i in range(7)]
+    texts += [example_of(("h", i), (*range(50, 60), 20 + i), (3, 2)) for i in range(5)]
     order = grouped(texts, 3, "seed")
     assert sorted(e.key for e in order) == sorted(e.key for e in texts)
     assert order != grouped(texts, 3, "other seed")

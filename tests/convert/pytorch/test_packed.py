@@ -7,7 +7,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch.data import Example, Selection  # noqa: E402
 from mlx_specstream.convert.pytorch.kernels import GatedSiLU, RMSNorm  # noqa: E402
 from mlx_specstream.convert.pytorch.loss import VocabularySampler  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
@@ -15,6 +14,8 @@ from mlx_specstream.convert.pytorch.objectives import Common, LosslessObjective 
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
+from mlx_specstream.train.batches import Selection  # noqa: E402
+from tests.convert.pytorch.conftest import example_of  # noqa: E402
 
 TEXTS = [([5, 17, 3], [44, 60, 9, 71]), ([23, 12], [8, 30, 31, 32, 33, 90])]
 ROWS = [[0, 2], [1, 2, 5]]
@@ -102,7 +103,9 @@ def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
     backbone = make_backbone()
     adapters = make_adapters(backbone, conditioner_rank=4, conditioner_hidden=8)
     batch = [
-        Selection(Example(("t", i), tuple(p), tuple(a)), tuple(range(len(a) - 1)))
+        Selection(
+            example_of(("t", i), tuple(p), tuple(a)), tuple(range(len(p) - 1, len(p) + len(a) - 2))
+        )
         for i, (p, a) in enumerate(TEXTS)
     ]
     sampler = VocabularySampler(backbone.vocab_size, [], num_frequent=0, num_random=1000)

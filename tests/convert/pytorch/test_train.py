@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,10 @@ transformers = pytest.importorskip("transformers")
 from mlx_specstream.convert.pytorch import distill, evaluate, task, train, trainer  # noqa: E402
 from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
-from mlx_specstream.errors import OptionError  # noqa: E402
+from mlx_specstream.convert.pytorch.states import state_files  # noqa: E402
+from mlx_specstream.errors import DataError, OptionError  # noqa: E402
+from mlx_specstream.weights import shipped  # noqa: E402
+from mlx_specstream.weights.files import refuse_same_file  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -201,11 +206,69 @@ def test_two_processes_make_the_step_of_one(work):
     options = [*paths(work, "own.jsonl", "pair"), *SMALL, "--steps", "3"]
     command = [sys.executable, *launcher, "mlx_specstream.convert.pytorch.train", *options]
     root = Path(train.__file__).resolve().parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    places = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
     pair = read_lines(work / "pair" / "train_log.jsonl")
     for one, two in zip(alone[:3], pair[:3], strict=True):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def recipe(text: str) -> list[list[str]]:
+    """Return the words of the commands in `text`, from the module's name on."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line.partition("mlx_specstream.convert.pytorch.")[2])
+        for line in lines
+        if "mlx_specstream.convert.pytorch." in line
+    ]
+
+
+def test_the_recipe_runs_as_written(work, monkeypatch):
+    folder = work / "recipe"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.copy(work / "prompts.jsonl", folder)
+    shutil.copytree(work / "model", "DIR")
+    commands = recipe(train.__doc__)
+    assert [words[0] for words in commands[:2]] == ["distill", "train"]
+    layers = ["--num-msa-layers", "2"]
+    assert distill.main([*commands[0][1:], *layers, "--max-tokens", "12"]) == 0
+    assert {path.name for path in folder.glob("*.jsonl")} > {"own.jsonl", "states.jsonl"}
+    short = ["--max-minutes", "0", "--steps", "2", "--dtype", "bfloat16"]
+    assert train.main([*commands[1][1:], *SMALL, *layers, *short]) == 0
+    assert (folder / "OUT" / "stream_model.safetensors").exists()
+
+
+def test_recipes_of_cards_name_no_file_twice():
+    cards = Path(shipped.__file__).parent.glob("shipped/*/README.md")
+    found = [words for card in cards for words in recipe(card.read_text()) if words[0] == "distill"]
+    assert len(found) > 1
+    for words in found:
+        options = {words[i]: words[i + 1] for i in range(1, len(words) - 1) if words[i][:2] == "--"}
+        states = state_files(options["--states"]) if "--states" in options else ()
+        refuse_same_file(
+            {"--data": options["--data"], "--output": options["--output"], "--states": states}
+        )
+
+
+@pytest.mark.parametrize(
+    "clash", ["answers and states", "prompts and answers", "prompts and states"]
+)
+def test_answers_and_states_never_share_a_file(work, tmp_path, clash):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "w5"}\n')
+    output, states = {
+        "answers and states": (tmp_path / "own.jsonl", tmp_path / "own"),
+        "prompts and answers": (data, tmp_path / "states"),
+        "prompts and states": (tmp_path / "own.jsonl", tmp_path / "data"),
+    }[clash]
+    options = f"--model {work / 'model'} --data {data} --output {output} --states {states}"
+    with pytest.raises(OptionError, match="would use the same file"):
+        distill.main(options.split())
+    assert data.read_text() == '{"prompt": "w5"}\n'
+    with pytest.raises(DataError, match="is no index of base states"):
+        run(work, "never", "--steps", "1", "--states", str(work / "own"))
 
 
 def test_a_pruner_needs_streams(work):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError
 from mlx_specstream.train import loop
 from mlx_specstream.train.compare import base_loss
+from mlx_specstream.train.initialise import with_next_token
 from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.record import read_log
-from mlx_specstream.train.takeover import PRUNER_RANK, take_over
+from mlx_specstream.train.warm_start import PRUNER_RANK, warm_start
 from mlx_specstream.weights.checkpoint import load_streams
 from tests.train.tiny_run import run_tiny, tiny_task
 
@@ -34,7 +36,7 @@ def lossless(tmp_path_factory):
 
 
 def taken(task, given):
-    config, start = take_over(given, task.options, task.backbone, task.rms)
+    config, start = warm_start(given, task.options, task.backbone, task.rms)
     return dataclasses.replace(task, config=config, start=start)
 
 
@@ -85,3 +87,22 @@ def test_a_pruner_may_be_added_to_streams_that_train_on(tmp_path, lossless) -> N
     task = taken(tiny_task(tmp_path / "out", pruner_rank=3), lossless)
     assert task.start["pruner.lora_a"].shape[1] == 3
     assert task.config.mode == "lossless"
+
+
+def test_knowledge_of_the_next_token_may_be_added_and_is_fitted(tmp_path, lossless) -> None:
+    before = taken(tiny_task(tmp_path / "out"), lossless)
+    fields = {"next_token_rank": 3, "conditioner_tokens": 2}
+    task = taken(tiny_task(tmp_path / "out", **fields), lossless)
+    assert (task.config.next_token_rank, task.config.conditioner_tokens) == (3, 2)
+    texts = [loop.select(example, 1.0, (0,)) for example in task.valid]
+    found, wanted = [make_objective(each).measure(each.start, texts) for each in (task, before)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, atol=1e-4)
+        assert np.array_equal(ours.conditioned, theirs.conditioned)
+    fitted = with_next_token(task.start, task.backbone, task.config, [e.tokens for e in task.train])
+    assert mx.abs(fitted["next_token.lora_b"]).max() > 0
+    again = with_next_token(fitted, task.backbone, task.config, [])
+    assert again["next_token.lora_b"] is fitted["next_token.lora_b"]
+    with pytest.raises(OptionError, match="know the next token"):
+        given = dataclasses.replace(lossless, config=task.config)
+        taken(tiny_task(tmp_path / "out", mode="shared"), given)

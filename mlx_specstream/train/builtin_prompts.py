@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .data import Record
 
-STARTER = "starter"
+BUILTIN = "starter"
 """What `--data` calls them."""
 
 REQUESTS = (
@@ -32,7 +32,7 @@ SUBJECTS = (
 )  # fmt: skip
 
 
-def starter_records() -> list[Record]:
+def builtin_records() -> list[Record]:
     """Return the prompts as records; neighbours differ in kind and subject."""
     texts = [
         request.format(*[SUBJECTS[(turn + 7 * number) % len(SUBJECTS)]] * request.count("{}"))
@@ -40,6 +40,6 @@ def starter_records() -> list[Record]:
         for number, request in enumerate(REQUESTS)
     ]
     return [
-        Record({"prompt": text}, f"{STARTER}, prompt {number}")
+        Record({"prompt": text}, f"{BUILTIN}, prompt {number}")
         for number, text in enumerate(texts, start=1)
     ]

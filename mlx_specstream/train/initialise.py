@@ -8,9 +8,11 @@ learning rate follows that scale too. Everything low-rank starts at zero output.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import StreamConfig
 from ..model.backbone import Backbone
@@ -18,6 +20,7 @@ from ..weights.fingerprint import base_dims
 from ..weights.stream_tensors import stream_shapes
 from .base import base_states
 from .loss import Tensors
+from .next_token import NUM_TEXTS, fit_next_token
 
 EMBEDDING_SHARE = 0.125
 """σ of P_j against the rms of the hidden states it joins: 1.0 at rms 8 did best on a 135M model."""
@@ -52,6 +55,24 @@ def untrained(
         name: mx.full(shape, gate) if name.endswith("stream_gate") else _draw(name, shape, key, rms)
         for (name, shape), key in zip(sorted(shapes.items()), keys, strict=True)
     }
+
+
+def with_next_token(
+    start: Tensors, backbone: Backbone, config: StreamConfig, texts: Sequence[Sequence[int]]
+) -> Tensors:
+    """Return `start` with the map of the next token fitted to texts, if it is still zero."""
+    b = start.get("next_token.lora_b")
+    if b is None or mx.any(b != 0).item():
+        return start
+
+    def pair(text: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = mx.array(list(text))
+        first = base_states(backbone, tokens[None], config.num_msa_layers).first[0, 1:]
+        rows = backbone.embedding_rows(tokens[2:])
+        return np.array(first.astype(mx.float32)), np.array(rows.astype(mx.float32))
+
+    found = fit_next_token(config.next_token_rank, map(pair, texts[:NUM_TEXTS]))
+    return start | {"next_token.lora_a": mx.array(found.a), "next_token.lora_b": mx.array(found.b)}
 
 
 def _draw(name: str, shape: tuple[int, ...], key: mx.array, rms: float) -> mx.array:
