@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_specstream.errors import ModelError, OptionError
+from mlx_specstream.errors import ModelError, OptionError, brief
 from mlx_specstream.exit_status import exit_status
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.families.refused import REFUSED
@@ -70,14 +70,18 @@ def tried(name: str, max_tokens: int, sizes: Mapping[str, Any] | None = None) ->
     try:
         model = tiny_random_model(name, **(sizes or {}))
     except Exception as error:  # whatever a model class raises at a config that does not suit it
-        return Row(name, "not tried", None, f"no tiny model: {_first_line(error)}")
+        return Row(
+            name, "not tried", None, f"no tiny model: {type(error).__name__}: {brief(error)}"
+        )
     try:
         found = compare_with_mlx_lm(model, PROMPT, max_tokens)
     except ModelError as error:
         reason = str(error).partition("by mlx-specstream: ")[2] or str(error)
         return Row(name, "refused", None, reason.removesuffix("; use mlx-lm itself for this one."))
     except Exception as error:  # mlx-lm's own decoding, or ours, fails: to be looked at
-        return Row(name, "not tried", None, f"decoding fails: {_first_line(error)}")
+        return Row(
+            name, "not tried", None, f"decoding fails: {type(error).__name__}: {brief(error)}"
+        )
     if found.differs is not None:
         return Row(name, "**wrong**", found.accepted, found.differs)
     return Row(name, "supported", found.accepted, _remark(Backbone(model)))
@@ -100,11 +104,6 @@ def _remark(backbone: Backbone) -> str:
         states = sum(call.recurrent for call in backbone.calls)
         kinds.append(f"{states} of {backbone.num_layers} layers keep a state")
     return ways + "".join(f"; {kind}" for kind in kinds)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:120]}"
 
 
 def rows(names: Iterable[str], max_tokens: int) -> Iterator[Row]:

@@ -23,7 +23,7 @@ from mlx_specstream.exit_status import exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mlx_specstream"
-OWN_ROOMS = ("convert.gguf", "convert.pytorch")
+OWN_ROOMS = ("convert.tensors", "convert.gguf", "convert.pytorch")
 LINKED = ("apps", "convert")  # folders at the top of the repository, packages of mlx_specstream
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +11,19 @@ from ..config import StreamConfig
 from ..errors import CheckpointError, OptionError, shown
 from ..weights.fingerprint import BaseDims
 from ..weights.stream_tensors import shapes_by_names
-from ..weights.tensorfile import FLOATS, TensorSpec
-from .base import DTYPES
+from ..weights.tensorfile import difference
+from .base import DTYPES, LoraPair
 from .configs import peft_adapter, stream_config
-from .names import Named, nearest
 from .reader import STREAMS, Checkpoint
-from .steps import Delta, Step, plain_dtype
+from .tensors import Tensor
 
 Merge = Literal["none", "lower", "all"]
 LAYER = re.compile(r"layers\.(\d+)\.(.+)\.lora_([ab])")
 
 
 def read_adapters(
-    checkpoint: Checkpoint, named: dict[str, Named], merge: Merge
-) -> tuple[StreamConfig | None, dict[str, Delta]]:
+    checkpoint: Checkpoint, named: dict[str, Tensor], merge: Merge
+) -> tuple[StreamConfig | None, dict[str, LoraPair]]:
     """Say what the adapter tensors are: streams with a config, or a plain LoRA to merge.
 
     Raises:
@@ -50,15 +48,15 @@ def read_adapters(
             raise OptionError("--merge-lora lower is for shared streams; this is a plain adapter.")
         return None, lora_deltas(named, adapter.scale)
     if named:
-        first = next(iter(named.values())).sources[0]
+        first = next(iter(named.values()))
         raise CheckpointError(
-            f"{folder} holds {shown(first.name)} but no {STREAMS} that says what the streams are; "
+            f"{folder} holds {shown(first.sources[0][1])} but no {STREAMS} that says what the streams are; "
             "write one as docs/checkpoint-format.md describes."
         )
     return None, {}
 
 
-def lora_deltas(named: Mapping[str, Named], scale: float) -> dict[str, Delta]:
+def lora_deltas(named: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair]:
     """Pair A and B of every adapted module, under the name of the weight they change.
 
     Raises:
@@ -69,20 +67,19 @@ def lora_deltas(named: Mapping[str, Named], scale: float) -> dict[str, Delta]:
         match = LAYER.fullmatch(name)
         other = named.get(f"{name[:-1]}{'b' if name.endswith('a') else 'a'}")
         if not match or other is None:
-            raise CheckpointError(f"the adapter tensor {shown(each.sources[0].name)} stands alone.")
+            raise CheckpointError(f"the adapter tensor {shown(each.origin)} stands alone.")
         if match[3] == "a":
-            a, b = (dataclasses.replace(half, transpose=False) for half in (each, other))
-            deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = Delta(a, b, scale)
+            deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = LoraPair(each, other, scale)
     return deltas
 
 
-def stream_steps(
+def stream_tensors(
     config: StreamConfig,
-    named: Mapping[str, Named],
+    named: Mapping[str, Tensor],
     dims: BaseDims | None,
-    where: Path,
+    path: Path,
     dtype: str | None,
-) -> tuple[Step, ...]:
+) -> tuple[Tensor, ...]:
     """Check the stream tensors against their config (and base) and plan each.
 
     dtype: float16, bfloat16 or float32; None for each tensor's own.
@@ -91,37 +88,13 @@ def stream_steps(
         CheckpointError: a tensor is not of floats, unknown, missing or misshapen.
         StreamsError: the streams do not fit the base.
     """
-    for name, each in named.items():
-        if plain_dtype(each) not in FLOATS:
-            raise CheckpointError(f"{where}: {name} is {each.sources[0].dtype}, expected floats.")
+    for name, tensor in named.items():
+        if not tensor.is_float:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected floats.")
     if dims is not None:
-        _compare(named, shapes_by_names(config, named, dims), where)
-    target = DTYPES[dtype] if dtype else None
-    steps = []
-    for name in sorted(named):
-        own = target or plain_dtype(named[name])
-        spec = TensorSpec(name, own, named[name].shape)
-        steps.append(Step.of((spec,), named[name], own))
-    return tuple(steps)
-
-
-def _compare(
-    named: Mapping[str, Named], expected: Mapping[str, tuple[int, ...]], where: Path
-) -> None:
-    for name, each in named.items():
-        given = each.sources[0]
-        if name not in expected:
-            raise CheckpointError(
-                f"{where}: {shown(given.name)} means {nearest(name, each.shape, expected)}; check "
-                f"{STREAMS}, or drop it with --rules."
-            )
-        if each.shape != expected[name]:
-            raise CheckpointError(
-                f"{where}: {shown(given.name)} {given.shape} means {name} {each.shape}, expected "
-                f"{expected[name]}; check {STREAMS} and the base model."
-            )
-    for name, shape in expected.items():
-        if name not in named:
-            raise CheckpointError(
-                f"{where}: no tensor means {name} {shape}, which {STREAMS} asks for."
-            )
+        found = {name: tensor.shape for name, tensor in named.items()}
+        called = {name: tensor.sources[0][1] for name, tensor in named.items()}
+        if odd := difference(found, shapes_by_names(config, named, dims), called):
+            raise CheckpointError(f"{path}: {odd}; check {STREAMS} and the base, or see --rules.")
+    tensors = [named[name] for name in sorted(named)]
+    return tuple(tensor.cast(DTYPES[dtype]) if dtype else tensor for tensor in tensors)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
+from ..errors import printable
 from ..weights.tensorfile import FLOATS
-from .plan import Plan
+from .plan import ConversionPlan
 
 
-def model_card(plan: Plan, name: str, figures: Mapping[str, str]) -> str:
+def model_card(plan: ConversionPlan, name: str, figures: Mapping[str, str]) -> str:
     """Return the text of README.md: front matter for the hub, provenance, figures, usage."""
     return "\n".join(
         [
@@ -28,7 +29,7 @@ def model_card(plan: Plan, name: str, figures: Mapping[str, str]) -> str:
     )
 
 
-def _front_matter(plan: Plan) -> list[str]:
+def _front_matter(plan: ConversionPlan) -> list[str]:
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if plan.streams:
         lines.append("- speculative-streaming")
@@ -37,12 +38,12 @@ def _front_matter(plan: Plan) -> list[str]:
     return [*lines, "---", ""]
 
 
-def _provenance(plan: Plan) -> list[str]:
+def _provenance(plan: ConversionPlan) -> list[str]:
     tools = [f"mlx-specstream {__version__}", *(_tool(name) for name in ("mlx-lm", "mlx"))]
-    lines = [f"Converted from `{plan.source.name}` by {', '.join(tools)}."]
+    lines = [f"Converted from `{printable(plan.path.name)}` by {', '.join(tools)}."]
     if plan.base is not None and plan.writes_base:
-        kinds = sorted({spec.dtype for step in plan.base.steps for spec in step.outputs})
-        size = sum(spec.nbytes for step in plan.base.steps for spec in step.outputs)
+        kinds = sorted({spec.dtype for tensor in plan.base.tensors for spec in tensor.outputs})
+        size = sum(spec.nbytes for tensor in plan.base.tensors for spec in tensor.outputs)
         lines.append(f"Base weights: {size / 1e6:,.1f} MB ({', '.join(kinds)}).")
         quantisation = plan.base.config.get("quantization")
         if isinstance(quantisation, dict):
@@ -54,11 +55,11 @@ def _provenance(plan: Plan) -> list[str]:
     return lines
 
 
-def _streams(plan: Plan) -> list[str]:
+def _streams(plan: ConversionPlan) -> list[str]:
     if plan.streams is None:
         return []
     config = plan.streams.config
-    specs = [spec for step in plan.streams.steps for spec in step.outputs]
+    specs = plan.streams.tensors
     count = sum(math.prod(spec.shape) for spec in specs if spec.dtype in FLOATS)
     rows = {
         "mode": config.mode,
@@ -82,7 +83,7 @@ def _table(title: str, rows: Mapping[str, str]) -> list[str]:
     return [f"## {title}", "", "| | |", "|---|---|", *lines, ""]
 
 
-def _usage(plan: Plan, name: str) -> list[str]:
+def _usage(plan: ConversionPlan, name: str) -> list[str]:
     if plan.streams is None:
         return [
             "## Use",

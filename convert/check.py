@@ -1,6 +1,6 @@
 """The proof: does the converted folder compute what PyTorch computes from the source?
 
-PyTorch runs the source checkpoint in float32 (`oracle.py`), MLX the finished folder. On every probe
+PyTorch runs the source checkpoint in float32 (`torch_reference.py`), MLX the finished folder. On every probe
 prompt MLX decodes greedily; PyTorch reads prompt and answer in one pass and is asked what it would
 have said at each position: if all agree, it would have said the same text on its own.
 
@@ -35,8 +35,7 @@ from ..speculation.streams import Streams
 from ..speculation.tree import root_only
 from ..weights.checkpoint import load_streams
 from ..weights.tensorfile import to_mlx
-from .plan import Plan
-from .steps import materialise, plain_dtype
+from .plan import ConversionPlan
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -91,13 +90,13 @@ class Findings:
 class Proof:
     """Runs the comparison on a finished folder; `figures` fills it, `report` and `passed` tell."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ConversionPlan) -> None:
         if not plan.writes_base:
             raise OptionError("--check needs the base model as well; leave out --adapter-only.")
-        from .oracle import Oracle
+        from .torch_reference import TorchReference
 
         self.plan = plan
-        self.oracle = Oracle(plan)
+        self.torch_reference = TorchReference(plan)
         self.findings = Findings()
 
     def figures(self, folder: Path) -> dict[str, str]:
@@ -105,7 +104,7 @@ class Proof:
         compare_weights(self.plan, folder, self.findings)
         prompts = probe_prompts(folder, self.plan)
         for prompt, ours in zip(prompts, trace_mlx(folder, prompts), strict=True):
-            self.oracle.compare(prompt, ours, self.findings)
+            self.torch_reference.compare(prompt, ours, self.findings)
         return self.rows()
 
     @property
@@ -114,7 +113,7 @@ class Proof:
         assert self.plan.base is not None
         if "quantization" in self.plan.base.config:
             return "quantised"
-        kinds = {spec.dtype for step in self.plan.base.steps for spec in step.outputs}
+        kinds = {spec.dtype for tensor in self.plan.base.tensors for spec in tensor.outputs}
         return next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
 
     @property
@@ -164,7 +163,7 @@ class Proof:
         return "\n".join(["check against PyTorch:", *lines, verdict])
 
 
-def probe_prompts(folder: Path, plan: Plan) -> list[list[int]]:
+def probe_prompts(folder: Path, plan: ConversionPlan) -> list[list[int]]:
     """Return the probes as token ids; random ids of fixed seed where there is no tokenizer."""
     assert plan.base is not None
     if any(name.startswith("tokenizer") for name in plan.files):
@@ -238,7 +237,7 @@ def _floats(values: mx.array) -> np.ndarray:
     return np.array(values.astype(mx.float32))
 
 
-def compare_weights(plan: Plan, folder: Path, findings: Findings) -> None:
+def compare_weights(plan: ConversionPlan, folder: Path, findings: Findings) -> None:
     """Compare every base tensor as written, dequantised, with its source.
 
     A copied tensor must be the same, a cast one within its rounding, a quantised one within a step
@@ -250,17 +249,17 @@ def compare_weights(plan: Plan, folder: Path, findings: Findings) -> None:
         loaded = mx.load(str(path))
         written |= loaded if isinstance(loaded, dict) else {}
     modules = dict(plan.base.model.named_modules())
-    for step in plan.base.steps:
-        if step.source is None or step.delta is not None:
+    for tensor in plan.base.tensors:
+        if not tensor.sources or "merge LoRA" in tensor.operations:
             continue
-        name = step.outputs[0].name
-        source = to_mlx(materialise(step.source), plain_dtype(step.source))
+        name, read = tensor.name, plan.base.sources[tensor.name]
+        source = to_mlx(read.read(), read.dtype)
         if source.dtype not in (mx.float32, mx.float16, mx.bfloat16):
             continue
         source = source.astype(mx.float32)
-        value, bound = written.pop(name), mx.abs(source) * ROUNDING.get(step.outputs[0].dtype, 0.0)
-        if len(step.outputs) > 1:
-            parts = [written.pop(spec.name) for spec in step.outputs[1:]]
+        value, bound = written.pop(name), mx.abs(source) * ROUNDING.get(tensor.dtype, 0.0)
+        if tensor.parts:
+            parts = [written.pop(spec.name) for spec in tensor.parts[1:]]
             module = modules[name.rpartition(".")[0]]
             size, bits, mode = module.group_size, module.bits, module.mode
             biases = parts[1] if len(parts) > 1 else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import OptionError
+from ..errors import OptionError, printable
+from ..weights.files import refuse_existing
 from .base import DTYPES
-from .plan import Options, Plan
+from .plan import ConversionPlan, Options
 from .quantise import Quantisation
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--base",
         metavar="PATH_OR_REPO",
-        help="the base model, if it is not the one the checkpoint names",
+        help="the base model, if it is not the one the checkpoint names; `demo` is the demo model",
     )
     ours.add_argument(
         "--adapter-only",
@@ -91,21 +92,31 @@ def main(argv: list[str]) -> int:
     """Run the verb: 0 done, 1 the proof failed; errors of the user's raise SpecStreamError."""
     arguments = build_parser().parse_args(argv)
     target = Path(arguments.mlx_path).expanduser()
+    if not arguments.dry_run:
+        refuse_existing(target)  # now, not after minutes of reading and checking
+    if arguments.upload_repo:
+        from .hub import check_repository
+
+        check_repository(arguments.upload_repo)
     if arguments.to_pytorch:
         from .reverse import write_pytorch
 
         write_pytorch(Path(arguments.hf_path), target)
-        print(f"{target} holds the streams as a PyTorch checkpoint (schema 1).")
+        _say(f"{target} holds the streams as a PyTorch checkpoint (schema 1).")
         return 0
     from .plan import make_plan
 
     plan = make_plan(options_of(arguments))
     for note in plan.notes:
-        print(f"note: {note}.")
+        _say(f"note: {note}.")
     if arguments.dry_run:
         print(describe(plan))
         return 0
     return _convert(plan, target, arguments)
+
+
+def _say(line: str) -> None:
+    print(printable(line))
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -134,15 +145,15 @@ def options_of(arguments: argparse.Namespace) -> Options:
     )
 
 
-def describe(plan: Plan) -> str:
-    """Return the plan as a table: tensor, type, shape, bytes, how and from where."""
+def describe(plan: ConversionPlan) -> str:
+    """Return the plan as a table: tensor, type, shape, bytes, operations and origin."""
     rows = [
-        (spec.name, spec.dtype, "x".join(map(str, spec.shape)), f"{spec.nbytes:,}", step.how,
-         " + ".join(step.sources))
-        for step in plan.steps()
-        for spec in step.outputs
+        (spec.name, spec.dtype, "x".join(map(str, spec.shape)), f"{spec.nbytes:,}",
+         ", ".join(tensor.operations) or "copy", printable(tensor.origin))
+        for tensor in plan.tensors()
+        for spec in tensor.outputs
     ]  # fmt: skip
-    head = ("tensor", "type", "shape", "bytes", "how", "from")
+    head = ("tensor", "type", "shape", "bytes", "operation", "from")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(5)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]])
@@ -152,7 +163,7 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, files, f"{len(rows)} tensors, {plan.num_bytes():,} bytes"])
 
 
-def _convert(plan: Plan, target: Path, arguments: argparse.Namespace) -> int:
+def _convert(plan: ConversionPlan, target: Path, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .writer import write_plan
@@ -170,12 +181,12 @@ def _convert(plan: Plan, target: Path, arguments: argparse.Namespace) -> int:
             progress=bar.update,
             prove=proof.figures if proof else None,
         )
-    print(f"{target} is complete: {plan.num_bytes() / 1e6:,.1f} MB of weights.")
+    _say(f"{target} is complete: {plan.num_bytes() / 1e6:,.1f} MB of weights.")
     if proof:
         print(proof.report())
     if arguments.upload_repo:
         from .hub import upload
 
         upload(target, arguments.upload_repo)
-        print(f"Uploaded to {arguments.upload_repo}.")
+        _say(f"Uploaded to {arguments.upload_repo}.")
     return 0 if proof is None or proof.passed else 1

@@ -21,8 +21,12 @@ _SIZES = (
 )  # fmt: skip
 _PEFT_UNSUPPORTED = {
     "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-    "bias": "none", "modules_to_save": None, "layer_replication": None, "trainable_token_indices": None,
+    "bias": "none", "layer_replication": None, "trainable_token_indices": None, "lora_bias": False,
+    "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
 }  # fmt: skip
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a LoRA that change the base weights as well: its product belongs to the changed ones."""
+_STREAM_MODULES = ("stream_embeddings", "stream_init", "pruner", "conditioner")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class PeftAdapter:
     scale: float
 
 
-def base_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def base_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return a config.json that every mlx-lm understands.
 
     transformers 5 writes RoPE's settings as `rope_parameters` alone, which mlx-lm may not read: it
@@ -46,19 +50,22 @@ def base_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     config = dict(config)
     kind = config.get("model_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_\-]{1,64}", kind):
-        raise CheckpointError(f"{where} has the model_type {shown(kind)}, which is not a name.")
+        raise CheckpointError(f"{path} has the model_type {shown(kind)}, which is not a name.")
     layers = config.get("num_hidden_layers", 1)
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
-        raise CheckpointError(f"{where} has {shown(layers)} layers, expected 1 to {MAX_LAYERS}.")
+        raise CheckpointError(f"{path} has {shown(layers)} layers, expected 1 to {MAX_LAYERS}.")
     for name in _SIZES:
         size = config.get(name)
         if size is not None and (type(size) is not int or not 1 <= size <= MAX_SIZE):
-            raise CheckpointError(f"{where}: {name} is {shown(size)}, expected 1 to {MAX_SIZE}.")
+            raise CheckpointError(f"{path}: {name} is {shown(size)}, expected 1 to {MAX_SIZE}.")
+    for name in ("torch_dtype", "dtype"):
+        if not isinstance(config.get(name), str | None):
+            raise CheckpointError(f"{path}: {name} is {shown(config[name])}, expected a name.")
     foreign = config.get("quantization_config")
     if foreign and "quantization" not in config:
         kind = foreign.get("quant_method", "?") if isinstance(foreign, dict) else "?"
         raise CheckpointError(
-            f"{where}: the model is quantised by another program ({shown(kind)}); convert the "
+            f"{path}: the model is quantised by another program ({shown(kind)}); convert the "
             "original weights, or this base with mlx_lm.convert and give its folder as --base."
         )
     rope = config.get("rope_parameters")
@@ -74,7 +81,7 @@ def base_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def stream_config(
-    fields: Mapping[str, Any], conditioner: Mapping[str, tuple[int, ...]], where: Path
+    fields: Mapping[str, Any], conditioner: Mapping[str, tuple[int, ...]], path: Path
 ) -> StreamConfig:
     """Read the fields of `speculative_streaming.json`.
 
@@ -89,14 +96,14 @@ def stream_config(
     schema = values.pop("schema", values.pop("schema_version", None))
     if schema != SCHEMA:
         raise CheckpointError(
-            f"{where} has schema {shown(schema)}, expected {SCHEMA}; see docs/checkpoint-format.md."
+            f"{path} has schema {shown(schema)}, expected {SCHEMA}; see docs/checkpoint-format.md."
         )
     values.pop("base_model_name_or_path", None)
     start = values.pop("stream_init", "low_rank" if values.get("stream_init_rank") else "identity")
     rank = values.get("stream_init_rank", 0)
     if start not in ("identity", "low_rank") or (start == "low_rank") != bool(rank):
         raise CheckpointError(
-            f"{where}: stream_init is {shown(start)} with stream_init_rank {shown(rank)}; expected "
+            f"{path}: stream_init is {shown(start)} with stream_init_rank {shown(rank)}; expected "
             "'identity' with rank 0 or 'low_rank' with a rank."
         )
     if "conditioner_rank" not in values and len(conditioner.get("conditioner.lora_a", ())) == 2:
@@ -107,7 +114,7 @@ def stream_config(
     try:
         return StreamConfig.from_dict({**values, "version": FORMAT_VERSION})
     except (StreamsError, TypeError) as error:
-        raise CheckpointError(f"{where}: {brief(error)}") from None
+        raise CheckpointError(f"{path}: {brief(error, 500)}.") from None
 
 
 def stream_fields(config: StreamConfig, base_model: str | None) -> dict[str, Any]:
@@ -119,21 +126,30 @@ def stream_fields(config: StreamConfig, base_model: str | None) -> dict[str, Any
     return {"schema": SCHEMA, **base, **values, "stream_init": start}
 
 
-def peft_adapter(fields: Mapping[str, Any], where: Path) -> PeftAdapter:
+def peft_adapter(fields: Mapping[str, Any], path: Path) -> PeftAdapter:
     """Read PEFT's adapter_config.json.
 
     Raises:
         CheckpointError: not LoRA, or a variant of it that is not one low-rank product per module.
     """
     if fields.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{where}: the adapter is {shown(fields.get('peft_type'))}, not LORA."
-        )
+        raise CheckpointError(f"{path}: the adapter is {shown(fields.get('peft_type'))}, not LORA.")
     for name, plain in _PEFT_UNSUPPORTED.items():
         if fields.get(name) not in (plain, None):
             raise CheckpointError(
-                f"{where}: {name} is {shown(fields[name])}, which is not supported; merge the "
+                f"{path}: {name} is {shown(fields[name])}, which is not supported; merge the "
                 "adapter in PEFT (merge_and_unload) and convert the result."
+            )
+    saved = fields.get("modules_to_save") or []
+    start = str(fields.get("init_lora_weights"))[:100].lower()
+    for name, is_fine in (
+        ("modules_to_save", isinstance(saved, list) and all(map(_is_stream_module, saved))),
+        ("init_lora_weights", not start.startswith(_MOVES_THE_BASE)),
+    ):
+        if not is_fine:
+            raise CheckpointError(
+                f"{path}: {name} is {shown(fields[name])}: it changes base weights; merge the adapter "
+                "in PEFT (merge_and_unload) and convert the result."
             )
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if (
@@ -142,10 +158,12 @@ def peft_adapter(fields: Mapping[str, Any], where: Path) -> PeftAdapter:
         or isinstance(alpha, bool)
         or not isinstance(alpha, int | float)
     ):
-        raise CheckpointError(
-            f"{where}: r {shown(rank)} and lora_alpha {shown(alpha)} are no LoRA."
-        )
+        raise CheckpointError(f"{path}: r {shown(rank)} and lora_alpha {shown(alpha)} are no LoRA.")
     return PeftAdapter(rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank))
+
+
+def _is_stream_module(name: object) -> bool:
+    return isinstance(name, str) and name.rpartition(".")[2] in _STREAM_MODULES
 
 
 def base_name(*fields: Mapping[str, Any] | None) -> str | None:

@@ -10,21 +10,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, OptionError, shown
-from ..weights.hub import fetch, first_line
+from ..errors import CheckpointError, OptionError, brief, shown
+from ..loading.demo import DEMO_NAME, resolve_demo
+from ..weights.hub import fetch, refuse_revision
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _SAFETENSORS = [*_SMALL, "*.safetensors"]
-_OTHERS = [*_SMALL, "*.bin", "*.pt", "*.pth"]
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_OTHERS = [*_SMALL, "*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
 def locate(name: str, revision: str | None = None, beside: Path | None = None) -> Path:
     """Return the local folder or file of a model; fetch it from the hub if it is not local.
 
     Args:
-        name: a path, or a repository id as `owner/name`.
+        name: a path, `demo` for the demo model, or a repository id as `owner/name`.
         revision: branch, tag or commit on the hub.
         beside: a folder that a relative path may also be relative to.
 
@@ -37,6 +37,9 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
             if revision:
                 raise OptionError(f"--revision is for the hub, and {candidate} is a local path.")
             return candidate
+    if name == DEMO_NAME:
+        refuse_revision(name, revision, "the demo model")
+        return resolve_demo()
     if not _REPOSITORY.fullmatch(name) or ".." in name:
         raise CheckpointError(
             f"{shown(name)} does not exist; name a folder, a weight file, or a hub repository"
@@ -57,6 +60,23 @@ def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return fetch(name, "checkpoint", CheckpointError, patterns=patterns, revision=revision)
 
 
+def check_repository(name: str) -> None:
+    """Refuse what cannot be the id of a repository, before a long conversion.
+
+    Raises:
+        OptionError: not of the form `owner/name`.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OptionError(
+            f"--upload-repo {shown(name)} is no repository: {brief(error)}."
+        ) from None
+
+
 def upload(folder: Path, repository: str) -> None:
     """Upload a finished model folder to the hub, making the repository if need be.
 
@@ -64,14 +84,14 @@ def upload(folder: Path, repository: str) -> None:
         CheckpointError: the hub refuses or cannot be reached; the local folder stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # its own, requests', httpx's and the system's errors alike
         raise CheckpointError(
-            f"{folder} is complete but could not be uploaded to {repository} ({first_line(error)});"
-            " check your token and access, and upload the folder again."
+            f"{folder} is complete but could not be uploaded to {repository} ({brief(error)}); "
+            "check the network, 'hf auth login' and your access, then upload the folder again: "
+            f"hf upload {repository} {folder}."
         ) from None

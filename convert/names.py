@@ -6,26 +6,24 @@
     base_model.model.model.layers.3.mlp.up_proj.lora_A.weight  (r, in)   PEFT and schema 1
       -> layers.3.mlp.up_proj.lora_a  (in, r)                            a stream tensor, transposed
 
+PEFT's copy of what it trains whole (`modules_to_save`) replaces the untrained `original_module`.
+
 A user's own rules come first: a JSON file {"rename": [["pattern", "name"], ...], "drop":
 ["pattern"]} with Python's regular expressions, matched against whole names.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import CheckpointError, shown
+from ..weights.tensorfile import Shape
 from .reader import read_json
-from .tensors import SourceTensor
-
-Shape = tuple[int, ...]
-T = TypeVar("T")
+from .tensors import Tensor, joined
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,10 @@ def _rules(*rows: tuple[str, str] | tuple[str, str, bool]) -> tuple[Rule, ...]:
 LAYOUTS: dict[str, tuple[Rule, ...]] = {
     # What wrappers around a model add to its names; applied until nothing changes.
     "wrappers": _rules(
-        (r"(?:module|_orig_mod|base_model\.model)\.(.+)", r"\1"),
-        (r"(.*\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(.+)", r"\1\2"),
+        (r"(?:module\.|base_model\.model\.|model\.(?=base_model\.model\.))(.+)", r"\1"),
+        (r"(.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(.+)", r"\1\2"),
         (r"(.+)\.base_layer\.(weight|bias)", r"\1.\2"),
+        (r"(.+)\.modules_to_save\.[^.]+\.(.+)", r"\1.\2"),
         (r"(.+\.lora_[AB])\.default\.weight", r"\1.weight"),
     ),
     # Our schema 1, which is PEFT's naming for adapters; all become MLX stream names.
@@ -77,35 +76,6 @@ FUSED: dict[str, tuple[str, ...]] = {
 """Rows of a fused projection, in order. Split or joined to what the base model has."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """One tensor of the target: made of one source, a slice of one, or several joined.
-
-    `rows`: the first axis is cut to [start, stop). `transpose`: (a, b) becomes (b, a).
-    """
-
-    name: str
-    sources: tuple[SourceTensor, ...]
-    transpose: bool = False
-    rows: tuple[int, int] | None = None
-
-    @property
-    def shape(self) -> Shape:
-        first = self.sources[0].shape
-        if self.transpose:
-            return first[::-1]
-        if self.rows:
-            return (self.rows[1] - self.rows[0], *first[1:])
-        if len(self.sources) > 1:
-            return (sum(source.shape[0] for source in self.sources), *first[1:])
-        return first
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the tensor is its source, unchanged."""
-        return len(self.sources) == 1 and not self.transpose and self.rows is None
-
-
 def read_rules(path: Path | None) -> tuple[Rule, ...]:
     """Read a user's rules file.
 
@@ -133,50 +103,41 @@ def read_rules(path: Path | None) -> tuple[Rule, ...]:
 
 
 def sort_names(
-    tensors: Iterable[SourceTensor], user: tuple[Rule, ...] = ()
-) -> tuple[dict[str, SourceTensor], dict[str, Named]]:
+    tensors: Iterable[Tensor], user: tuple[Rule, ...] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide tensors into base weights, in Hugging Face names, and stream tensors, in MLX names.
 
     Raises:
         CheckpointError: two tensors get the same name.
     """
-    base: dict[str, SourceTensor] = {}
-    streams: dict[str, Named] = {}
+    base: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
     for tensor in tensors:
-        name = _renamed_by_user(tensor.name, user)
-        if name is None:
+        renamed = _renamed_by_user(tensor.name, user)
+        if renamed is None or ".original_module." in renamed:
             continue
-        name = _unwrapped(name)
+        name = _unwrapped(renamed)
         for rule in LAYOUTS["streams"]:
             if match := rule.pattern.fullmatch(name):
-                target = match.expand(rule.name or "")
-                _add(streams, target, Named(target, (tensor,), transpose=rule.transpose), tensor)
+                turned = tensor.transposed() if rule.transpose else tensor
+                _add(streams, match.expand(rule.name or ""), turned)
                 break
         else:
-            _add(base, name, tensor.renamed(name), tensor)
+            _add(base, name, tensor)
     return base, streams
 
 
-def fit_base(base: Mapping[str, SourceTensor], wanted: Mapping[str, Shape]) -> dict[str, Named]:
+def fit_base(base: Mapping[str, Tensor], wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Bring base weights to the names that the base model has, splitting and joining fused ones.
 
     A name that no rule fits is kept: mlx-lm's `sanitize` may know it; else it is refused later.
     """
-    fitted: dict[str, Named] = {}
+    fitted: dict[str, Tensor] = {}
     for name, tensor in base.items():
         target = name if name in wanted else _first_known(name, wanted) or name
-        parts = _split(target, tensor, wanted)
-        for part in parts or [Named(target, (tensor,))]:
-            _add(fitted, part.name, part, tensor)
+        for part, piece in (_split(target, tensor, wanted) or {target: tensor}).items():
+            _add(fitted, part, piece)
     return _joined(fitted, wanted)
-
-
-def nearest(name: str, shape: Shape, wanted: Mapping[str, Shape]) -> str:
-    """Return the end of an error sentence: the nearest expected name, with both shapes."""
-    close = difflib.get_close_matches(name, list(wanted)[:20_000], n=1, cutoff=0.3)
-    if not close:
-        return f"{shown(name)} {shape} has no place in this model"
-    return f"{shown(name)} {shape} has no place; the nearest name is {close[0]} {wanted[close[0]]}"
 
 
 def _renamed_by_user(name: str, user: tuple[Rule, ...]) -> str | None:
@@ -220,11 +181,11 @@ def _parts(name: str) -> list[str]:
     return []
 
 
-def _split(name: str, tensor: SourceTensor, wanted: Mapping[str, Shape]) -> list[Named]:
+def _split(name: str, tensor: Tensor, wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Cut a fused projection that the base model has in parts."""
     parts = [] if name in wanted else _parts(name)
     if not parts or any(part not in wanted for part in parts) or not tensor.shape:
-        return []
+        return {}
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + wanted[part][0])
@@ -233,29 +194,28 @@ def _split(name: str, tensor: SourceTensor, wanted: Mapping[str, Shape]) -> list
             f"{shown(tensor.name)} {tensor.shape} cannot be split into {', '.join(parts)}, "
             f"which have {ends[-1]} rows in all; check that config.json belongs to the weights."
         )
-    spans = pairwise(ends)
-    return [Named(part, (tensor,), rows=span) for part, span in zip(parts, spans, strict=True)]
+    return {part: tensor.rows(*span) for part, span in zip(parts, pairwise(ends), strict=True)}
 
 
-def _joined(fitted: dict[str, Named], wanted: Mapping[str, Shape]) -> dict[str, Named]:
+def _joined(fitted: dict[str, Tensor], wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Join projections that the base model has fused."""
     for name in wanted:
         parts = _parts(name) if name not in fitted else []
-        if not parts or not all(part in fitted and fitted[part].is_plain for part in parts):
+        if not parts or not all(part in fitted for part in parts):
             continue
-        sources = tuple(fitted.pop(part).sources[0] for part in parts)
-        if len({(source.dtype, source.shape[1:]) for source in sources}) > 1:
+        tensors = [fitted.pop(part) for part in parts]
+        if len({(tensor.dtype, tensor.shape[1:]) for tensor in tensors}) > 1:
             raise CheckpointError(
                 f"{', '.join(parts)} differ in dtype or width; {name} needs them alike."
             )
-        fitted[name] = Named(name, sources)
+        fitted[name] = joined(name, tensors)
     return fitted
 
 
-def _add(table: dict[str, T], name: str, value: T, tensor: SourceTensor) -> None:
+def _add(table: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     if name in table:
         raise CheckpointError(
-            f"two tensors mean {shown(name)}, the second is {shown(tensor.name)} in "
-            f"{tensor.origin}; remove one, or drop it with a rules file."
+            f"two tensors mean {shown(name)}, {table[name].origin} and {tensor.origin}; remove "
+            "one, or drop it with a rules file."
         )
-    table[name] = value
+    table[name] = tensor.renamed(name)

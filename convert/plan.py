@@ -1,6 +1,6 @@
 """A conversion, worked out before anything is written: what comes from where, and as what.
 
-    options -> open the checkpoint -> sort names -> find the base -> check everything -> Plan
+    options -> open the checkpoint -> sort names -> find the base -> check everything -> ConversionPlan
 
 Every error a checkpoint can cause appears here, before the first byte is written; `--dry-run`
 prints the plan and stops.
@@ -13,19 +13,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import StreamConfig
 from ..errors import CheckpointError, OptionError
 from ..weights.tensorfile import FLOATS
-from .adapters import LAYER, Merge, lora_deltas, read_adapters, stream_steps
-from .base import BasePlan, plan_base
+from .adapters import (
+    LAYER,
+    Merge,
+    lora_deltas,
+    read_adapters,
+    stream_tensors,
+)
+from .base import BasePlan, LoraPair, plan_base
 from .configs import base_config, base_name
 from .hub import locate
-from .names import Named, read_rules, sort_names
+from .names import read_rules, sort_names
 from .quantise import Quantisation
 from .reader import CONFIG, Checkpoint, open_checkpoint
-from .steps import Delta, Step
-from .tensors import SourceTensor
+from .tensors import Tensor
 from .tokenizers import tokenizer_files
 
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -51,42 +57,54 @@ class StreamPlan:
     """What will be written of the streams."""
 
     config: StreamConfig
-    steps: tuple[Step, ...]
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone).
+class Source:
+    """What is converted, as it came: for those who want to compare.
 
-    `origin` is where the base comes from; `trained` are the streams as trained, nothing merged.
+    checkpoint: where the base comes from. weights: its tensors, in Hugging Face names.
+    deltas: LoRA products to merge, by weight, and the adapter_config.json they come from.
+    streams: as trained, in MLX names, nothing merged.
     """
 
+    checkpoint: Checkpoint
+    weights: Mapping[str, Tensor]
+    deltas: Mapping[str, LoraPair]
+    adapter: Mapping[str, Any] | None
+    streams: tuple[StreamConfig, dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone)."""
+
     options: Options
-    source: Path
+    path: Path
     base: BasePlan | None
     base_name: str | None
     streams: StreamPlan | None
     files: dict[str, Path | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    origin: Checkpoint | None = None
-    trained: tuple[StreamConfig, dict[str, Named]] | None = None
+    source: Source | None = None
 
     @property
     def writes_base(self) -> bool:
         """Whether base weights are written, not only used to check the streams."""
         return self.base is not None and not self.options.adapter_only
 
-    def steps(self) -> list[Step]:
-        """Every step that writes something."""
-        base = self.base.steps if self.base and self.writes_base else ()
-        return [*base, *(self.streams.steps if self.streams else ())]
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is written."""
+        base = self.base.tensors if self.base and self.writes_base else ()
+        return [*base, *(self.streams.tensors if self.streams else ())]
 
     def num_bytes(self) -> int:
         """The bytes of all tensors written."""
-        return sum(spec.nbytes for step in self.steps() for spec in step.outputs)
+        return sum(spec.nbytes for tensor in self.tensors() for spec in tensor.outputs)
 
 
-def make_plan(options: Options) -> Plan:
+def make_plan(options: Options) -> ConversionPlan:
     """Open what the user named and work out the conversion.
 
     Raises:
@@ -106,9 +124,9 @@ def make_plan(options: Options) -> Plan:
     base_checkpoint = _find_base(checkpoint, own_base, options.base or name, options)
     if base_checkpoint is None:
         assert config is not None
-        steps = stream_steps(config, named, None, path, options.stream_dtype)
+        alone = StreamPlan(config, stream_tensors(config, named, None, path, options.stream_dtype))
         note = "the base model was not at hand: the streams carry no fingerprint of it"
-        return Plan(options, path, None, name, StreamPlan(config, steps), notes=(note,))
+        return ConversionPlan(options, path, None, name, alone, notes=(note,))
     tensors = own_base
     if base_checkpoint is not checkpoint:
         tensors, stray = sort_names(base_checkpoint.tensors.values(), rules)
@@ -117,15 +135,16 @@ def make_plan(options: Options) -> Plan:
     base = _plan_base(base_checkpoint, tensors, deltas, options)
     streams = None
     trained = (config, named) if config is not None else None
+    source = Source(base_checkpoint, tensors, deltas, checkpoint.adapter_fields, trained)
     if config is not None:
         config, named, base = _merge_shared(config, named, base, base_checkpoint, tensors, options)
         streams = StreamPlan(
-            config, stream_steps(config, named, base.dims(), path, options.stream_dtype)
+            config, stream_tensors(config, named, base.dims(), path, options.stream_dtype)
         )
     files = tokenizer_files(base_checkpoint)
     name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
     notes = _notes(base, streams, files)
-    return Plan(options, path, base, name, streams, files, notes, base_checkpoint, trained)
+    return ConversionPlan(options, path, base, name, streams, files, notes, source)
 
 
 def _name_of(base: Checkpoint, options: Options) -> str:
@@ -139,7 +158,7 @@ def _name_of(base: Checkpoint, options: Options) -> str:
 
 def _find_base(
     checkpoint: Checkpoint,
-    own_base: Mapping[str, SourceTensor],
+    own_base: Mapping[str, Tensor],
     name: str | None,
     options: Options,
 ) -> Checkpoint | None:
@@ -167,18 +186,18 @@ def _find_base(
 
 def _plan_base(
     checkpoint: Checkpoint,
-    tensors: Mapping[str, SourceTensor],
-    deltas: Mapping[str, Delta],
+    tensors: Mapping[str, Tensor],
+    deltas: Mapping[str, LoraPair],
     options: Options,
 ) -> BasePlan:
-    where = checkpoint.folder / CONFIG
+    path = checkpoint.folder / CONFIG
     if checkpoint.config is None:
-        raise CheckpointError(f"{where} is missing; put the base model's config.json there.")
+        raise CheckpointError(f"{path} is missing; put the base model's config.json there.")
     if not tensors:
         raise CheckpointError(
-            f"{checkpoint.path} holds no weights; expected safetensors, .bin, .pt, .pth or .gguf."
+            f"{checkpoint.path} holds no weights; expected safetensors, .bin, .pt, .pth, .ckpt or .gguf."
         )
-    config = base_config(checkpoint.config, where)
+    config = base_config(checkpoint.config, path)
     if deltas and "quantization" in config:
         raise OptionError("adapters cannot be merged into a quantised base; give full weights.")
     return plan_base(
@@ -193,12 +212,12 @@ def _plan_base(
 
 def _merge_shared(
     config: StreamConfig,
-    named: dict[str, Named],
+    named: dict[str, Tensor],
     base: BasePlan,
     checkpoint: Checkpoint,
-    tensors: Mapping[str, SourceTensor],
+    tensors: Mapping[str, Tensor],
     options: Options,
-) -> tuple[StreamConfig, dict[str, Named], BasePlan]:
+) -> tuple[StreamConfig, dict[str, Tensor], BasePlan]:
     """Merge shared adapters into the base, all or those below the MSA layers, if asked to."""
     if options.merge_lora == "none" or not config.lora_rank:
         return config, named, base
@@ -227,6 +246,6 @@ def _notes(
         notes.append("no tokenizer was found beside the base model; mlx-lm will want one")
     if streams is None:
         notes.append("the checkpoint has no streams: the result is a plain mlx-lm model")
-    if len({spec.dtype for step in base.steps for spec in step.outputs} & set(FLOATS)) > 1:
+    if len({spec.dtype for tensor in base.tensors for spec in tensor.outputs} & set(FLOATS)) > 1:
         notes.append("the base mixes float types; --dtype makes them one")
     return tuple(notes)

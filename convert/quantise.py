@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..errors import CheckpointError, OptionError, shown
+from ..errors import CheckpointError, OptionError, brief
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Quantisation:
     predicate: str | None = None
 
 
-def give_quantised_layers(model: nn.Module, config: dict[str, Any], where: Path) -> None:
+def give_quantised_layers(model: nn.Module, config: dict[str, Any], path: Path) -> None:
     """Give a model the quantised layers that its config (an mlx-lm folder's) lists.
 
     Raises:
@@ -35,20 +35,20 @@ def give_quantised_layers(model: nn.Module, config: dict[str, Any], where: Path)
     """
     settings = config["quantization"]
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: config.json's quantization must be an object.")
+        raise CheckpointError(f"{path}: config.json's quantization must be an object.")
     default = {name: settings[name] for name in ("group_size", "bits", "mode") if name in settings}
 
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def choose(name: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
             return False
-        own = settings.get(path, True)
+        own = settings.get(name, True)
         return {**default, **own} if isinstance(own, dict) else bool(own)
 
     try:
         nn.quantize(model, **default, class_predicate=choose)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{where}: config.json's quantization does not fit: {error}."
+            f"{path}: config.json's quantization does not fit: {error}."
         ) from None
 
 
@@ -83,8 +83,7 @@ def quantise(
     except (ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, OptionError):
             raise
-        reason = shown(str(error), 200)
-        raise OptionError(f"this quantisation is not possible: {reason}.") from None
+        raise OptionError(f"this quantisation is not possible: {brief(error)}.") from None
     if not any(hasattr(module, "scales") for _, module in made.named_modules()):
         raise OptionError(
             f"no layer can be quantised in groups of {config['quantization']['group_size']}: "

@@ -2,7 +2,7 @@
 
     config.json                        the base model
     model.safetensors                  its weights: one file, or shards with an index;
-    pytorch_model.bin, *.pt, *.pth       or torch.save's files; or a *.gguf, which carries all three
+    pytorch_model.bin, *.pt, *.ckpt      or torch.save's files; or a *.gguf, which carries all three
     speculative_streaming.json         the streams (docs/checkpoint-format.md)
     stream_model.*, conditioner.*      their tensors, unless they are in the files above
     adapter_config.json, adapter_model.*    a PEFT adapter
@@ -17,18 +17,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, shown
-from ..weights.tensorfile import TensorFile, open_tensors
-from .hub import WEIGHT_SUFFIXES
-from .tensors import SourceTensor
+from ..errors import CheckpointError, brief, shown
+from ..weights.tensorfile import TensorFile, open_file, open_tensors, parse_json, read_file
+from .tensors import Tensor
 from .torchfile import read_torch_file
 
 MAX_JSON_BYTES = 64 << 20
 CONFIG, STREAMS, ADAPTER = "config.json", "speculative_streaming.json", "adapter_config.json"
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _SIDE_FILES = ("stream_model", "conditioner", "adapter_model")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILE_NAME = re.compile(r"[\w.\- ]{1,200}")
@@ -49,8 +48,8 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: dict[str, SourceTensor]
-    side: dict[str, SourceTensor]
+    tensors: dict[str, Tensor]
+    side: dict[str, Tensor]
     config: dict[str, Any] | None = None
     stream_fields: dict[str, Any] | None = None
     adapter_fields: dict[str, Any] | None = None
@@ -94,42 +93,36 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any] | None:
     """Read a JSON object; None if it is missing and `optional`.
 
     Raises:
-        CheckpointError: missing, too large, a link out of its folder, or not a JSON object.
+        CheckpointError: missing, too large, no file, a link out of its folder, or no JSON object.
     """
     if optional and not path.exists():
         return None
     _check_inside(path, path.parent)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MB; get it again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not valid JSON; get the file again.") from None
+        value = parse_json(read_file(path, MAX_JSON_BYTES, CheckpointError))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON ({brief(error)}); get the file again."
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object; get the file again.")
     return value
 
 
-def read_weight_file(path: Path) -> dict[str, SourceTensor]:
+def read_weight_file(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one safetensors or torch file by name; what it is, its bytes say."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
+    with open_file(path, CheckpointError) as file:
+        head = file.read(9)
     if path.suffix != ".safetensors" and head[8:9] != b"{":
         return read_torch_file(path)
     opened = open_tensors(path, CheckpointError)
     return {name: _of_safetensors(opened, name) for name in opened.entries}
 
 
-def _of_safetensors(file: TensorFile, name: str) -> SourceTensor:
+def _of_safetensors(file: TensorFile, name: str) -> Tensor:
     entry = file.entries[name]
-    return SourceTensor(
-        name, entry.dtype, entry.shape, file.path, lambda: file.read(name), entry.start
-    )
+    read = lambda: file.read(name)  # noqa: E731
+    return Tensor.in_file(name, entry.dtype, entry.shape, file.path, read, entry.start)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -138,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = read_json(folder / name, optional=True)
         if index is not None:
             return _indexed(folder, name, index)
-    for suffixes in ((".safetensors",), (".bin", ".pt", ".pth")):
+    for suffixes in (SUFFIXES[:1], SUFFIXES[1:]):
         found = [
             path
             for path in sorted(folder.iterdir())
@@ -170,7 +163,7 @@ def _indexed(folder: Path, name: str, index: dict[str, Any]) -> list[Path]:
         _check_inside(path, folder)
     tensors = _all_tensors(paths)
     for tensor, file in weight_map.items():
-        if tensor not in tensors or tensors[tensor].origin.name != file:
+        if tensor not in tensors or tensors[tensor].sources[0][0].name != file:
             raise CheckpointError(
                 f"{folder / file} does not hold {shown(tensor)}, though {name} says so."
             )
@@ -181,27 +174,27 @@ def _side_files(folder: Path) -> list[Path]:
     """Return the stream and adapter files; of the same stem, safetensors win."""
     found = []
     for stem in _SIDE_FILES:
-        paths = [folder / (stem + suffix) for suffix in WEIGHT_SUFFIXES[:4]]
+        paths = [folder / (stem + suffix) for suffix in SUFFIXES]
         found.extend([path for path in paths if path.is_file()][:1])
     return found
 
 
-def _all_tensors(paths: Sequence[Path]) -> dict[str, SourceTensor]:
-    tensors: dict[str, SourceTensor] = {}
+def _all_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in read_weight_file(path).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"the tensor {shown(name)} is in both {tensors[name].origin} and {path}; "
+                    f"the tensor {shown(name)} is in both {tensors[name].sources[0][0]} and {path}; "
                     "remove one of the files."
                 )
             tensors[name] = tensor
     return tensors
 
 
-def _side_tensors(paths: Sequence[Path]) -> dict[str, SourceTensor]:
+def _side_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
     """Read the side files; bare names in a conditioner file get their prefix."""
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in read_weight_file(path).items():
             full = f"conditioner.{name}" if path.stem == "conditioner" else name
@@ -235,21 +228,21 @@ def _only_gguf(folder: Path) -> Path | None:
 
 
 def _open_gguf(file: Path, path: Path, stream_fields: dict[str, Any] | None) -> Checkpoint:
-    from .gguf.architecture import model_config, wanted_tensors
+    from .gguf.architecture import model_config
     from .gguf.file import open_gguf
-    from .gguf.folder import read_tensor
+    from .gguf.folder import gguf_tensors
     from .gguf.tokenizer import token_ids, tokenizer_files
 
     gguf = open_gguf(file)
-    tensors = {
-        wanted.name: SourceTensor(
-            wanted.name, "F32", wanted.shape, file, partial(read_tensor, gguf, wanted)
-        )
-        for wanted in wanted_tensors(gguf)
-    }
     ids = token_ids(gguf)
     files: dict[str, Path | str] = dict(tokenizer_files(gguf))
     files["generation_config.json"] = json.dumps(ids, indent=2) + "\n"
     side = _side_tensors(_side_files(file.parent)) if stream_fields is not None else {}
-    config = {**model_config(gguf), **ids}
-    return Checkpoint(path, tensors, side, config, stream_fields, None, files)
+    return Checkpoint(
+        path=path,
+        tensors={tensor.name: tensor for tensor in gguf_tensors(gguf)},
+        side=side,
+        config={**model_config(gguf), **ids},
+        stream_fields=stream_fields,
+        files=files,
+    )

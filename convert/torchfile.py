@@ -16,14 +16,15 @@ import io
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import CheckpointError, shown
-from ..weights.tensorfile import NUMPY_TYPES, read_exactly
+from ..weights.tensorfile import NUMPY_TYPES, open_file, read_exactly
 from .pickles import (
     MAX_PROGRAM_BYTES,
+    Placeholder,
     Refused,
     StorageInfo,
     TensorInfo,
@@ -31,15 +32,18 @@ from .pickles import (
     storage_info,
     unpickle,
 )
-from .tensors import SourceTensor
+from .tensors import Tensor
 
-MAX_ZIP_MEMBERS = 1_000_000
+MAX_ZIP_MEMBERS = 200_000
+MAX_DIRECTORY_BYTES = 32 << 20
+_HEADER_PROGRAM_BYTES = 1 << 16
+_DIRECTORY_BYTES = 5  # its place in zipfile's own record of a zip file's end
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-def read_torch_file(path: Path) -> dict[str, SourceTensor]:
+def read_torch_file(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a `.bin`, `.pt` or `.pth` file, zip or legacy format, by name.
 
     The file holds a state dict, or a dict with one under `state_dict`, `model_state_dict`,
@@ -49,7 +53,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
         CheckpointError: not such a file, damaged, or it mentions something other than tensors.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path, CheckpointError) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             value, places = _read_zip(file) if is_zip else _read_legacy(file)
@@ -57,18 +61,22 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
             return {name: _locate(name, each, places, path) for name, each in tensors.items()}
     except Refused as reason:
         raise CheckpointError(f"{path} is refused: {reason}.") from None
+    except MemoryError:
+        raise CheckpointError(
+            f"there is not enough memory to read the table of tensors of {path}; close other programs."
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
 
 
-def _locate(name: str, tensor: TensorInfo, places: dict[str, int], path: Path) -> SourceTensor:
+def _locate(name: str, tensor: TensorInfo, places: dict[str, int], path: Path) -> Tensor:
     storage = places[tensor.storage.key]
     dtype = tensor.storage.dtype
     own = storage + tensor.offset * NUMPY_TYPES[dtype].itemsize
-    start = own if _in_order(tensor) else None
-    return SourceTensor(
-        name, dtype, tensor.shape, path, lambda: _read_view(path, tensor, storage), start
-    )
+    start = own if _in_order(tensor) and not tensor.negated else None
+    operations = ("negate",) if tensor.negated else ()
+    read = lambda: _read_view(path, tensor, storage)  # noqa: E731
+    return Tensor.in_file(name, dtype, tensor.shape, path, read, start, operations)
 
 
 def _in_order(tensor: TensorInfo) -> bool:
@@ -93,14 +101,22 @@ def _read_view(path: Path, tensor: TensorInfo, start: int) -> np.ndarray:
         return flat.reshape(tensor.shape)
     strides = [step * dtype.itemsize for step in tensor.strides]
     view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-    return view.copy(order="C")
+    bits = view.copy(order="C")
+    if not tensor.negated:
+        return bits
+    is_bfloat16 = tensor.storage.dtype == "BF16"
+    return bits ^ np.uint16(0x8000) if is_bfloat16 else np.negative(bits)
 
 
 def _read_zip(file: BinaryIO) -> tuple[object, dict[str, int]]:
     """Return the program's result and where each storage's bytes start in the file."""
     try:
-        archive = zipfile.ZipFile(file)
-        members = archive.infolist()
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # before its directory is read
+        if end is not None and end[_DIRECTORY_BYTES] > MAX_DIRECTORY_BYTES:
+            raise Refused("its zip directory is larger than any state dict's")
+        members = zipfile.ZipFile(file).infolist()
+    except (MemoryError, Refused):
+        raise
     except Exception:
         raise Refused("its zip directory is damaged; get the file again") from None
     programs = [info for info in members if info.filename.endswith("/data.pkl")]
@@ -163,11 +179,11 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
     """Return the program's result and where each storage's bytes start in the file."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if unpickle(file, _no_storage) != _LEGACY_MAGIC:
+    if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_MAGIC:
         raise Refused("it is not a file that torch.save wrote")
-    if unpickle(file, _no_storage) != _LEGACY_VERSION:
+    if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_VERSION:
         raise Refused(f"its format is not the legacy version {_LEGACY_VERSION}; save it again")
-    system = unpickle(file, _no_storage)
+    system = unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("it was written on a big-endian machine, which is not supported")
     storages: dict[str, StorageInfo] = {}
@@ -180,7 +196,9 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
 
     value = unpickle(file, find)
     keys = unpickle(file, _no_storage)
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    keys = keys if isinstance(keys, list) else []
+    is_plain = all(isinstance(key, str | int) for key in keys)
+    if not is_plain or sorted(map(str, keys)) != sorted(storages):
         raise Refused("its list of storages does not match its tensors")
     places = {}
     for key in keys:
@@ -200,22 +218,25 @@ def _no_storage(_: object) -> StorageInfo:
 
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+_DEEPEST = 4
 
 
 def _state_dict(value: object) -> dict[str, TensorInfo]:
     """Return name -> tensor of a state dict, possibly inside a trainer's wrapper."""
     if not isinstance(value, dict):
         raise Refused(f"it holds {shown(kind_of(value))}, not a state dict")
-    found = value
-    if not _holds_tensors(found):
-        wrapped = [value[name] for name in _WRAPPERS if _holds_tensors(value.get(name))]
-        if len(wrapped) != 1:
-            raise Refused("it holds no tensors by name; save the model's state_dict()")
-        found = wrapped[0]
+    found = _unwrapped(value, _DEEPEST)
+    if found is None:
+        raise Refused("it holds no tensors by name; save the model's state_dict()")
     tensors: dict[str, TensorInfo] = {}
     for name, each in found.items():
         if isinstance(each, dict | list | tuple) and _any_tensor(each):
             raise Refused(f"the entry {shown(name)} holds tensors in a container; save them flat")
+        if isinstance(each, Placeholder) and each.is_array:
+            raise Refused(
+                f"the entry {shown(name)} is made by {shown(each.kind)} and is no tensor; save "
+                "torch.from_numpy(...) of it, or leave it out"
+            )
         if isinstance(each, TensorInfo):
             if not isinstance(name, str):
                 raise Refused(f"a tensor has the name {shown(name)}, which is not text")
@@ -223,8 +244,25 @@ def _state_dict(value: object) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _holds_tensors(value: object) -> TypeGuard[dict[object, object]]:
-    return isinstance(value, dict) and any(isinstance(each, TensorInfo) for each in value.values())
+def _unwrapped(value: dict[object, object], depth: int) -> dict[object, object] | None:
+    """Return the state dict that a dict is or wraps, whatever tensors a trainer keeps beside it."""
+    inner = {
+        name: found
+        for name in _WRAPPERS
+        if depth and isinstance(each := value.get(name), dict)
+        for found in [_unwrapped(each, depth - 1)]
+        if found is not None
+    }
+    if len(inner) > 1 and any(each != next(iter(inner.values())) for each in inner.values()):
+        names = " and ".join(map(repr, inner))
+        raise Refused(f"it holds different weights under {names}; save the ones to convert alone")
+    if inner:
+        return next(iter(inner.values()))
+    return value if any(_is_array(each) for each in value.values()) else None
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, TensorInfo) or (isinstance(value, Placeholder) and value.is_array)
 
 
 def _any_tensor(value: dict[object, object] | list[object] | tuple[object, ...]) -> bool:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, OptionError, shown
+from ..errors import CheckpointError, OptionError, printable
 from ..weights.checkpoint import save_streams
 from ..weights.files import atomic_folder
 from ..weights.tensorfile import FLOATS, TensorWriter, to_mlx
 from .card import model_card
-from .plan import Plan
-from .steps import Step
+from .plan import ConversionPlan
+from .tensors import Tensor, readable
 
 MAX_SHARD_BYTES = 5 << 30
 Progress = Callable[[int], None]
@@ -31,14 +31,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """One weight file: its name and the steps whose tensors it holds."""
+    """One weight file: its name and the tensors it holds."""
 
     name: str
-    steps: tuple[Step, ...]
+    tensors: tuple[Tensor, ...]
 
 
 def write_plan(
-    plan: Plan,
+    plan: ConversionPlan,
     target: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -60,27 +60,27 @@ def write_plan(
     with atomic_folder(target, if_exists="error") as folder:
         mx.set_cache_limit(0)
         if plan.base is not None and plan.writes_base:
-            _write_weights(folder, plan.base.steps, max_shard_bytes, notify)
+            _write_weights(folder, plan.base.tensors, max_shard_bytes, notify)
             _write_json(folder / "config.json", plan.base.config)
             for name, content in plan.files.items():
                 _write_file(folder / name, content)
         if plan.streams is not None:
             _write_streams(plan, folder, notify)
         figures = prove(folder) if prove else {}
-        card = model_card(plan, target.name, figures)
+        card = model_card(plan, printable(target.name), figures)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def shards(steps: Sequence[Step], max_shard_bytes: int) -> list[Shard]:
-    """Divide steps into files of at most this size (one tensor may be larger), mlx-lm's names."""
-    groups: list[list[Step]] = []
+def shards(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[Shard]:
+    """Divide tensors into files of at most this size (one tensor may be larger), mlx-lm's names."""
+    groups: list[list[Tensor]] = []
     filled = 0
-    for step in steps:
-        size = sum(spec.nbytes for spec in step.outputs)
+    for tensor in tensors:
+        size = sum(spec.nbytes for spec in tensor.outputs)
         if not groups or filled + size > max_shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(step)
+        groups[-1].append(tensor)
         filled += size
     if len(groups) == 1:
         return [Shard("model.safetensors", tuple(groups[0]))]
@@ -90,16 +90,16 @@ def shards(steps: Sequence[Step], max_shard_bytes: int) -> list[Shard]:
     ]
 
 
-def _write_weights(folder: Path, steps: Sequence[Step], limit: int, notify: Progress) -> None:
+def _write_weights(folder: Path, tensors: Sequence[Tensor], limit: int, notify: Progress) -> None:
     weight_map: dict[str, str] = {}
-    for shard in shards(steps, limit):
-        specs = [spec for step in shard.steps for spec in step.outputs]
+    for shard in shards(tensors, limit):
+        specs = [spec for tensor in shard.tensors for spec in tensor.outputs]
         with TensorWriter(folder / shard.name, specs, {"format": "mlx"}) as writer:
-            for step in shard.steps:
-                _write_step(writer, step)
-                notify(sum(spec.nbytes for spec in step.outputs))
+            for tensor in shard.tensors:
+                _write_tensor(writer, tensor)
+                notify(sum(spec.nbytes for spec in tensor.outputs))
         weight_map |= {spec.name: shard.name for spec in specs}
-    every = [spec for step in steps for spec in step.outputs]
+    every = [spec for tensor in tensors for spec in tensor.outputs]
     metadata = {
         "total_size": sum(spec.nbytes for spec in every),
         "total_parameters": sum(math.prod(spec.shape) for spec in every if spec.dtype in FLOATS),
@@ -108,37 +108,30 @@ def _write_weights(folder: Path, steps: Sequence[Step], limit: int, notify: Prog
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_step(writer: TensorWriter, step: Step) -> None:
-    tensor = step.plain_copy
-    if tensor is None:
-        for bits in step.make():
+def _write_tensor(writer: TensorWriter, tensor: Tensor) -> None:
+    """Write what a tensor becomes; where it is what its file holds, the bytes are copied."""
+    if tensor.start is None:
+        for bits in tensor.make():
             writer.write(bits)
         return
-    assert tensor.start is not None
-    with tensor.stable():
-        writer.copy(tensor.origin, tensor.start)
+    path = tensor.sources[0][0]
+    with readable(path):
+        writer.copy(path, tensor.start)
 
 
-def _write_streams(plan: Plan, folder: Path, notify: Progress) -> None:
+def _write_streams(plan: ConversionPlan, folder: Path, notify: Progress) -> None:
     assert plan.streams is not None
     tensors = {}
-    for step in plan.streams.steps:
-        spec, (bits,) = step.outputs[0], step.make()
-        tensor = to_mlx(bits, spec.dtype)
-        if not mx.all(mx.isfinite(tensor)).item():
-            raise CheckpointError(
-                f"{shown(step.sources[0])} holds NaN or infinite values as {spec.dtype}; the "
-                "training diverged, or the values are too large for --stream-dtype."
-            )
-        tensors[spec.name] = tensor
-        notify(spec.nbytes)
+    for tensor in plan.streams.tensors:
+        tensors[tensor.name] = to_mlx(tensor.make()[0], tensor.dtype)
+        notify(tensor.nbytes)
     save_streams(
         folder,
         plan.streams.config,
         tensors,
         base_model=plan.base_name,
         fingerprint=plan.base.fingerprint() if plan.base else None,
-        metadata={"converted_from": plan.source.name},
+        metadata={"converted_from": plan.path.name},
     )
 
 

@@ -35,15 +35,32 @@ class OutputError(SpecStreamError):
 
 def shown(value: object, limit: int = 120) -> str:
     """Return a value from a file as an error message may show it: quoted, one line, not endless."""
-    text = (
-        ascii(value)
-        if not isinstance(value, int) or abs(value) < 1 << 200
-        else "a number far too large"
+    huge = isinstance(value, int) and abs(value) >= 1 << 200
+    return _shortened("a number far too large" if huge else ascii(value), limit)
+
+
+def brief(said: object, limit: int = 200) -> str:
+    """Return what an error says as part of a sentence: one line, not endless, without a full stop.
+
+    The first line says what is wrong, excerpts and advice follow; where it ends in a colon, the
+    next one says it. An error that says nothing is told by its class.
+    """
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    text = lines[0] if lines else type(said).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    return _shortened(text, limit).rstrip(".:")
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal may get it: one line, control characters written as escapes.
+
+    Names of files and tensors are other people's: none of them may clear the screen.
+    """
+    return "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(text.split())
     )
+
+
+def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def brief(error: Exception, limit: int = 500) -> str:
-    """Return what an error says, shortened: values from a file may be endless."""
-    text = str(error)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

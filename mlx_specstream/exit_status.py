@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from .errors import SpecStreamError
+from .errors import SpecStreamError, printable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -35,5 +35,5 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
 
 
 def _complain(name: str, message: str, status: int) -> int:
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: {printable(message)}", file=sys.stderr)
     return status

@@ -21,12 +21,32 @@ from benchmarks.house import (
     top_level,
 )
 
-# From the ground up: a room imports from those before it. Two folders of convert/ are rooms of
-# their own: GGUF files, which the demo model is loaded from, and the PyTorch reference and trainer.
+# From the ground up: a room imports from those before it. Parts of convert/ are rooms of their own:
+# the tensors it reads, GGUF files, which the demo model is loaded from, and the PyTorch trainer.
 ORDER = (
-    *("errors", "exit_status", "machine", "config", "weights", "convert.gguf", "model"),
-    *("speculation", "loading", "planner", "prompts", "generation", "batch", "verify", "train"),
-    *("convert.pytorch", "convert", "bench", "doctor", "apps", "commands", "cli", "__main__"),
+    *("errors", "exit_status", "machine", "config", "weights", "convert.tensors"),
+    *(
+        "convert.gguf",
+        "model",
+        "speculation",
+        "loading",
+        "planner",
+        "prompts",
+        "generation",
+        "batch",
+    ),
+    *(
+        "verify",
+        "train",
+        "convert.pytorch",
+        "convert",
+        "bench",
+        "doctor",
+        "apps",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 FOLDERS = sorted(
     path.parent

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...errors import OptionError, SpecStreamError
+from ...errors import OptionError, SpecStreamError, brief
 from ...generation.grammar import Grammar, schema_text
 from ...prompts.control import ControlTokens
-from ...weights.hub import first_line
 from ..thinking import ThoughtMarks
 from .errors import CONTEXT_EXCEEDED, ApiError, invalid
 from .forced_calls import forced_calls
@@ -94,7 +93,7 @@ class PromptEncoder:
             text = history.render(request.messages, **options)
         except Exception as error:  # whatever a template raises, jinja's own errors among it
             raise invalid(
-                f"the model's chat template refuses the messages: {first_line(error)}.", "messages"
+                f"the model's chat template refuses the messages: {brief(error)}.", "messages"
             ) from error
         ids = self._ids(text, "messages", add_special_tokens=False)
         return self._checked(ids, "messages")
@@ -162,7 +161,7 @@ class PromptEncoder:
             return self.control.encode(text, **options)
         except Exception as error:  # of the tokenizer's, in Rust or Python
             raise invalid(
-                f"the model's tokenizer cannot read the text: {first_line(error)}.", param
+                f"the model's tokenizer cannot read the text: {brief(error)}.", param
             ) from error
 
     def _checked(self, ids: list[int], param: str) -> list[int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import CheckpointError
-from ...weights.tensorfile import TensorSpec, TensorWriter
+from ...weights.tensorfile import TensorWriter
+from ..tensors import Tensor
 from .architecture import (
     WantedTensor,
     model_config,
@@ -32,7 +33,7 @@ def write_model_folder(gguf: GGUFFile, folder: Path, progress: Progress | None =
     Raises:
         CheckpointError: the model is of a kind that is not converted, or damaged.
     """
-    wanted = wanted_tensors(gguf)
+    tensors = gguf_tensors(gguf)
     ids = token_ids(gguf)
     files = {
         "config.json": _json({**model_config(gguf), **ids}),
@@ -41,37 +42,40 @@ def write_model_folder(gguf: GGUFFile, folder: Path, progress: Progress | None =
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    _write_weights(gguf, wanted, folder / "model.safetensors", progress)
+    total = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+    with TensorWriter(folder / "model.safetensors", tensors, {"format": "pt"}) as writer:
+        for tensor in tensors:
+            writer.write(tensor.make()[0])
+            done += tensor.nbytes
+            if progress:
+                progress(done, total)
 
 
-def read_tensor(gguf: GGUFFile, tensor: WantedTensor) -> Floats:
-    """Return one tensor as the model wants it.
+def gguf_tensors(gguf: GGUFFile) -> list[Tensor]:
+    """Return the model's tensors as float32, in the names and orders of Hugging Face folders.
 
     Raises:
-        CheckpointError: it holds infinities or values that are no numbers.
+        CheckpointError: a tensor is missing, unknown or misshapen.
     """
+    return [
+        Tensor.in_file(
+            wanted.source,
+            "F32",
+            wanted.shape,
+            gguf.path,
+            partial(_read, gguf, wanted),
+            operations=("dequantise",),
+        ).renamed(wanted.name)
+        for wanted in wanted_tensors(gguf)
+    ]
+
+
+def _read(gguf: GGUFFile, tensor: WantedTensor) -> Floats:
     values = gguf.read(tensor.source)
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{gguf.path} is damaged: the tensor {tensor.source!r} holds values that are no numbers."
-        )
     if tensor.plus_one:  # exact for weights that had 16 bits once
         values = values - np.float32(1)
     return unpermute(values, tensor.permuted_heads) if tensor.permuted_heads else values
-
-
-def _write_weights(
-    gguf: GGUFFile, wanted: list[WantedTensor], path: Path, progress: Progress | None
-) -> None:
-    specs = [TensorSpec(tensor.name, "F32", tensor.shape) for tensor in wanted]
-    total = sum(spec.nbytes for spec in specs)
-    done = 0
-    with TensorWriter(path, specs, {"format": "pt"}) as writer:
-        for tensor, spec in zip(wanted, specs, strict=True):
-            writer.write(read_tensor(gguf, tensor))
-            done += spec.nbytes
-            if progress:
-                progress(done, total)
 
 
 def _json(values: dict[str, object]) -> str:

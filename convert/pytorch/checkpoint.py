@@ -8,6 +8,7 @@ Tensor names are PEFT's (`base_model.model.model.layers.{i}.{module}.lora_A.weig
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ...config import StreamConfig
 from ...errors import CheckpointError
 from ...weights.files import atomic_folder
+from ...weights.tensorfile import difference
 from .adapters import StreamAdapters
 from .backbone import Backbone
 
@@ -87,19 +89,21 @@ def load_checkpoint(path: str | Path, backbone: Backbone) -> StreamAdapters:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
     adapters = StreamAdapters(read_config(path), backbone)
-    tensors: dict[str, Tensor] = load_file(str(Path(path) / WEIGHTS_NAME))
-    wanted = {checkpoint_name(name): parameter for name, parameter in adapters.named_parameters()}
-    if wanted.keys() != tensors.keys():
-        odd = sorted(wanted.keys() ^ tensors.keys())[0]
-        word = "lacks" if odd in wanted else "has an unknown"
-        raise CheckpointError(
-            f"{path} {word} tensor {odd!r}; its config asks for {len(wanted)} tensors."
-        )
-    for name, parameter in wanted.items():
-        if tensors[name].shape != parameter.shape:
-            given, shape = tuple(tensors[name].shape), tuple(parameter.shape)
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is {given}; expected {shape} for this base model."
-            )
-        parameter.data.copy_(tensors[name])
+    fill(adapters, load_file(str(Path(path) / WEIGHTS_NAME)), path)
     return adapters
+
+
+def fill(adapters: StreamAdapters, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy tensors under their names on disk into `adapters`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; `path` says where.
+    """
+    wanted = {checkpoint_name(name): parameter for name, parameter in adapters.named_parameters()}
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (tensors, wanted)
+    )
+    if odd := difference(found, expected):
+        raise CheckpointError(f"{path}: {odd}.")
+    for name, parameter in wanted.items():
+        parameter.data.copy_(tensors[name])

@@ -17,6 +17,7 @@ Main rows may form a draft tree instead of a text: pass `positions` and the ance
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,15 @@ class StreamOutput:
 
 
 class SpeculativeModel:
-    """A base model and its streams."""
+    """A base model and its streams; `gates` (H,) by layer are added to main rows' scores of them."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters) -> None:
-        self.backbone, self.adapters = backbone, adapters
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: StreamAdapters,
+        gates: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.backbone, self.adapters, self.gates = backbone, adapters, gates or {}
         self.config = adapters.config
 
     def linear(self, layer: int, first: int) -> Linear:
@@ -102,9 +108,9 @@ class SpeculativeModel:
             q, k, v = backbone.layers[index].queries_keys_values(x, rotation, linear)
             if self.config.value_rotation:
                 v = torch.cat((v[:, :, :L], rotate_values(v[:, :, L:], angles)), dim=2)
-            seen = self._in_window(mask, positions, index)
+            seen = self._gated(self._in_window(mask, positions, index)[:, None], index, L)
             x = backbone.layers[index].finish(
-                x, attend(q, k, v, seen[:, None], backbone.layers[index].scale), linear
+                x, attend(q, k, v, seen, backbone.layers[index].scale), linear
             )
         x = backbone.norm(x)
         return StreamOutput(x[:, :L], x[:, L:].unflatten(1, (n, G)), insertion)
@@ -121,6 +127,15 @@ class SpeculativeModel:
         upper = torch.cat((mask, to_streams), dim=-1)
         among = (same_node & (level <= level[:, None])).expand(mask.shape[0], -1, -1)
         return torch.cat((upper, torch.cat((mask[:, owner], among), dim=-1)), dim=1)
+
+    def _gated(self, seen: Tensor, layer: int, num_main: int) -> Tensor:
+        """Return `seen` (B, 1, R, S), or with a gate in this layer scores to add (B, H, R, S)."""
+        gate = self.gates.get(layer)
+        if gate is None:
+            return seen
+        bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).repeat(1, len(gate), 1, 1)
+        bias[:, :, :num_main, num_main:] += gate[:, None, None]
+        return bias
 
     def _in_window(self, mask: Tensor, positions: Tensor, layer: int) -> Tensor:
         window = self.backbone.window(layer)

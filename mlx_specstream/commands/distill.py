@@ -25,12 +25,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..batch.generation import BatchAnswer, batch_generate
-from ..errors import DataError, OptionError, OutputError
+from ..errors import DataError, OptionError, OutputError, brief
 from ..loading.load import load
 from ..train.builtin_prompts import BUILTIN, builtin_records
 from ..train.data import read_records
 from ..weights.files import refuse_same_file
-from ..weights.hub import first_line
 
 SORT_WINDOW = 1024
 """Prompts are sorted by length inside windows of this size, so that any prefix is a fair sample."""
@@ -78,7 +77,7 @@ def read_prompts(
                 tokens = tokenizer.encode("\n\n".join(turn["content"] for turn in messages))
         except Exception as error:  # templates are programs and raise what they like
             raise DataError(
-                f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's "
+                f"{record.where} cannot be turned into tokens: {brief(error)}; the model's "
                 "chat template refuses it."
             ) from error
         if len(tokens) > max_length:

@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, brief
 from ..speculation.result import to_ints
 from ..speculation.sampling import NodeProcessor
 from ..speculation.tree import DraftTree
@@ -56,7 +56,7 @@ class Grammar:
         self.end_tokens = frozenset(int(token) for token in tokenizer.eos_token_ids)
         matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, vocab_size), source, log_level=0)
         if matcher.is_error():
-            raise DataError(f"the grammar cannot be used: {_one_line(matcher.get_error())}.")
+            raise DataError(f"the grammar cannot be used: {brief(matcher.get_error())}.")
         # Some grammars turn out too large only when their first token is asked for.
         first = matcher.deep_copy()
         first.compute_bitmask()
@@ -107,7 +107,7 @@ def schema_text(schema: Mapping[str, Any] | bool | str) -> str:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"the JSON schema is no JSON: {_one_line(str(error))}.") from None
+            raise DataError(f"the JSON schema is no JSON: {brief(error)}.") from None
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, Mapping):
@@ -277,7 +277,7 @@ def _vocabulary(tokenizer: TokenizerWrapper, vocab_size: int) -> Any:
             made[key] = from_tokenizer(fast, n_vocab=vocab_size, eos_token=ends)
         except Exception as error:  # llguidance raises what its parts raise
             raise OptionError(
-                f"the model's tokenizer cannot be used with a grammar: {_one_line(str(error))}."
+                f"the model's tokenizer cannot be used with a grammar: {brief(error)}."
             ) from error
     return made[key]
 
@@ -301,12 +301,6 @@ def _llguidance(name: str = "llguidance") -> Any:
 
 def _too_complex(matcher: Any) -> DataError:
     return DataError(
-        f"the grammar is too complex for llguidance: {_one_line(matcher.get_error())}; use a "
+        f"the grammar is too complex for llguidance: {brief(matcher.get_error())}; use a "
         "simpler one."
     )
-
-
-def _one_line(text: str) -> str:
-    """Return the parts of an error that say what is wrong, without the excerpt below them."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else "unknown error").rstrip(".")

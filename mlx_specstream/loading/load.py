@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ModelError, OptionError
+from ..errors import ModelError, OptionError, brief
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
 from ..model.probe import check_backbone
 from ..speculation.streams import Streams
-from ..weights.hub import fetch, first_line, refuse_revision
+from ..weights.hub import fetch, refuse_revision
 from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME, resolve_demo
 from .gemma import GEMMA_NAME, resolve_gemma
@@ -238,7 +238,7 @@ def _load_mlx_lm(
         raise
     except Exception as error:  # whatever mlx, mlx-lm, transformers and tokenizers raise
         raise ModelError(
-            f"the model {name} cannot be loaded: {first_line(error)}; its files are damaged or "
+            f"the model {name} cannot be loaded: {brief(error)}; its files are damaged or "
             "incomplete, or this version of mlx-lm does not know it."
         ) from error
     model, tokenizer, config = loaded

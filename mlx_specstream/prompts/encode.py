@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
-from ..weights.hub import first_line
+from ..errors import DataError, brief
 from .control import ControlTokens
 from .read import Prompt
 
@@ -73,7 +72,7 @@ def encode_prompt(
             text = text[max(rendered().find(_MARK), 0) :]
     except Exception as error:  # whatever a template raises, jinja's own errors among it
         raise DataError(
-            f"the model's chat template refuses the prompt: {first_line(error)}; leave out the "
+            f"the model's chat template refuses the prompt: {brief(error)}; leave out the "
             "system prompt, or ignore the chat template."
         ) from error
     return control.encode(text, add_special_tokens=False)

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, brief
 from ..prompts.lines import json_lines
 from ..prompts.read import is_turn
-from ..weights.hub import first_line
 from .hub_data import hub_rows
 from .rendering import conversation_tokens, end_tokens, has_chat_template
 
@@ -236,7 +235,7 @@ def record_tokens(
             prompt, answer = _chat_tokens(fields, tokenizer)
         except Exception as error:  # templates are programs and raise what they like
             raise DataError(
-                f"{record.where} cannot be turned into tokens: {first_line(error)}; the model's "
+                f"{record.where} cannot be turned into tokens: {brief(error)}; the model's "
                 "chat template refuses it, or the tokenizer has none."
             ) from error
     return prompt + answer, len(prompt) if mask_prompt else 0

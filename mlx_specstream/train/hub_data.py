@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import DataError
-from ..weights.hub import first_line
+from ..errors import DataError, brief
 
 SPLIT_NAMES = {"valid": ("valid", "validation")}
 """What the hub calls our splits, where that differs."""
@@ -34,7 +33,7 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[dict[str, Any], str]]:
         loaded = load_dataset(name)
     except Exception as error:  # whatever datasets, the hub or the network raise
         raise DataError(
-            f"the data set {name} could not be fetched ({first_line(error)}); check the name and "
+            f"the data set {name} could not be fetched ({brief(error)}); check the name and "
             "the network; what was fetched is kept and continued next time."
         ) from error
     for theirs in SPLIT_NAMES.get(split, (split,)):

@@ -30,7 +30,10 @@ from .tensorfile import (
     TensorSpec,
     TensorWriter,
     dtype_name,
+    is_finite,
     open_tensors,
+    parse_json,
+    read_file,
     to_bits,
     to_mlx,
 )
@@ -46,6 +49,7 @@ __all__ = [
 
 WEIGHTS_FILE = "streams.safetensors"
 CONFIG_FILE = "streams_config.json"
+MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,28 +110,29 @@ def load_streams(folder: Path | str) -> StreamWeights:
             missing, unknown, misshapen or not finite. One sentence.
     """
     folder = Path(folder).expanduser()
-    where = folder / CONFIG_FILE
-    fields = _read_config(where)
+    path = folder / CONFIG_FILE
+    fields = _read_config(path)
     base = BaseFingerprint(
-        _text_or_none(fields, "base_model", where), _text_or_none(fields, "base_fingerprint", where)
+        _text_or_none(fields, "base_model", path), _text_or_none(fields, "base_fingerprint", path)
     )
-    digest = _text_or_none(fields, "tensors_digest", where)
+    digest = _text_or_none(fields, "tensors_digest", path)
     metadata = fields.pop("metadata", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise StreamsError(f"{where}: metadata must map names to strings.")
+        raise StreamsError(f"{path}: metadata must map names to strings.")
     try:
         config = StreamConfig.from_dict(fields)
     except StreamsError as error:
-        raise StreamsError(f"{where}: {brief(error)}") from None
+        raise StreamsError(f"{path}: {brief(error, 500)}.") from None
     file = open_tensors(folder / WEIGHTS_FILE, StreamsError)
     if digest is not None and digest != file.metadata.get("tensors_digest"):
         raise StreamsError(
-            f"{where} and {WEIGHTS_FILE} come from two different saves; copy or write both again."
+            f"{path} and {WEIGHTS_FILE} come from two different saves; copy or write both again."
         )
     _check_types(list(file.entries.values()), file.path)
     check_tensors(config, {spec.name: spec.shape for spec in file.entries.values()}, str(file.path))
     tensors = {
-        spec.name: _finite(file.read(spec.name), spec, file.path) for spec in file.entries.values()
+        spec.name: to_mlx(_check_finite(file.read(spec.name), spec, file.path), spec.dtype)
+        for spec in file.entries.values()
     }
     known = base if base.name or base.fingerprint else None
     return StreamWeights(config, tensors, known, folder, metadata)
@@ -161,9 +166,10 @@ def save_streams(
         for name, value in sorted(tensors.items())
     ]
     _check_types(specs, folder)
-    bits = {spec.name: to_bits(tensors[spec.name]) for spec in specs}
-    for spec in specs:
-        _finite(bits[spec.name], spec, folder)
+    bits = {
+        spec.name: _check_finite(to_bits(tensors[spec.name]), spec, "these streams")
+        for spec in specs
+    }
     digest = hashlib.sha256()
     for spec in specs:
         digest.update(f"{spec.name} {spec.dtype} {spec.shape}".encode())
@@ -195,49 +201,39 @@ def save_streams(
 
 
 def _read_config(path: Path) -> dict[str, object]:
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise StreamsError(
-                f"{path} is larger than 1 MB, too large for a streams config; get it again."
-            )
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise StreamsError(
             f"{path.parent} holds no {path.name}; name a folder with stream weights, or make one"
             " with specstream convert or specstream train."
-        ) from None
-    except OSError as error:
-        raise StreamsError(
-            f"{path} cannot be read ({error.strerror or error}); check the path and its"
-            " permissions."
-        ) from None
-    except (ValueError, RecursionError):
-        raise StreamsError(f"{path} is not valid JSON; get the file again.") from None
+        )
+    try:
+        fields = parse_json(read_file(path, MAX_CONFIG_BYTES, StreamsError))
+    except ValueError as error:
+        raise StreamsError(f"{path} is not valid JSON ({brief(error)}); get it again.") from None
     if not isinstance(fields, dict):
         raise StreamsError(f"{path} must hold a JSON object; get the file again.")
     return fields
 
 
-def _text_or_none(fields: dict[str, object], name: str, where: Path) -> str | None:
+def _text_or_none(fields: dict[str, object], name: str, path: Path) -> str | None:
     value = fields.pop(name, None)
     if value is None or isinstance(value, str):
         return value
-    raise StreamsError(f"{where}: {name} must be a string or null, got {shown(value)}.")
+    raise StreamsError(f"{path}: {name} must be a string or null, got {shown(value)}.")
 
 
-def _check_types(specs: Sequence[TensorSpec], where: Path) -> None:
+def _check_types(specs: Sequence[TensorSpec], path: Path) -> None:
     for spec in specs:
         if spec.dtype not in ("F32", "F16", "BF16"):
             raise StreamsError(
-                f"{where}: {shown(spec.name)} is {spec.dtype}, expected F32, F16 or BF16."
+                f"{path}: {shown(spec.name)} is {spec.dtype}, expected F32, F16 or BF16."
             )
 
 
-def _finite(bits: np.ndarray, spec: TensorSpec, where: Path) -> mx.array:
-    tensor = to_mlx(bits, spec.dtype)
-    if not mx.all(mx.isfinite(tensor)).item():
+def _check_finite(bits: np.ndarray, spec: TensorSpec, path: Path | str) -> np.ndarray:
+    if not is_finite(bits, spec.dtype):
         raise StreamsError(
-            f"{where}: the tensor {spec.name} holds NaN or infinite values; the training run"
+            f"{path}: the tensor {shown(spec.name)} holds NaN or infinite values; the training run"
             " diverged or the file is damaged."
         )
-    return tensor
+    return bits

@@ -41,12 +41,7 @@ def atomic_folder(target: str | Path, *, if_exists: IfExists) -> Iterator[Path]:
         OutputError: `target` exists (`if_exists="error"`), is a file, or cannot be written.
     """
     final = _final_path(target)
-    if final.exists() and not final.is_dir():
-        raise OutputError(
-            f"{final} is a file where a folder is to be written; move it or name another folder."
-        )
-    if if_exists == "error" and _occupied(final):
-        raise _exists_already(final)
+    refuse_existing(target, files_only=if_exists != "error")
     with _plain_sentences(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_sibling(final)
@@ -87,6 +82,21 @@ def atomic_file(target: str | Path, *, if_exists: IfExists) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def refuse_existing(target: str | Path, *, files_only: bool = False) -> None:
+    """Refuse to write a folder where something is, before any work is done for it.
+
+    Raises:
+        OutputError: `target` is a file, or (unless `files_only`) a folder that is not empty.
+    """
+    final = _final_path(target)
+    if final.exists() and not final.is_dir():
+        raise OutputError(
+            f"{final} is a file where a folder is to be written; move it or name another folder."
+        )
+    if not files_only and _occupied(final):
+        raise _exists_already(final)
 
 
 def remove_leftovers(target: str | Path) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import OptionError, SpecStreamError
+from ..errors import OptionError, SpecStreamError, brief
 
 _ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
@@ -96,12 +96,5 @@ def _reason(name: str, what: str, revision: str | None, failure: Exception) -> s
         )
     return (
         f"no {what} of that name could be fetched from the Hugging Face hub "
-        f"({first_line(failure)}); check the name and the network"
+        f"({brief(failure)}); check the name and the network"
     )
-
-
-def first_line(failure: BaseException, limit: int = 200) -> str:
-    """Return what an error says in one line without a closing full stop, or its class's name."""
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    said = lines[0] if lines else type(failure).__name__
-    return (said if len(said) <= limit else said[: limit - 1] + "…").rstrip(".:")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from ..config import StreamConfig
 from ..errors import StreamsError, shown
 from .fingerprint import BaseDims
+from .tensorfile import difference
 
 MAX_LAYERS = 4096
 _LAYER = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(.+)")
@@ -94,7 +95,7 @@ def shapes_by_names(
 def check_tensors(
     config: StreamConfig,
     found: dict[str, tuple[int, ...]],
-    where: str,
+    path: str,
     dims: BaseDims | None = None,
 ) -> None:
     """Compare names and shapes of stream tensors with what config (and base, if given) ask for.
@@ -103,24 +104,13 @@ def check_tensors(
         StreamsError: the first difference, with both shapes.
     """
     if dims is None:
-        dims = _dims_from_tensors(config, found, where)
-    expected = shapes_by_names(config, found, dims)
-    for name, shape in expected.items():
-        if name not in found:
-            raise StreamsError(f"{where}: the tensor {name} {shape} is missing.")
-        if found[name] != shape:
-            raise StreamsError(
-                f"{where}: the tensor {name} has shape {found[name]}, expected {shape}."
-            )
-    if unknown := sorted(set(found) - set(expected)):
-        raise StreamsError(
-            f"{where}: the tensor {shown(unknown[0])} {found[unknown[0]]} does not belong to"
-            " streams of this config."
-        )
+        dims = _dims_from_tensors(config, found, path)
+    if odd := difference(found, shapes_by_names(config, found, dims)):
+        raise StreamsError(f"{path}: {odd}.")
 
 
 def _dims_from_tensors(
-    config: StreamConfig, found: dict[str, tuple[int, ...]], where: str
+    config: StreamConfig, found: dict[str, tuple[int, ...]], path: str
 ) -> BaseDims:
     """Derive the base's sizes from the tensors, to check that they agree with each other."""
     embeddings = found.get("stream_embeddings")
@@ -132,12 +122,12 @@ def _dims_from_tensors(
     ):
         given = "missing" if embeddings is None else f"of shape {embeddings}"
         raise StreamsError(
-            f"{where}: stream_embeddings is {given}, expected ({config.num_streams}, width of the"
+            f"{path}: stream_embeddings is {given}, expected ({config.num_streams}, width of the"
             " base model)."
         )
     if config.num_msa_layers > MAX_LAYERS:
         raise StreamsError(
-            f"{where}: {config.num_msa_layers} MSA layers are more than any model has layers;"
+            f"{path}: {config.num_msa_layers} MSA layers are more than any model has layers;"
             " correct num_msa_layers."
         )
     layers, heads = [config.num_msa_layers - 1], 1
@@ -157,7 +147,7 @@ def _dims_from_tensors(
             heads = shape[0]
     if missing := [module for module in config.target_modules if module not in modules]:
         raise StreamsError(
-            f"{where}: the adapters of {missing[0]} are missing although target_modules lists it."
+            f"{path}: the adapters of {missing[0]} are missing although target_modules lists it."
         )
     return BaseDims(
         hidden_size=embeddings[1],

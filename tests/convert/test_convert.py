@@ -524,7 +524,7 @@ def break_with(change):
          r"q_prj.weight.*\(2, 2\) has no place; the nearest name is model.layers.0.self_attn.q_proj"),
         (break_with(lambda s: s.pop("model.norm.weight")), r"model.norm.weight \(64,\) is missing"),
         (break_with(lambda s: s.update({"model.norm.weight": torch.ones(65)})),
-         r"model.norm.weight has shape \(65,\), expected \(64,\)"),
+         r"model.norm.weight has the shape \(65,\), expected \(64,\)"),
         (break_with(lambda s: s.update({"module.model.norm.weight": torch.ones(64)})),
          "two tensors mean"),
         (lambda f: made.edit_json(f / "config.json", num_hidden_layers=4), "layers.3.*missing"),
@@ -584,7 +584,7 @@ def test_nan_in_streams_leaves_nothing_behind(tmp_path, base):
     from mlx_specstream.convert.pytorch.checkpoint import save_checkpoint
 
     save_checkpoint(tmp_path / "in", adapters, str(base))
-    with pytest.raises(CheckpointError, match="NaN"):
+    with pytest.raises(StreamsError, match="'stream_embeddings' holds NaN"):
         convert(tmp_path / "in", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -654,6 +654,45 @@ def test_the_proof_fails_where_a_weight_or_an_adapter_is_wrong(tmp_path, streams
     assert proof.findings.errors["stream logits"] > 1e-2
 
 
+def test_the_proof_does_not_trust_our_own_reader(tmp_path, streams, monkeypatch):
+    """A reader that is wrong in the same way on both sides is found out."""
+    from mlx_specstream.weights.tensorfile import TensorFile
+
+    read = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda file, name: read(file, name) * np.float32(1.1))
+    plan = make_plan(Options(str(streams)))
+    proof = Proof(plan)
+    write_plan(plan, tmp_path / "out", prove=proof.figures)
+    assert not proof.passed, proof.report()
+
+
+def test_the_proof_runs_on_what_converts(tmp_path, base):
+    """Gates, adapters merged below, a folder with model.pt, fused rows, a merged LoRA."""
+    adapters = made.random_adapters(base, made.stream_config(mode="shared"))
+    gates = {f"base_model.model.model.layers.{i}.stream_gate": torch.randn(4) for i in (1, 2)}
+    state = {
+        name: value
+        for name, value in {**made.stream_state(adapters), **gates}.items()
+        if "layers.0." not in name
+    }
+    source = made.save_streams(tmp_path / "in", base, mode="shared")
+    save_file({n: t.contiguous() for n, t in state.items()}, source / "stream_model.safetensors")
+    layout_fused(tmp_path / "fused")
+    (tmp_path / "pt").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "pt")
+    torch.save(
+        {"model": made.hf_model().state_dict(), "rng": torch.ones(3)}, tmp_path / "pt/model.pt"
+    )
+    peft_model(base).save_pretrained(tmp_path / "peft")
+    for number, folder in enumerate(
+        (source, tmp_path / "fused", tmp_path / "pt", tmp_path / "peft")
+    ):
+        plan = make_plan(Options(str(folder)))
+        proof = Proof(plan)
+        write_plan(plan, tmp_path / f"out{number}", prove=proof.figures)
+        assert proof.passed, proof.report()
+
+
 def test_upload_goes_through_the_hub_client(tmp_path, streams, monkeypatch, capsys):
     calls = []
 
@@ -674,3 +713,11 @@ def test_upload_goes_through_the_hub_client(tmp_path, streams, monkeypatch, caps
     with pytest.raises(CheckpointError, match="could not be uploaded"):
         cli.main([*arguments, "--upload-repo", "me/streams"])
     assert (tmp_path / "second" / "streams.safetensors").exists()
+    Api.upload_folder = lambda *a, **k: (_ for _ in ()).throw(RuntimeError("offline\nand more"))
+    arguments[3] = str(tmp_path / "third")
+    with pytest.raises(CheckpointError, match="could not be uploaded") as caught:
+        cli.main([*arguments, "--upload-repo", "me/streams"])
+    assert "\n" not in str(caught.value)
+    arguments[3] = str(tmp_path / "fourth")
+    with pytest.raises(OptionError, match="is no repository"):
+        cli.main([*arguments, "--upload-repo", "a/b/c"])

@@ -3,7 +3,6 @@
 python -m tests.convert.test_fuzz 20000      the long run; the suite runs a short seeded one
 """
 
-import io
 import json
 import random
 import resource
@@ -14,13 +13,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from mlx_specstream.convert.configs import base_config, peft_adapter, stream_config
 from mlx_specstream.convert.reader import open_checkpoint, read_json, read_weight_file
 from mlx_specstream.errors import SpecStreamError
 from mlx_specstream.weights.checkpoint import load_streams
 from mlx_specstream.weights.tensorfile import TensorSpec, TensorWriter
+from tests.convert import torch_files
+from tests.convert.torch_files import Call
 
 SLOWEST_S = 5.0
 LARGEST_GROWTH_KB = 300 << 10
@@ -53,13 +53,12 @@ def safetensors_seed(folder):
     return path.read_bytes()
 
 
-def torch_seed(new):
-    """Return what torch.save writes for a small state dict."""
-    torch = pytest.importorskip("torch")
-    out = io.BytesIO()
-    state = {"a.weight": torch.ones(4, 3), "b": torch.ones(5).bfloat16(), "t": torch.ones(4, 3).T}
-    torch.save({"state_dict": state, "step": 3}, out, _use_new_zipfile_serialization=new)
-    return out.getvalue()
+def torch_seed(folder, legacy):
+    """Return what torch.save writes for a trainer's small file."""
+    state = {"a.weight": np.ones((4, 3), np.float32), "b": np.ones(5, np.float16)}
+    beside = Call("argparse.Namespace", ((),), {"lr": 1e-3})
+    value = {"state_dict": state, "step": 3, "args": beside, "seen": Call("builtins.set", ([1],))}
+    return torch_files.save(value, folder / "seed.bin", legacy=legacy).read_bytes()
 
 
 def json_seed():
@@ -155,8 +154,8 @@ def fuzz(folder, cases, seed):
     """Run `cases` mutations over all kinds of files; return how many were refused."""
     seeds = [
         ("x.safetensors", safetensors_seed_cached(folder), read_weights),
-        ("x.bin", torch_seed(new=True), read_weights),
-        ("x.pt", torch_seed(new=False), read_weights),
+        ("x.bin", torch_seed(folder, legacy=False), read_weights),
+        ("x.pt", torch_seed(folder, legacy=True), read_weights),
         ("x.json", json_seed(), read_configs),
         ("i.json", json_seed(), read_index),
         ("s.json", json_seed(), read_streams),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mlx_specstream.convert.hub import locate
-from mlx_specstream.convert.names import Named, fit_base, read_rules, sort_names
+from mlx_specstream.convert.names import fit_base, read_rules, sort_names
 from mlx_specstream.convert.reader import open_checkpoint
-from mlx_specstream.convert.tensors import SourceTensor
+from mlx_specstream.convert.tensors import Tensor, joined
 from mlx_specstream.errors import CheckpointError, OptionError
 from mlx_specstream.weights.tensorfile import TensorSpec, TensorWriter, cast_bits
 
@@ -110,7 +110,7 @@ def test_trainers_leftovers_are_no_weights(tmp_path):
 
 def source(name, shape=(2,), dtype="F32", tmp="x.bin"):
     value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    return SourceTensor(name, dtype, shape, Path(tmp), lambda: value)
+    return Tensor.in_file(name, dtype, shape, Path(tmp), lambda: value)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,10 @@ def source(name, shape=(2,), dtype="F32", tmp="x.bin"):
     [
         ("stream_embeddings.weight", "stream_embeddings"),
         ("module._orig_mod.stream_embeddings", "stream_embeddings"),
+        ("_fsdp_wrapped_module.model._fsdp_wrapped_module.stream_embeddings", "stream_embeddings"),
+        ("base_model.model.stream_embeddings.modules_to_save.default.weight", "stream_embeddings"),
+        ("model.base_model.model.model.layers.3.mlp.up_proj.lora_B.weight",
+        "layers.3.mlp.up_proj.lora_b"),
         ("base_model.model.model.layers.3.mlp.up_proj.lora_A.weight",
         "layers.3.mlp.up_proj.lora_a"), ("base_model.model.model.layers.3.mlp.up_proj.lora_B.default.weight",
          "layers.3.mlp.up_proj.lora_b"),
@@ -131,7 +135,7 @@ def test_stream_names(name, meaning):
     base, streams = sort_names([source(name, (2, 3) if "lora" in name or "mlp" in name else (2,))])
     assert not base
     assert list(streams) == [meaning]
-    assert streams[meaning].transpose == (".lora_" in name)
+    assert ("transpose" in streams[meaning].operations) == (".lora_" in name)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,27 @@ def test_fused_rows_that_do_not_add_up_are_refused():
     parts["l.k_proj.weight"] = source("l.k_proj.weight", (2, 2), "BF16")
     with pytest.raises(CheckpointError, match="differ in dtype"):
         fit_base(parts, {"l.qkv_proj.weight": (6, 2)})
-    assert Named("x", (fused,), rows=(2, 4)).shape == (2, 2)
+    assert fused.rows(2, 4).shape == (2, 2)
+
+
+def test_a_tensor_says_what_is_done_to_it():
+    a, b = source("a", (2, 3)), source("b", (4, 3))
+    made = joined("c", [a, b]).rows(1, 3).transposed().cast("F16")
+    assert (made.shape, made.dtype, made.start) == ((3, 2), "F16", None)
+    assert made.operations == ("join", "split", "transpose", "F32 to F16")
+    assert made.origin == "x.bin: a + x.bin: b"
+    assert made.read().tolist() == [[3, 0], [4, 1], [5, 2]]
+    assert a.cast("F32") is a
+    assert source("d", (2,), "F64").operations == ("F64 to F32",)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_what_is_computed_must_be_finite(value):
+    bits = np.array([1, value], np.float32)
+    tensor = Tensor.in_file("w", "F32", (2,), Path("x.bin"), lambda: bits)
+    with pytest.raises(CheckpointError, match=r"'x\.bin: w' holds NaN or infinite values as F16"):
+        tensor.cast("F16").make()
+    assert tensor.make()[0] is bits  # a copy of what there is
 
 
 # ---- the hub -----------------------------------------------------------------------------------

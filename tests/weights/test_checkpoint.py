@@ -122,7 +122,7 @@ def test_two_saves_mixed_are_noticed(saved, tmp_path):
         (lambda c: c.update(num_msa_layers=3), "layers.1.* missing"),
         (lambda c: c.update(num_msa_layers=10**9), "more than any model"),
         (lambda c: c.update(lora_rank=5), "expected"),
-        (lambda c: c.update(target_modules=["self_attn.q_proj"]), "does not belong"),
+        (lambda c: c.update(target_modules=["self_attn.q_proj"]), "has no place"),
         (lambda c: c.update(target_modules=["a", "b"]), "adapters of a are missing"),
         (lambda c: c.update(base_model=3), "base_model must be a string"),
         (lambda c: c.update(metadata=[1]), "metadata"),

@@ -5,7 +5,9 @@
 | file | the idea it holds |
 |---|---|
 | `bits.py` | a tensor as its bits in NumPy, where bfloat16 is uint16, and what MLX makes of them |
+| `bounded.py` | files and JSON that may be hostile, at a bounded cost |
 | `read.py` | a header whose every claim is checked before a byte of a tensor is read |
+| `compare.py` | names and shapes that are found against those expected |
 | `write.py` | tensor after tensor, so that a file never has to fit in memory |
 """
 
@@ -16,9 +18,12 @@ from .bits import (
     TensorSpec,
     cast_bits,
     dtype_name,
+    is_finite,
     to_bits,
     to_mlx,
 )
+from .bounded import open_file, parse_json, read_file
+from .compare import Shape, difference
 from .read import MAX_DIMENSIONS, TensorEntry, TensorFile, open_tensors, read_exactly
 from .write import TensorWriter
 
@@ -27,14 +32,20 @@ __all__ = [
     "MAX_DIMENSIONS",
     "MLX_TYPES",
     "NUMPY_TYPES",
+    "Shape",
     "TensorEntry",
     "TensorFile",
     "TensorSpec",
     "TensorWriter",
     "cast_bits",
+    "difference",
     "dtype_name",
+    "is_finite",
+    "open_file",
     "open_tensors",
+    "parse_json",
     "read_exactly",
+    "read_file",
     "to_bits",
     "to_mlx",
 ]

@@ -74,6 +74,13 @@ def _widened(bits: np.ndarray, dtype: str) -> np.ndarray:
     return bits if dtype == "F64" else bits.astype(np.float32)
 
 
+def is_finite(bits: np.ndarray, dtype: str) -> bool:
+    """Say whether no value is NaN or infinite: an exponent of ones."""
+    if dtype == "BF16":
+        return not bool(((bits & 0x7F80) == 0x7F80).any())
+    return dtype not in FLOATS or bool(np.isfinite(bits).all())
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return the safetensors name of an MLX dtype, `mx.bfloat16` -> "BF16"."""
     return _NAMES[dtype]

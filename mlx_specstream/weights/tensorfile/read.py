@@ -7,7 +7,6 @@ overlap or hole, no name comes twice.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import SpecStreamError, shown
+from ...errors import SpecStreamError, brief, shown
 from .bits import NUMPY_TYPES, TensorSpec
+from .bounded import open_file, parse_json
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_DIMENSIONS = 8
@@ -70,33 +70,26 @@ def open_tensors(path: Path, error: type[SpecStreamError]) -> TensorFile:
     Raises:
         error: the file is missing, truncated, or its header does not describe it; one sentence.
     """
+    with open_file(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise error(
+                f"{path} is not a safetensors file or is cut short (header of {length} bytes);"
+                " get it again."
+            )
+        text = file.read(length)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise error(
-                    f"{path} is not a safetensors file or is cut short (header of {length} bytes);"
-                    " get it again."
-                )
-            text = file.read(length)
-    except OSError as failure:
-        raise error(
-            f"{path} cannot be read ({failure.strerror or failure}); check the path and its"
-            " permissions."
-        ) from None
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = parse_json(text, _unique)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
         metadata = _metadata(header.pop("__metadata__", None) or {})  # MLX writes null
         entries = [_entry(name, value, 8 + length) for name, value in header.items()]
         _check_layout(entries, 8 + length, size)
-    except (ValueError, RecursionError) as failure:
-        reason = "it nests too deeply" if isinstance(failure, RecursionError) else failure
+    except ValueError as failure:
         raise error(
-            f"{path} has a damaged safetensors header: {reason}; get the file again."
+            f"{path} has a damaged safetensors header: {brief(failure, 500)}; get the file again."
         ) from None
     return TensorFile(path, {entry.name: entry for entry in entries}, metadata)
 
