@@ -186,7 +186,8 @@ def test_rows_are_gathered_and_scratch_is_overwritten() -> None:
     layer = LayerKV()
     values = mx.arange(8, dtype=mx.float32).reshape(1, 1, 8, 1)
     layer.write(0, values, 10 + values)
-    layer.move(2, mx.array([3, 5, 5]))
+    layer.new_rows = (values, 10 + values)
+    layer.gather(2, mx.array([3, 5, 5]))
     assert layer.read(8)[0].flatten().tolist() == [0, 1, 3, 5, 5, 5, 6, 7]
     assert layer.read(8)[1].flatten().tolist() == [10, 11, 13, 15, 15, 15, 16, 17]
     turned = LayerPass(layer, 4, 0, lambda v: -v)

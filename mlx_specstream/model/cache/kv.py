@@ -60,7 +60,10 @@ class KVCache:
     ) -> LayerPass:
         """Return what layer `layer` sees as its cache during a pass; see `LayerPass`."""
         self._turn(layer)
-        return self.layers[layer].view(start, offset, on_values)
+        view = self.layers[layer].view(start, offset, on_values)
+        # Consecutive rows stay where they are, and streams, which begin further back, are dropped.
+        view.is_draft = isinstance(offset, mx.array) and start == self.length
+        return view
 
     def commit(self, rows: Sequence[int], layers: range) -> None:
         """Bring a pass's rows, given by their places in the pass, to the end of the committed text.
@@ -73,9 +76,9 @@ class KVCache:
             in_place += 1
         if in_place == len(rows):
             return
-        index = mx.array(list(rows[in_place:]), dtype=mx.int32) + self.length
+        index = mx.array(list(rows[in_place:]), dtype=mx.int32)
         for layer in layers:
-            self.layers[layer].move(self.length + in_place, index)
+            self.layers[layer].gather(self.length + in_place, index)
 
     def advance(self, rows: int, drawn: bool = False) -> None:
         """Count `rows` more rows as committed; `drawn`: the next token was drawn by this pass."""

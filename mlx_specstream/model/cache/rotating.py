@@ -61,10 +61,6 @@ class RotatingLayer(LayerKV):
         keys, values = super().read(end - self.dropped)
         return keys[..., first - self.dropped :, :], values[..., first - self.dropped :, :]
 
-    def move(self, to: int, rows: mx.array) -> None:
-        """Copy the rows with numbers `rows` (n,) to [to, to + n)."""
-        super().move(to - self.dropped, rows - self.dropped)
-
     def view(
         self, start: int, offset: int | mx.array, on_values: OnValues | None = None
     ) -> RotatingPass:
@@ -73,6 +69,7 @@ class RotatingLayer(LayerKV):
 
     def follow(self, length: int) -> None:
         """Note the text's new length; drop rows that are long out of sight."""
+        super().follow(length)
         self.span = Span(self.size, self.keep, length)
         if self.keys is None or self.values is None:
             return
@@ -133,6 +130,8 @@ class RotatingPass(LayerPass):
         """Append the pass's rows (1, K, R, D) and return all rows in sight of one of them."""
         if self.on_values is not None:
             values = self.on_values(values)
+        if self.is_draft:
+            self.layer.new_rows = (keys, values)
         if self.span.tail and self.layer.kept is not None:
             keys = mx.concatenate([keys, self.layer.kept[0]], axis=2)
             values = mx.concatenate([values, self.layer.kept[1]], axis=2)

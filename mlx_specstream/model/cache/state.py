@@ -99,7 +99,7 @@ class StateLayer(LayerKV):
         """Take over the state after `length` tokens."""
         self.held, self.rows, self.length = ({length: state} if length else {}), None, length
 
-    def move(self, to: int, rows: mx.array) -> None:
+    def gather(self, to: int, rows: mx.array) -> None:
         """Do nothing: drafts are chains, whose accepted rows are in place."""
 
     def follow(self, length: int) -> None:
