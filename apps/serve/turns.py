@@ -25,8 +25,8 @@ from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
 from ...generation.generate import decoder_for
-from ...speculation.result import StepResult
-from ...speculation.sampling import TokenChooser
+from ...speculation.result import MaxTokens, StepResult
+from ...speculation.sampling import TokenSampler
 from ..prefix import PrefixCache
 from .generating import Generating
 from .prefixes import PrefixStore
@@ -72,9 +72,9 @@ class Turns:
 
     def warm_up(self) -> None:
         """Measure and compile what the first answer would otherwise wait for."""
-        chooser = TokenChooser(history=[0])
-        decoder = decoder_for(self.model, self.config, chooser, self.speculative)
-        for _ in decoder.steps(0, self.prefixes.new_cache(), lambda _: False):
+        token_sampler = TokenSampler(history=[0])
+        decoder = decoder_for(self.model, self.config, token_sampler, self.speculative)
+        for _ in decoder.steps(0, self.prefixes.new_cache(), MaxTokens(1)):
             pass
 
     def begin(self, work: Work) -> None:
@@ -118,7 +118,7 @@ class Turns:
                 return []
             read = answer.work.prompt[:-1]
             if answer.work.shared:
-                self.prefixes.put(PrefixCache(answer.kv.copy(len(read)), read))
+                self.prefixes.put(PrefixCache(answer.cache.copy(len(read)), read))
         except Exception as error:
             self.reading.append(answer)
             return [self._failed(answer, error)]
@@ -136,8 +136,8 @@ class Turns:
             return [self._failed(answer, error)]
 
     def _steps(self, answer: Generating) -> Iterator[StepResult]:
-        decoder = decoder_for(self.model, self.config, answer.chooser, self.speculative)
-        return decoder.steps(answer.root, answer.kv, answer.wanted)
+        decoder = decoder_for(self.model, self.config, answer.token_sampler, self.speculative)
+        return decoder.steps(answer.root, answer.cache, answer)
 
     def _together(self, batch: BatchDecoder) -> list[tuple[Work, Event]]:
         """Give all answers a pass that they share."""
@@ -146,7 +146,10 @@ class Turns:
             if answer not in joined and not answer.work.over:
                 answer.settle()
                 slot = batch.add(
-                    [answer.root], cache=answer.kv, chooser=answer.chooser, more=answer.wanted
+                    [answer.root],
+                    cache=answer.cache,
+                    token_sampler=answer.token_sampler,
+                    criteria=answer,
                 )
                 self.slots[slot] = answer
         events: list[tuple[Work, Event]] = []
@@ -173,7 +176,7 @@ class Turns:
         for slot, one in list(self.slots.items()):
             if one is answer and self.batch is not None:
                 del self.slots[slot]
-                answer.kv = self.batch.remove(slot)
+                answer.cache = self.batch.remove(slot)
 
     def _failed(self, answer: Generating, error: Exception) -> tuple[Work, Event]:
         answer.failed = True

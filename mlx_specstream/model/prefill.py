@@ -40,7 +40,7 @@ def prefill_chunks(
     """
     done = 0
     while done < len(tokens):
-        rows = 1 if cache.drawn_next and cache.depends_on_passes else chunk
+        rows = 1 if cache.next_is_generated and cache.depends_on_passes else chunk
         part = mx.array(list(tokens[done : done + rows]), dtype=mx.int32)
         forward(part, cache)
         cache.advance(part.shape[0])

@@ -22,6 +22,7 @@ streams: training opens it gently from a large negative value.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -34,11 +35,10 @@ from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
 
 
-class RowSplit:
-    """Where the stream rows of the running pass begin; adapters of streams act from there on."""
+class RowSplit(threading.local):
+    """Where the stream rows of a thread's pass begin; adapters of streams act from there on."""
 
-    def __init__(self) -> None:
-        self.num_main = 0
+    num_main = 0
 
 
 class StreamLinear(nn.Module):
@@ -78,10 +78,9 @@ class Streams:
         self, backbone: Backbone, config: StreamConfig, tensors: Mapping[str, mx.array]
     ) -> None:
         N = backbone.num_layers
-        if config.num_msa_layers >= N:
+        if config.num_msa_layers > N:
             raise StreamsError(
-                f"these streams want {config.num_msa_layers} MSA layers, but the model has {N} "
-                "layers; at least one must stay below them."
+                f"these streams want {config.num_msa_layers} MSA layers, but the model has {N}."
             )
         self.backbone = backbone
         self.config = config
@@ -96,6 +95,7 @@ class Streams:
             else None
         )
         self.split = RowSplit()
+        self.overflowed = False  # whether streams were seen to spoil the rows beside them
         self.shared = config.mode == "shared"
         gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
         self.gates = {index: gate for index, gate in gates.items() if gate is not None}

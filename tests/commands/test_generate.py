@@ -11,7 +11,7 @@ import mlx_lm
 import pytest
 
 from mlx_specstream import cli
-from mlx_specstream.generation import answering
+from mlx_specstream.generation import run
 from tests.support import tiny
 
 
@@ -144,7 +144,7 @@ def test_an_interrupt_exits_130(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering.Answering, "wanted", interrupted)
+    monkeypatch.setattr(run.GenerationRun, "should_continue", interrupted)
     _, err = spoken(capsys, "--model", folder, "-p", "hi", status=130)
     assert err == "specstream: interrupted.\n"
 

@@ -13,7 +13,7 @@ from mlx_specstream.errors import OptionError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import GROWTH, KVCache, LayerKV, LayerPass, from_mlx_lm, to_mlx_lm
 from mlx_specstream.speculation.plain import PlainDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.engine import (
     Decoded,
@@ -200,7 +200,7 @@ def test_sizes() -> None:
     cache = KVCache(2)
     assert (cache.nbytes, cache.arrays) == (0, [])
     backbone = Backbone(small_model(layers=2))
-    decode(PlainDecoder(backbone, TokenChooser()), [1, 2], 3, cache=cache)
+    decode(PlainDecoder(backbone, TokenSampler()), [1, 2], 3, cache=cache)
     assert cache.length == 4
     assert cache.nbytes == 2 * 2 * GROWTH * 2 * 8 * 4
 

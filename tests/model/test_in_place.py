@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_specstream.batch import BatchDecoder
 from mlx_specstream.batch.cache import BatchKVCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.model.cache import KVCache, QuantizedLayer, RotatingLayer
+from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.streams import Streams
 from tests.batch.engine import as_model, with_table
 from tests.support.engine import random_streams, small_model, stream_config, table_decoder
@@ -65,11 +67,9 @@ def test_buffers_stay_where_they_are(kind: str, setting: str) -> None:
 
     decoder = table_decoder(streams, config, keep_drafts=True)
     prompt = [int(t) for t in np.random.default_rng(0).integers(0, 64, 50)]
-    decoder.chooser.history[:] = prompt
+    decoder.token_sampler.history[:] = prompt
     decoder.prefill(prompt[:-1], cache)
-    emitted = 0
-    for result in decoder.steps(prompt[-1], cache, lambda _: emitted < 120):
-        emitted += len(result.tokens)
+    for result in decoder.steps(prompt[-1], cache, MaxTokens(120)):
         seen.append(addresses(cache))
         assert result.draft is not None
         apart += result.draft.accepted != list(range(len(result.tokens)))
@@ -79,7 +79,7 @@ def test_buffers_stay_where_they_are(kind: str, setting: str) -> None:
         assert any(isinstance(layer, RotatingLayer) for layer in cache.layers)
     moved = [
         step
-        for step, (before, after) in enumerate(zip(seen[1:], seen[2:], strict=False))
+        for step, (before, after) in enumerate(itertools.pairwise(seen[1:]))
         if any(a != b and a[1] == b[1] for a, b in zip(before, after, strict=True))
     ]
     assert moved == []
@@ -93,12 +93,11 @@ def peak_over_base(streams: Streams, tree: TreeSpec, schedule: str) -> tuple[int
         layer.write(0, *[mx.zeros((1, 4, 4096, 8))] * 2)
     cache.advance(4096)
     decoder = table_decoder(streams, config, keep_drafts=True)
-    steps = apart = base = 0
-    for result in decoder.steps(5, cache, lambda _: steps < 12):
-        steps += 1
+    apart = base = 0
+    for step, result in enumerate(decoder.steps(5, cache, MaxTokens(36))):
         assert result.draft is not None
         apart += result.draft.accepted != list(range(len(result.tokens)))
-        if steps == 2:
+        if step == 1:
             assert len(result.draft.tokens) == 16
             mx.eval(cache.arrays)
             mx.reset_peak_memory()
@@ -129,5 +128,5 @@ def test_a_batch_is_updated_in_place(mode: str) -> None:
             accepted += result.accepted
         seen.append(addresses(decoder.cache))
     assert accepted > 20
-    for before, after in zip(seen[2:], seen[3:], strict=False):
+    for before, after in itertools.pairwise(seen[2:]):
         assert all(a == b or a[1] != b[1] for a, b in zip(before, after, strict=True))

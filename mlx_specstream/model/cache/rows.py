@@ -131,6 +131,7 @@ class LayerKV:
 
     def follow(self, length: int) -> None:
         """Take note that the committed text now has `length` rows; new rows are no more."""
+        del length
         self.new_rows = None
 
     def can_rewind(self, length: int) -> bool:

@@ -138,7 +138,7 @@ def test_an_answers_own_error_is_its_own(tiny_stream_model: StreamModel) -> None
             raise ValueError("no")
         return logits
 
-    next(one for one in turns.reading if one.work is bad).chooser.processors = (fail,)
+    next(one for one in turns.reading if one.work is bad).token_sampler.processors = (fail,)
     given, failed = "", []
     for _ in range(40):
         for work, event in turns.step():
