@@ -109,7 +109,11 @@ class GenerationRun:
                             mx.clear_cache()
             finally:
                 del self.given[0 if last is None else last.generation_tokens :]
-                self._settle(begin, decoder, lent)
+                try:
+                    self._settle(begin, decoder, lent)
+                except KeyboardInterrupt:  # a second Ctrl-C, or one at the answer's very end
+                    self._settle(begin, decoder, lent)
+                    raise
 
     def _processing(self, before: int) -> Callable[[mx.array], mx.array]:
         """Return what makes logits those that the token after `before` given ones was drawn from."""

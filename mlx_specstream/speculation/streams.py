@@ -115,6 +115,18 @@ class Streams:
             raise StreamsError(f"the stream weights lack the tensor {name!r}.")
         return self.tensors[name]
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return all weights as they are used, for evaluation."""
+        adapters = [
+            module
+            for layer in self.layers
+            for module in layer.modules()
+            if isinstance(module, StreamLinear)
+        ]
+        own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
+        return [*self.tensors.values(), *own]
+
     def _adapted(self, index: int) -> nn.Module:
         """Return layer `index` with LoRA joined to its target modules where tensors exist."""
         layer = view_layer(self.backbone.layers[index])

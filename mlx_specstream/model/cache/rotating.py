@@ -91,9 +91,9 @@ class RotatingLayer(LayerKV):
         rows = length - first
         # Room for what comes until the next drop, and for the rows of a pass.
         capacity = -(-(rows + self.drop + SLACK) // GROWTH) * GROWTH
-        self.keys = _padded(keys, capacity)
-        self.values = _padded(values, capacity)
-        self.dropped = first
+        padded = _padded(keys, capacity), _padded(values, capacity)
+        # All or, if an interrupt falls in here, nothing.
+        self.keys, self.values, self.dropped = *padded, first
 
     def can_rewind(self, length: int) -> bool:
         """Tell whether all rows in sight after `length` are still there."""

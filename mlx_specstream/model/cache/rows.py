@@ -105,8 +105,8 @@ class LayerKV:
         end = at + keys.shape[2]
         if self.keys is None or self.values is None or end > self.keys.shape[2]:
             capacity = -(-end // GROWTH) * GROWTH
-            self.keys = _grown(self.keys, keys, capacity)
-            self.values = _grown(self.values, values, capacity)
+            grown = _grown(self.keys, keys, capacity), _grown(self.values, values, capacity)
+            self.keys, self.values = grown  # both or, if an interrupt falls in here, neither
         self.keys[..., at:end, :] = keys
         self.values[..., at:end, :] = values
 
