@@ -224,7 +224,7 @@ def test_shared_adapters_may_be_missing_below() -> None:
 @pytest.mark.parametrize(
     ("config", "missing", "says"),
     [
-        ({"num_msa_layers": 3}, "", "3 MSA layers"),
+        ({"num_msa_layers": 4}, "", "4 MSA layers"),
         ({"num_msa_layers": 7}, "", "7 MSA layers"),
         ({"target_modules": ("self_attn.w_proj",)}, "", "self_attn.w_proj"),
         ({"target_modules": ("attention.q_proj",)}, "", "attention.q_proj"),
