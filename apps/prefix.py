@@ -75,7 +75,7 @@ class PrefixCache:
         length = self.kv.length
         assert length <= len(ids)
         self.tokens = list(ids[:length])
-        drawn = self.kv.drawn_next and length < len(ids)
+        drawn = self.kv.next_is_generated and length < len(ids)
         self.following = ids[length] if drawn else None
 
     def reset(self) -> None:

@@ -26,7 +26,7 @@ from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 
@@ -64,7 +64,7 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
 
     The measured tree is a full one: the second step's, drafted by the first.
     """
-    decoder = StreamDecoder(streams, config, TokenChooser())
+    decoder = StreamDecoder(streams, config, TokenSampler())
     stepper, cache = decoder.stepper, KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
     first = stepper.step(root_only(mx.array([prompt[-1]])), cache)

@@ -74,8 +74,8 @@ def main(argv: list[str]) -> int:
     from mlx_specstream import load
     from mlx_specstream.errors import StreamsError
     from mlx_specstream.speculation.decode import StreamDecoder
-    from mlx_specstream.speculation.result import StepResult
-    from mlx_specstream.speculation.sampling import TokenChooser
+    from mlx_specstream.speculation.result import MaxTokens
+    from mlx_specstream.speculation.sampling import TokenSampler
     from mlx_specstream.verify import rounding_bound
 
     model, tokenizer = load(arguments.model, **load_options(arguments))
@@ -95,20 +95,13 @@ def main(argv: list[str]) -> int:
             return 0
 
     started = time.perf_counter()
-    decoder = StreamDecoder(model.streams, decoding, TokenChooser(None, (), list(ids)))
+    decoder = StreamDecoder(model.streams, decoding, TokenSampler(None, (), list(ids)))
     decoder.prefill(ids[:-1], cache)
-    found: list[int] = []
-    accepted = 0
-
-    def more(result: StepResult) -> bool:
-        nonlocal accepted
-        found.extend(result.tokens)
-        accepted += result.accepted
-        return len(found) < len(plain)
-
-    passes = sum(1 for _ in decoder.steps(ids[-1], cache, more))
+    criteria = MaxTokens(len(plain))
+    accepted = [result.accepted for result in decoder.steps(ids[-1], cache, criteria)]
+    found = criteria.tokens
     print(
-        f"speculation: {passes} passes, {accepted} accepted drafts, "
+        f"speculation: {len(accepted)} passes, {sum(accepted)} accepted drafts, "
         f"{time.perf_counter() - started:.0f} s; the cache takes {cache.nbytes / 1e6:.0f} MB"
     )
     for place, (ours, theirs) in enumerate(zip(found, plain, strict=False)):

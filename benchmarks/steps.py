@@ -12,7 +12,8 @@ from mlx_specstream.bench.summary import Spread
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.random_models import filled_cache
 
@@ -38,10 +39,10 @@ def step_cost(streams: Streams, config: DecodeConfig, context: int, rounds: int)
     The context is made of random keys and values, which cost what real ones do.
     """
     backbone = streams.backbone
-    speculative = StreamDecoder(streams, config, TokenChooser())
-    plain = PlainDecoder(backbone, TokenChooser())
+    speculative = StreamDecoder(streams, config, TokenSampler())
+    plain = PlainDecoder(backbone, TokenSampler())
     loops = [
-        decoder.steps(1, filled_cache(backbone, context), lambda _: True)
+        decoder.steps(1, filled_cache(backbone, context), MaxTokens())
         for decoder in (speculative, plain)
     ]
     times: list[list[float]] = [[], []]
@@ -57,8 +58,8 @@ def step_cost(streams: Streams, config: DecodeConfig, context: int, rounds: int)
 
 def plain_seconds(streams: Streams, context: int) -> float:
     """Return about how long a plain step takes: the fastest of three."""
-    plain = PlainDecoder(streams.backbone, TokenChooser())
-    loop = plain.steps(1, filled_cache(streams.backbone, context), lambda _: True)
+    plain = PlainDecoder(streams.backbone, TokenSampler())
+    loop = plain.steps(1, filled_cache(streams.backbone, context), MaxTokens())
     times = []
     for _ in range(4):
         started = time.perf_counter()

@@ -29,7 +29,8 @@ from ..errors import OptionError
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..speculation.step import Stepper
 from ..speculation.streams import Streams
 from ..speculation.tree import root_only
@@ -197,10 +198,10 @@ def trace_mlx(folder: Path, prompts: Sequence[list[int]]) -> list[Trace]:
 
 def _trace_streams(streams: Streams, prompt: list[int]) -> Trace:
     config = DecodeConfig(tree=TreeSpec(kind="chain", branching=1))
-    decoder = StreamDecoder(streams, config, TokenChooser(), keep_drafts=True)
+    decoder = StreamDecoder(streams, config, TokenSampler(), keep_drafts=True)
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
-    look = Stepper(streams, config.tree, inline=True, chooser=TokenChooser())
+    look = Stepper(streams, config.tree, inline=True, token_sampler=TokenSampler())
     root = root_only(mx.array([prompt[-1]]))
     alone = replace(look, inline=False).verify(root, cache)
     following = mx.argmax(streams.backbone.head(alone.last)[0], axis=-1)
@@ -213,7 +214,7 @@ def _trace_streams(streams: Streams, prompt: list[int]) -> Trace:
 
     tokens: list[int] = []
     steps: list[tuple[int, list[int]]] = []
-    for result in decoder.steps(prompt[-1], cache, lambda _: True):
+    for result in decoder.steps(prompt[-1], cache, MaxTokens()):
         if result.draft is not None and len(result.draft.tokens) > 1:
             steps.append((len(prompt) + len(tokens) - 1, result.draft.tokens[1:]))
         tokens += result.tokens

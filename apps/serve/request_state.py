@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from ... import KVCache, StreamModel
-from ...generation.answer import Answer, detokenizer_for
-from ...generation.answer import Piece as AnswerPiece
+from ... import StreamModel
+from ...generation.run import GenerationRun
+from ...generation.text import TextAssembler, detokenizer_for
 from ...speculation.result import StepResult, to_ints
-from ...speculation.sampling import TokenChooser, TreeProcessor
-from ...speculation.statistics import SpeculationStats
+from ...speculation.sampling import TokenSampler, TreeProcessor
 from ..prefix import PrefixCache
 from ..tokens import decoded
 from .request import Alternative, Piece, Progress, Request
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-class RequestState:
-    """The state of one answer.
+class RequestState(GenerationRun):
+    """The state of one answer, as the server has it.
 
-    kv: its cache while no batch holds it. reading: yields while its prompt is being read.
+    cache: its own while no batch holds it. reading: yields while its prompt is being read.
     """
 
     def __init__(
@@ -41,33 +40,31 @@ class RequestState:
         chunk: int,
     ) -> None:
         settings = request.settings
-        self.request = request
-        self.tokenizer = tokenizer
-        self.kv: KVCache = cache.kv
-        self.cached_tokens = cache.kv.length
-        self.reading: Iterator[int] = model.prefill(
-            request.prompt[self.cached_tokens : -1], cache.kv, chunk
-        )
-        # To the chooser the text begins with the prompt's last token, whatever came from a cache.
-        self.chooser = TokenChooser(
+        # To the sampler the text begins with the prompt's last token, whatever came from a cache.
+        token_sampler = TokenSampler(
             settings.sampler(model.backbone.vocab_size, tokenizer),
             settings.processors(request.prompt[:-1], tokenizer.eos_token_ids),
             request.prompt[-1:],
             seed=settings.seed,
+            before=len(request.prompt) - 1,
         )
-        for process in self.chooser.processors:
+        for process in token_sampler.processors:
             if isinstance(process, TreeProcessor):
                 process.begin(1)
-        self.text = Answer(
+        text = TextAssembler(
             detokenizer_for(tokenizer, continues=settings.continues),
             settings.ends(tokenizer.eos_token_ids),
             settings.stops(request.prompt),
             settings.max_tokens,
         )
+        super().__init__(text, request.prompt, cache.kv, token_sampler)
+        self.request = request
+        self.tokenizer = tokenizer
+        self.cached_tokens = cache.kv.length
+        self.reading: Iterator[int] = model.prefill(
+            request.prompt[self.cached_tokens : -1], cache.kv, chunk
+        )
         self.steps: Iterator[StepResult] | None = None
-        self.pieces: list[AnswerPiece] = []
-        self.given: list[int] = []
-        self.stats = SpeculationStats()
         self.began = time.perf_counter()
         self.failed = False
 
@@ -75,12 +72,6 @@ class RequestState:
     def root(self) -> int:
         """Return the one token that is not in the cache: the text's last."""
         return self.given[-1] if self.given else self.request.prompt[-1]
-
-    def wanted(self, result: StepResult) -> bool:
-        """Turn a step's tokens into text; tell whether the answer needs another step."""
-        self.pieces = self.text.take(result.tokens, result.origins)
-        self.stats = self.stats.after([piece.origin for piece in self.pieces], result.drafted)
-        return self.text.finish_reason is None
 
     def begin(self) -> None:
         """Note that the prompt is read and writing begins."""
@@ -99,12 +90,12 @@ class RequestState:
             self.steps.close()  # type: ignore[attr-defined]
             self.steps = None
         kept = len(self.request.prompt) + len(self.given) - 1
-        self.kv.rewind(min(self.kv.length, kept))
+        self.cache.rewind(min(self.cache.length, kept))
 
     def prefix(self) -> PrefixCache:
         """Return the cache with its tokens, for later requests."""
         text = self.request.prompt + self.given
-        return PrefixCache(self.kv, text[: self.kv.length])
+        return PrefixCache(self.cache, text[: self.cache.length])
 
     def progress(self, result: StepResult) -> Progress:
         """Return what a step gave out."""
@@ -121,18 +112,18 @@ class RequestState:
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         return Progress(
             tuple(made),
-            self.text.finish_reason,
+            self.assembler.finish_reason,
             self.stats,
             self.cached_tokens,
             len(self.given) / elapsed,
-            self.text.stop.found,
+            self.assembler.stop.found,
         )
 
     def _ranked(self, logits: mx.array, token: int) -> tuple[Alternative, tuple[Alternative, ...]]:
         """Return a token and the likeliest ones, in the distribution that it was drawn from."""
         rows = logits[None]
         history = mx.array([self.request.prompt[-1], *self.given])
-        for process in self.chooser.processors:
+        for process in self.token_sampler.processors:
             rows = process(history, rows)
         count = self.request.settings.logprobs or 0
         own, found = ranked(rows[0], token, count)

@@ -25,8 +25,8 @@ from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
 from ...generation.generate import decoder_for
-from ...speculation.result import StepResult
-from ...speculation.sampling import TokenChooser
+from ...speculation.result import MaxTokens, StepResult
+from ...speculation.sampling import TokenSampler
 from ..prefix import PrefixCache
 from .prefixes import PrefixStore
 from .request import Event, Failure, Request
@@ -72,9 +72,9 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Measure and compile what the first answer would otherwise wait for."""
-        chooser = TokenChooser(history=[0])
-        decoder = decoder_for(self.model, self.config, chooser, self.speculative)
-        for _ in decoder.steps(0, self.prefixes.new_cache(), lambda _: False):
+        token_sampler = TokenSampler(history=[0])
+        decoder = decoder_for(self.model, self.config, token_sampler, self.speculative)
+        for _ in decoder.steps(0, self.prefixes.new_cache(), MaxTokens(1)):
             pass
 
     def begin(self, request: Request) -> None:
@@ -118,7 +118,7 @@ class Scheduler:
                 return []
             read = answer.request.prompt[:-1]
             if answer.request.shared:
-                self.prefixes.put(PrefixCache(answer.kv.copy(len(read)), read))
+                self.prefixes.put(PrefixCache(answer.cache.copy(len(read)), read))
         except Exception as error:
             self.reading.append(answer)
             return [self._failed(answer, error)]
@@ -136,8 +136,8 @@ class Scheduler:
             return [self._failed(answer, error)]
 
     def _steps(self, answer: RequestState) -> Iterator[StepResult]:
-        decoder = decoder_for(self.model, self.config, answer.chooser, self.speculative)
-        return decoder.steps(answer.root, answer.kv, answer.wanted)
+        decoder = decoder_for(self.model, self.config, answer.token_sampler, self.speculative)
+        return decoder.steps(answer.root, answer.cache, answer)
 
     def _together(self, batch: BatchDecoder) -> list[tuple[Request, Event]]:
         """Give all answers a pass that they share."""
@@ -146,7 +146,10 @@ class Scheduler:
             if answer not in joined and not answer.request.over:
                 answer.settle()
                 slot = batch.add(
-                    [answer.root], cache=answer.kv, chooser=answer.chooser, more=answer.wanted
+                    [answer.root],
+                    cache=answer.cache,
+                    token_sampler=answer.token_sampler,
+                    criteria=answer,
                 )
                 self.slots[slot] = answer
         events: list[tuple[Request, Event]] = []
@@ -173,7 +176,7 @@ class Scheduler:
         for slot, one in list(self.slots.items()):
             if one is answer and self.batch is not None:
                 del self.slots[slot]
-                answer.kv = self.batch.remove(slot)
+                answer.cache = self.batch.remove(slot)
 
     def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
         answer.failed = True

@@ -1,7 +1,7 @@
 """Drawing the target's tokens for a batch: every sequence with its own sampler and processors.
 
 Rows of sequences that take the likeliest token are drawn together; each other sequence goes
-through its own `TokenChooser`, exactly as it would alone. What one sequence's sampler or
+through its own `TokenSampler`, exactly as it would alone. What one sequence's sampler or
 processors raise is that sequence's failure and nobody else's.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..speculation.sampling import TokenChooser
+from ..speculation.sampling import TokenSampler
 from ..speculation.tree import chain
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """tokens: (B, T) int32. finite: (B,) bool. errors: what choosers raised, by row."""
+    """tokens: (B, T) int32. finite: (B,) bool. errors: what token_samplers raised, by row."""
 
     tokens: mx.array
     finite: mx.array
@@ -26,27 +26,30 @@ class Drawn:
 
 
 def draw(
-    choosers: Sequence[TokenChooser], logits: mx.array, tokens: mx.array, num_drafts: Sequence[int]
+    token_samplers: Sequence[TokenSampler],
+    logits: mx.array,
+    tokens: mx.array,
+    num_drafts: Sequence[int],
 ) -> Drawn:
     """Draw a token at every row of every chain.
 
     Args:
         logits: (B, T, V). tokens: (B, T) int32, root and drafts.
         num_drafts: how many drafts of each row are real; the others only fill up the shape, and
-            no chooser sees them.
+            no token_sampler sees them.
     """
     T = tokens.shape[1]
     likeliest = mx.argmax(logits, axis=-1).astype(mx.int32)
     finite = ~mx.any(mx.isnan(mx.max(logits, axis=-1)), axis=-1)
-    if all(_takes_likeliest(chooser) for chooser in choosers):
+    if all(_takes_likeliest(token_sampler) for token_sampler in token_samplers):
         return Drawn(likeliest, finite, {})
     rows, flags, errors = [], [], {}
-    for row, chooser in enumerate(choosers):
+    for row, token_sampler in enumerate(token_samplers):
         drawn, flag = likeliest[row], finite[row]
-        if not _takes_likeliest(chooser):
+        if not _takes_likeliest(token_sampler):
             nodes = 1 + num_drafts[row]
             try:
-                own, flag = chooser(logits[row, :nodes], chain(tokens[row, :nodes]))
+                own, flag = token_sampler(logits[row, :nodes], chain(tokens[row, :nodes]))
             except Exception as error:
                 errors[row] = error
             else:
@@ -56,6 +59,10 @@ def draw(
     return Drawn(mx.stack(rows), mx.concatenate(flags), errors)
 
 
-def _takes_likeliest(chooser: TokenChooser) -> bool:
-    likeliest = chooser.sampler is None and not chooser.processors and chooser.typical is None
-    return likeliest and type(chooser) is TokenChooser
+def _takes_likeliest(token_sampler: TokenSampler) -> bool:
+    likeliest = (
+        token_sampler.sampler is None
+        and not token_sampler.processors
+        and token_sampler.typical is None
+    )
+    return likeliest and type(token_sampler) is TokenSampler

@@ -1,7 +1,7 @@
 """The batched loop: requests join and leave at any step, and every step is one pass for all.
 
     decoder = BatchDecoder(model)
-    slot = decoder.add(prompt_ids, more=lambda result: eos not in result.tokens)
+    slot = decoder.add(prompt_ids, criteria=MaxTokens(100, stop=eos_ids))
     while decoder.busy:
         for slot, result, error in decoder.step():
             ...
@@ -19,9 +19,8 @@ next step before it hands out results.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 
@@ -29,8 +28,9 @@ from ..config import DecodeConfig
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
-from ..speculation.result import DraftRecord, StepResult, not_a_number
-from ..speculation.sampling import TokenChooser
+from ..speculation.decode import not_a_number
+from ..speculation.result import DraftRecord, MaxTokens, StepResult, StopCriteria, Verdict
+from ..speculation.sampling import TokenSampler
 from .cache import BatchKVCache, check_cache
 from .check import check_model
 from .governor import BatchGovernor
@@ -114,18 +114,18 @@ class BatchDecoder:
         prompt: Sequence[int],
         *,
         cache: KVCache | None = None,
-        chooser: TokenChooser | None = None,
-        more: Callable[[StepResult], bool] = lambda _: True,
+        token_sampler: TokenSampler | None = None,
+        criteria: StopCriteria | None = None,
     ) -> Slot:
         """Take in a request and return its slot; nothing is computed yet.
 
         Args:
             prompt: token ids, at least one.
             cache: what comes before the prompt; None for nothing. The decoder keeps it.
-            chooser: draws the target's tokens, for this request alone; None takes the likeliest.
+            token_sampler: draws the target's tokens, for this request alone; None takes the likeliest.
                 Its `history` is kept up, so it must begin as the text before the first token.
-            more: asked with every result whether the slot needs another step, before that is
-                scheduled. After no the slot is finished and waits for `remove`.
+            criteria: asked with every result whether the slot needs another step, before that is
+                scheduled; None for always. After no the slot is finished and waits for `remove`.
 
         Raises:
             OptionError: no prompt, or a cache that cannot be batched.
@@ -136,17 +136,17 @@ class BatchDecoder:
             cache = self.new_cache()
         check_cache(cache, self.model.backbone.num_layers)
         ids = [int(token) for token in prompt]
-        chooser = chooser or TokenChooser(history=list(ids))
-        chooser.typical = self.config.typical if self.config is not None else None
-        slot = Slot(chooser, cache, ids, more, prompt_tokens=len(ids))
+        token_sampler = token_sampler or TokenSampler(history=list(ids))
+        token_sampler.typical = self.config.typical if self.config is not None else None
+        slot = Slot(token_sampler, cache, ids, criteria or MaxTokens(), prompt_tokens=len(ids))
         self.waiting.append(slot)
         return slot
 
     def step(self) -> list[BatchEvent]:
         """Hand out the results of the scheduled step, after scheduling the next one.
 
-        The list is empty where no slot was running yet. A failed slot (NaN, or what its chooser
-        or `more` raised) leaves the batch without touching the others; remove it as usual.
+        The list is empty where no slot was running yet. A failed slot (NaN, or what its token_sampler
+        or `criteria` raised) leaves the batch without touching the others; remove it as usual.
         """
         events = self._finish()
         self._prefill()
@@ -185,11 +185,11 @@ class BatchDecoder:
         if self._pending is None:
             return []
         pending = self._pending
-        reports = cast(list[list[int]], pending.step.report.tolist())
+        verdicts = pending.step.report.read()
         self._pending = None
         undisturbed, self._undisturbed = self._undisturbed, True
         events = [
-            self._result(pending, row, reports[row])
+            self._result(pending, row, verdicts[row])
             for row, slot in enumerate(pending.slots)
             if slot.state == "running"  # not removed since the step was scheduled
         ]
@@ -200,30 +200,28 @@ class BatchDecoder:
             )
         return events
 
-    def _result(self, pending: _Pending, row: int, report: list[int]) -> BatchEvent:
+    def _result(self, pending: _Pending, row: int, verdict: Verdict) -> BatchEvent:
         """Commit what a step accepted for one slot, and ask whether it goes on."""
         slot, num_drafts = pending.slots[row], pending.num_drafts[row]
-        accepted, finite, *values = report
-        T = len(values) // 2
         raised = pending.step.errors.get(row)
         if raised is not None:
             return self._fail(slot, raised)
-        if not finite:
+        if not verdict.finite:
             return self._fail(slot, not_a_number(pending.lengths[row]))
-        tokens, nodes = values[: accepted + 1], 1 + num_drafts
+        tokens, nodes = verdict.tokens, 1 + num_drafts
         self.cache.lengths[slot.row] += len(tokens)
-        slot.chooser.history += tokens
+        slot.token_sampler.extend(tokens)
         draft = None
         if self.keep_drafts:
             draft = DraftRecord(
-                values[T : T + nodes],
+                verdict.chain[:nodes],
                 [max(node - 1, 0) for node in range(nodes)],
                 list(range(nodes)),
-                list(range(accepted + 1)),
+                verdict.nodes,
             )
-        result = StepResult(tokens, num_drafts, pending.step.logits[row, : accepted + 1], draft)
+        result = StepResult(tokens, num_drafts, pending.step.logits[row, : len(tokens)], draft)
         try:
-            wanted = slot.more(result)
+            wanted = slot.criteria.should_continue(result)
         except Exception as error:
             return self._fail(slot, error)
         if not wanted:
@@ -250,17 +248,20 @@ class BatchDecoder:
         streams = self.stepper.streams
         forward = streams.forward if streams is not None else self.model.backbone.forward
         left = self.prefill_budget
-        while self.waiting and (left or len(self.waiting[0].rest) == 1):
+        while self.waiting and (left or len(self.waiting[0].pending_prompt) == 1):
             slot = self.waiting[0]
             self._undisturbed = False
-            part, slot.rest = slot.rest[:-1][:left], slot.rest[min(left, len(slot.rest) - 1) :]
+            part, slot.pending_prompt = (
+                slot.pending_prompt[:-1][:left],
+                slot.pending_prompt[min(left, len(slot.pending_prompt) - 1) :],
+            )
             if part:
                 left -= len(part)
                 forward(mx.array(part, dtype=mx.int32), slot.cache)
                 slot.cache.advance(len(part))
                 mx.async_eval(slot.cache.arrays)
             self.waiting.popleft()
-            if len(slot.rest) == 1:
+            if len(slot.pending_prompt) == 1:
                 self._join(slot)
             else:
                 self.waiting.append(slot)
@@ -285,8 +286,8 @@ class BatchDecoder:
         stepper = self.stepper if drafting else self.plain_stepper
         # Drafts of the last pass are verified, whether or not this one makes any.
         self.cache.reserve(self.stepper.scratch)
-        choosers = [slot.chooser for slot in self.running]
-        step = stepper.step(tokens, num_drafts, choosers, self.cache)
+        token_samplers = [slot.token_sampler for slot in self.running]
+        step = stepper.step(tokens, num_drafts, token_samplers, self.cache)
         step.schedule()
         lengths = list(self.cache.lengths)
         self._pending = _Pending(step, list(self.running), num_drafts, lengths, drafting)
@@ -302,12 +303,12 @@ class BatchDecoder:
         """
         fresh = [slot for slot in self.running if slot.drafted is None]
         if self._drafts is None or len(fresh) == len(self.running):
-            roots = [[slot.rest[-1]] for slot in self.running]
+            roots = [[slot.pending_prompt[-1]] for slot in self.running]
             return mx.array(roots, dtype=mx.int32), [0] * len(roots)
         rows, T = self._drafts.shape
         chains = self._drafts
         if fresh:
-            new = [[slot.rest[-1]] + [0] * (T - 1) for slot in fresh]
+            new = [[slot.pending_prompt[-1]] + [0] * (T - 1) for slot in fresh]
             chains = mx.concatenate([chains, mx.array(new, dtype=mx.int32)])
         order, num_drafts = [], []
         for slot in self.running:

@@ -16,7 +16,6 @@ import mlx.nn as nn
 
 from ..config import DecodeConfig
 from ..errors import OptionError
-from ..generation.answer import Answer, FinishReason, continues_text, detokenizer_for
 from ..generation.arguments import (
     Prompt,
     needed_sampler,
@@ -24,10 +23,11 @@ from ..generation.arguments import (
     token_budget,
     wrapped_tokenizer,
 )
+from ..generation.text import FinishReason, TextAssembler, continues_text, detokenizer_for
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..speculation.result import StepResult
-from ..speculation.sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
+from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeProcessor
 from ..speculation.statistics import SpeculationStats
 from .decode import PREFILL_BUDGET, BatchDecoder
 from .governor import governor_for
@@ -164,13 +164,13 @@ def batch_generate(
             index,
             prompt,
             # Each with a detokenizer of its own: the property makes a new one.
-            Answer(
+            TextAssembler(
                 detokenizer_for(wrapped, continues=continues_text(wrapped, text, prompt)),
                 wrapped.eos_token_ids,
                 stop,
                 token_budget(budget, len(prompt), model.context_length),
             ),
-            TokenChooser(
+            TokenSampler(
                 needed_sampler(sampler),
                 tuple(logits_processors),
                 list(prompt),
@@ -204,14 +204,14 @@ class _Request:
 
     index: int
     prompt: list[int]
-    answer: Answer
-    chooser: TokenChooser
+    answer: TextAssembler
+    token_sampler: TokenSampler
     pieces: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     cache: KVCache = field(default_factory=lambda: KVCache(0))
 
-    def more(self, result: StepResult) -> bool:
+    def should_continue(self, result: StepResult) -> bool:
         """Take a step's tokens and tell whether the answer needs another step."""
         pieces = self.answer.take(result.tokens, result.origins)
         self.pieces += [piece.text for piece in pieces]
@@ -238,7 +238,9 @@ def _run(
     while queue or decoder.busy:
         while queue and len(under_way) < batch_size:
             request = queue.pop()
-            slot = decoder.add(request.prompt, chooser=request.chooser, more=request.more)
+            slot = decoder.add(
+                request.prompt, token_sampler=request.token_sampler, criteria=request
+            )
             under_way[slot] = request
         events = decoder.step()
         steps += bool(events)

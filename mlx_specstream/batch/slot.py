@@ -1,20 +1,19 @@
 """A request in a batch, from waiting for its prompt to the cache it leaves with.
 
-    waiting ──► running ──► finished (its `more` said no)
-                   └──────► failed   (NaN, or what its chooser or `more` raised)
+    waiting ──► running ──► finished (its `criteria` have enough)
+                   └──────► failed   (NaN, or what its sampler or `criteria` raised)
 
 In whatever state it is, `BatchDecoder.remove` takes it out, which makes it `removed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..model.cache import KVCache
-from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import StepResult, StopCriteria
+from ..speculation.sampling import TokenSampler
 
 State = Literal["waiting", "running", "finished", "failed", "removed"]
 
@@ -23,16 +22,16 @@ State = Literal["waiting", "running", "finished", "failed", "removed"]
 class Slot:
     """A request in the batch: what `BatchDecoder.add` returns, to be used as a handle.
 
-    state: `waiting` (prompt being computed), `running`, `finished` (its `more` said no),
-    `failed` or `removed`. cache: its text while it is not in the batch. rest: prompt tokens to
-    come, the last of which is the first step's root. row: its row in the batch while it runs.
+    state: `waiting` (prompt being computed), `running`, `finished` (its `criteria` have enough),
+    `failed` or `removed`. cache: its text while it is not in the batch. pending_prompt: prompt
+    tokens to come, the last of which is the first step's root. row: its row in the batch while it runs.
     drafted: its row among the drafts of the last step, None before its first one.
     """
 
-    chooser: TokenChooser
+    token_sampler: TokenSampler
     cache: KVCache
-    rest: list[int]
-    more: Callable[[StepResult], bool]
+    pending_prompt: list[int]
+    criteria: StopCriteria
     prompt_tokens: int
     state: State = "waiting"
     row: int = -1
@@ -41,7 +40,7 @@ class Slot:
     @property
     def prefilled(self) -> int:
         """Return how many prompt tokens have been computed; the last one is in the first step."""
-        return self.prompt_tokens - len(self.rest)
+        return self.prompt_tokens - len(self.pending_prompt)
 
 
 class BatchEvent(NamedTuple):

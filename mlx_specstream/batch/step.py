@@ -18,7 +18,8 @@ from ..loading.load import StreamModel
 from ..model.backbone import Backbone
 from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
 from ..speculation.decode import StreamDecoder
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import StepReport
+from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from .cache import BatchKVCache
 from .choose import draw
@@ -29,19 +30,19 @@ from .rows import deferred_rows, inline_rows, main_rows
 class BatchStep:
     """A step as a graph that has not been waited for.
 
-    report: (B, 2 + 2T) int32: accepted drafts, whether all is finite, the tokens drawn, root and
-    drafts. logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
-    errors: what choosers raised, by row.
+    logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
+    errors: what token_samplers raised, by row.
     """
 
-    report: mx.array
+    report: StepReport
     logits: mx.array
     next_tokens: mx.array
     errors: dict[int, Exception]
 
     def schedule(self) -> None:
-        """Start computing the step and all that the next one builds on, the report first."""
-        mx.async_eval(self.report, self.logits, self.next_tokens)
+        """Start computing the step, then what the next one builds on, as `Step.schedule` does."""
+        mx.async_eval(self.report.packed, self.logits)
+        mx.async_eval(self.next_tokens)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class BatchStepper:
             )
         depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
         chain = TreeSpec(kind="chain", branching=1, depth=depth)
-        parts = StreamDecoder(streams, replace(config, tree=chain), TokenChooser()).stepper
+        parts = StreamDecoder(streams, replace(config, tree=chain), TokenSampler()).stepper
         return cls(model.backbone, streams, depth, parts.inline, parts.conditioner)
 
     @property
@@ -87,7 +88,7 @@ class BatchStepper:
         self,
         tokens: mx.array,
         num_drafts: Sequence[int],
-        choosers: Sequence[TokenChooser],
+        token_samplers: Sequence[TokenSampler],
         cache: BatchKVCache,
     ) -> BatchStep:
         """Return the graph of one step over B chains, whose roots follow the committed texts.
@@ -98,7 +99,7 @@ class BatchStepper:
         """
         first, last, states = self.verify(tokens, cache)
         logits = self.backbone.head(last)
-        drawn = draw(choosers, logits, tokens, num_drafts)
+        drawn = draw(token_samplers, logits, tokens, num_drafts)
         accepted = accept(tokens, drawn.tokens, num_drafts)
         root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
         finite = drawn.finite & ~mx.any(mx.isnan(last), axis=(1, 2))
@@ -108,8 +109,7 @@ class BatchStepper:
             following = mx.concatenate([root, self.drafts(root[:, 0], before, states)], axis=1)
         else:
             following = root
-        head = mx.stack([accepted, finite.astype(mx.int32)], axis=1)
-        report = mx.concatenate([head, drawn.tokens, tokens], axis=1)
+        report = StepReport.of(accepted=accepted, finite=finite, tokens=drawn.tokens, chain=tokens)
         return BatchStep(report, logits, following, drawn.errors)
 
     def verify(

@@ -4,8 +4,8 @@
 |---|---|
 | `generate.py` | `generate` and `stream_generate` |
 | `arguments.py` | what callers give as they would give it to mlx-lm, checked |
-| `answering.py` | one answer under way: from the prompt to responses, and its end |
-| `answer.py` | tokens in, text out, until the answer is over |
+| `run.py` | `GenerationRun`: one answer under way, from the prompt to responses, and its end |
+| `text.py` | tokens in, text out, until the answer is over |
 | `stop.py` | stop strings in text that arrives in pieces |
 | `prompt_progress.py` | how far the prompt is, for a person who waits |
 | `response.py` | what a caller gets for every token |

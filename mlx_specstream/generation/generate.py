@@ -2,10 +2,10 @@
 
     prompt ids ──► prefill ──► step ──► tokens of the accepted path ──► text, one response a token
                                 ▲                    │
-                                └── next step ◄── more wanted? (end of turn, stop string, budget)
+                                └── next step ◄── continue? (end of turn, stop string, budget)
 
 Whether another step is wanted is decided before it is scheduled; the text is handed out while
-the device computes it. `arguments.py` reads what the caller gives, `answering.py` runs the loop,
+the device computes it. `arguments.py` reads what the caller gives, `run.py` runs the loop,
 `response.py` is what comes out of it.
 
 The module is not named `generate`, because `mlx_specstream.generate` is the function.
@@ -25,12 +25,10 @@ from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
-from ..speculation.decode import StreamDecoder
+from ..speculation.decode import Decoder, StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
-from ..speculation.sampling import LogitsProcessor, Sampler, TokenChooser, TreeProcessor
+from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeProcessor
 from ..speculation.statistics import SpeculationStats
-from .answer import Answer, continues_text, detokenizer_for
-from .answering import Answering, Decoder, Progress
 from .arguments import (
     Prompt,
     cache_for,
@@ -41,6 +39,8 @@ from .arguments import (
     wrapped_tokenizer,
 )
 from .response import GenerationResponse, summary
+from .run import GenerationRun, Progress, claim, remember
+from .text import TextAssembler, continues_text, detokenizer_for
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -132,45 +132,52 @@ def stream_generate(
     tokenizer = wrapped_tokenizer(tokenizer)
     ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
     caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
+    claim(prompt_cache)
     cache = cache_for(model, prompt_cache, caching)
     max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
     if isinstance(prefill_step_size, int) and prefill_step_size < 1:
         raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
-    chooser = TokenChooser(
-        needed_sampler(sampler), tuple(logits_processors or ()), list(ids), seed=seed
+    token_sampler = TokenSampler(
+        needed_sampler(sampler),
+        tuple(logits_processors or ()),
+        list(ids),
+        seed=seed,
+        before=cache.length,
     )
-    for process in chooser.processors:
+    for process in token_sampler.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
-    decoder = decoder_for(model, config, chooser, speculative)
+    decoder = decoder_for(model, config, token_sampler, speculative)
     if not isinstance(decoder, PlainDecoder):
         decoder.keep_drafts = keep_drafts
     if continues is None:
         continues = continues_text(tokenizer, prompt, ids)
     detokenizer = detokenizer_for(tokenizer, continues=continues)
-    run = Answering(
-        decoder=decoder,
-        answer=Answer(detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
+    run = GenerationRun(
+        TextAssembler(detokenizer, tokenizer.eos_token_ids, stop, max_tokens),
         prompt=ids,
         cache=cache,
-        lent=None if isinstance(prompt_cache, KVCache) else prompt_cache,
-        processors=chooser.processors,
-        stats=SpeculationStats(lossy=chooser.typical is not None),
+        token_sampler=token_sampler,
+        stats=SpeculationStats(lossy=token_sampler.typical is not None),
     )
-    return run.responses(model.model, prefill_step_size, prompt_progress_callback)
+    lent = None if isinstance(prompt_cache, KVCache) else prompt_cache
+    progress = prompt_progress_callback or (lambda _, __: None)
+    answer = run.responses(decoder, model.model, lent, prefill_step_size, progress)
+    remember(prompt_cache, answer)
+    return answer
 
 
 def decoder_for(
-    model: StreamModel, config: DecodeConfig | None, chooser: TokenChooser, speculative: bool
+    model: StreamModel, config: DecodeConfig | None, token_sampler: TokenSampler, speculative: bool
 ) -> Decoder:
     """Return the loop over token ids that generates with these settings.
 
     With the tree `auto` the first call may take some seconds, to measure what steps cost here.
     """
     if model.streams is None or not speculative:
-        return plain_decoder(model.backbone, model.streams, chooser)
+        return plain_decoder(model.backbone, model.streams, token_sampler)
     config = config or DecodeConfig()
     planner = planner_for(model, config)
     if planner is not None:
-        return AutoDecoder(model.streams, config, chooser, planner)
-    return StreamDecoder(model.streams, config, chooser)
+        return AutoDecoder(model.streams, config, token_sampler, planner)
+    return StreamDecoder(model.streams, config, token_sampler)

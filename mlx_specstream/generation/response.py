@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..speculation.result import DraftRecord
 from ..speculation.statistics import SpeculationStats
-from .answer import FinishReason
+from .text import FinishReason
 
 FEWEST_TIMED = 3  # tokens or passes; the rate of fewer says how fast a clock is, not a model
 

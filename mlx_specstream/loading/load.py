@@ -153,6 +153,9 @@ def load(
     joined = None
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)
+        if not lazy:
+            # What is not computed yet can only be computed in the thread that loaded it.
+            mx.eval(joined.arrays)
     elif streams == AUTO:
         log.warning(
             "note: there are no streams for %s, so it decodes plainly, one token per pass.",

@@ -69,7 +69,7 @@ def prefill_chunks(
     done = 0
     while done < len(tokens):
         rows = chunk if isinstance(chunk, int) else chunk.for_cache(cache)
-        if cache.drawn_next and cache.depends_on_passes:
+        if cache.next_is_generated and cache.depends_on_passes:
             rows = 1
         started = time.perf_counter()
         part = mx.array(list(tokens[done : done + rows]), dtype=mx.int32)

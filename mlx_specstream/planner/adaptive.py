@@ -1,7 +1,7 @@
-"""The loop that changes its mind: speculative while that pays, plain while it does not.
+"""Decoding that is speculative while that pays and plain while it does not.
 
-It consists of the two loops there are, each run as it is, so that parked decoding *is* plain
-decoding, with the same pipelining and nothing added but a look at the result on the host:
+Each step is made by one of the two decoders there are, so plain steps are plain decoding, with the
+same pipelining:
 
     speculate ── a plan with another tree: the next step builds it ──┐
         │  ▲─────────────────────────────────────────────────────────┘
@@ -9,24 +9,25 @@ decoding, with the same pipelining and nothing added but a look at the result on
         ▼  │
       plain decoding
 
-Every switch happens between steps, where both loops agree on what is committed and which token
-comes next. Decisions rest on past tokens and times alone, so they cannot bias what is drawn.
+The decoder changes between steps, where both agree on what is committed and which token comes
+next. Decisions rest on past tokens and times alone, so they cannot bias what is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import mlx.core as mx
+
 from ..config import DecodeConfig
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, ChunkSize
-from ..speculation.decode import StreamDecoder
+from ..speculation.decode import Decoder, StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
-from ..speculation.step import Stepper
+from ..speculation.sampling import TokenSampler
+from ..speculation.step import Step, Stepper
 from ..speculation.streams import Streams
 from .settings import Plan
 
@@ -54,8 +55,8 @@ class Governor(Protocol):
 
 
 @dataclass
-class AutoDecoder:
-    """Decodes as its governor says, with the interface of `StreamDecoder` and `PlainDecoder`.
+class AutoDecoder(Decoder):
+    """Decodes as its governor says, step by step plainly or with the tree it asks for.
 
     `config` supplies what plans leave open.
 
@@ -66,104 +67,80 @@ class AutoDecoder:
 
     streams: Streams
     config: DecodeConfig
-    chooser: TokenChooser
+    token_sampler: TokenSampler
     governor: Governor
     keep_drafts: bool = False
     plain: PlainDecoder | StreamDecoder = field(init=False)
     _steppers: dict[Plan, Stepper] = field(init=False, default_factory=dict)
     _speculative: StreamDecoder = field(init=False)
+    _plan: Plan | None = field(init=False, default=None)  # to go on with
+    _made_by: Plan | None = field(init=False, default=None)  # of the step under way
+    _drafted_by: Plan | None = field(init=False, default=None)  # of the tree that it verifies
 
     def __post_init__(self) -> None:
-        self.plain = plain_decoder(self.streams.backbone, self.streams, self.chooser)
-        self._speculative = StreamDecoder(self.streams, self.config, self.chooser)
-
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        cache: KVCache,
-        on_progress: Callable[[int, int], None] | None = None,
-        chunk: ChunkSize = PREFILL_CHUNK,
-    ) -> None:
-        """Append all of `tokens` to the committed text; the last prompt token is not for here."""
-        self.plain.prefill(tokens, cache, on_progress, chunk)
-
-    def steps(
-        self, root: int, cache: KVCache, more: Callable[[StepResult], bool]
-    ) -> Iterator[StepResult]:
-        """Yield step after step from `root`, as `StreamDecoder.steps` does.
-
-        Raises:
-            ModelError: the model computed NaN.
-        """
-        turn = _Turn(self.governor, more, cache, self.governor.begin(cache.length))
-        while True:
-            if turn.plan is None:
-                steps = self._plainly(turn, root)
-            else:
-                steps = self._speculatively(turn, root)
-            for result in steps:
-                root = result.tokens[-1]
-                self.governor.pause()
-                yield result
-                self.governor.resume()
-            if not turn.wanted:
-                return
-
-    def _plainly(self, turn: _Turn, root: int) -> Iterator[StepResult]:
-        """Decode plainly until the governor has a plan."""
-
-        def more(result: StepResult) -> bool:
-            return turn.go_on(result, None) and turn.plan is None
-
+        self.plain = plain_decoder(self.streams.backbone, self.streams, self.token_sampler)
         if isinstance(self.plain, PlainDecoder):
-            return self.plain.steps(root, turn.cache, more, self._run_ahead)
-        return self.plain.steps(root, turn.cache, more)
+            self.plain.run_ahead = self._run_ahead
+        self._speculative = StreamDecoder(self.streams, self.config, self.token_sampler)
+
+    @property
+    def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
+        """Return what runs consecutive tokens of a prompt."""
+        return self.plain.forward
+
+    def first_step(self, root: int, cache: KVCache) -> Step:
+        """Return the step of `root` alone, plain or to draft a tree."""
+        self._plan = self.governor.begin(cache.length)
+        return self._restart(root, cache)
+
+    def step_ahead(self, step: Step, cache: KVCache) -> Step | None:
+        """Return the pass after a plain one that is sure to be followed by another."""
+        return self.plain.step_ahead(step, cache) if self._made_by is None else None
+
+    def finish(self, step: Step, cache: KVCache) -> StepResult:
+        """Wait for a step and commit what it accepted."""
+        return self._maker.finish(step, cache)
+
+    def learn(self, result: StepResult, cache: KVCache, *, wanted: bool) -> None:
+        """Let the governor say how the next step is made."""
+        if not wanted:  # no need to wait for a tree that will not be verified
+            result = replace(result, expected=None)
+        self._plan = self.governor.after(result, self._drafted_by, cache.length)
+
+    def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
+        """Return the next step: of the same kind, or of the other one, from the root alone."""
+        if (self._plan is None) != (self._made_by is None):
+            return self._restart(result.tokens[-1], cache)
+        self._drafted_by, self._made_by = self._made_by, self._plan
+        return self._maker.next_step(step, ahead, result, cache)
+
+    def pause(self) -> None:
+        """Tell the governor that the caller takes over, for as long as it likes."""
+        self.governor.pause()
+
+    def resume(self) -> None:
+        """Tell the governor that the caller wants to go on."""
+        self.governor.resume()
+
+    def _restart(self, root: int, cache: KVCache) -> Step:
+        self._drafted_by, self._made_by = None, self._plan
+        return self._maker.first_step(root, cache)
+
+    @property
+    def _maker(self) -> PlainDecoder | StreamDecoder:
+        """Return the decoder of the step under way."""
+        if self._made_by is None:
+            return self.plain
+        self._speculative.keep_drafts = self.keep_drafts
+        self._speculative.stepper = self._stepper(self._made_by)
+        return self._speculative
 
     def _run_ahead(self) -> bool:
         left = self.governor.parked_for()
         return left is None or left > 1
 
-    def _speculatively(self, turn: _Turn, root: int) -> Iterator[StepResult]:
-        """Decode speculatively until the governor has no plan, with the trees it asks for."""
-        decoder = self._speculative
-        decoder.keep_drafts = self.keep_drafts
-        assert turn.plan is not None
-        decoder.stepper = self._stepper(turn.plan)
-        verified: Plan | None = None  # a restart's root was drafted by nobody
-        building = turn.plan
-
-        def more(result: StepResult) -> bool:
-            nonlocal verified, building
-            on = turn.go_on(result, verified)
-            if not on or turn.plan is None:
-                return False
-            verified, building = building, turn.plan
-            decoder.stepper = self._stepper(building)
-            return True
-
-        return decoder.steps(root, turn.cache, more)
-
     def _stepper(self, plan: Plan) -> Stepper:
         if plan not in self._steppers:
-            decoder = StreamDecoder(self.streams, plan.config(self.config), self.chooser)
+            decoder = StreamDecoder(self.streams, plan.config(self.config), self.token_sampler)
             self._steppers[plan] = decoder.stepper
         return self._steppers[plan]
-
-
-@dataclass
-class _Turn:
-    """One answer under way: whether more is wanted, and the plan to go on with."""
-
-    governor: Governor
-    more: Callable[[StepResult], bool]
-    cache: KVCache
-    plan: Plan | None
-    wanted: bool = True
-
-    def go_on(self, result: StepResult, drafted_by: Plan | None) -> bool:
-        """Tell whether another step is wanted, and let the governor say how it is made."""
-        self.wanted = self.more(result)
-        if not self.wanted:  # nobody is to wait for a tree that is not verified any more
-            result = replace(result, expected=None)
-        self.plan = self.governor.after(result, drafted_by, self.cache.length)
-        return self.wanted

@@ -18,8 +18,8 @@ from ..config import DecodeConfig, PruneSpec, TreeSpec
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
 from ..speculation.prune import path_scores
-from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..speculation.step import Stepper
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree, best_nodes, build, chain, end_chances, select
@@ -52,7 +52,7 @@ def record_answer(
 def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -> list[Position]:
     """Return the records of every token of `text`, which follows `prompt`."""
     prune = PruneSpec(1) if streams.config.pruner_rank else None
-    decoder = StreamDecoder(streams, DecodeConfig(prune=prune), TokenChooser())
+    decoder = StreamDecoder(streams, DecodeConfig(prune=prune), TokenSampler())
     stepper = replace(
         decoder.stepper, tree=TreeSpec("best", rows=RECORDED_ROWS), inline=True, prune=None
     )
@@ -176,18 +176,10 @@ def _answer(
     streams: Streams, prompt: Sequence[int], max_tokens: int, stop: Collection[int]
 ) -> list[int]:
     """Return the greedy answer with the token that ends it."""
-    decoder = StreamDecoder(streams, DecodeConfig(), TokenChooser())
+    decoder = StreamDecoder(streams, DecodeConfig(), TokenSampler())
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
-    text: list[int] = []
-
-    def more(result: StepResult) -> bool:
-        for token in result.tokens:
-            text.append(token)
-            if token in stop or len(text) >= max_tokens:
-                return False
-        return True
-
-    for _ in decoder.steps(prompt[-1], cache, more):
+    criteria = MaxTokens(max_tokens, stop)
+    for _ in decoder.steps(prompt[-1], cache, criteria):
         pass
-    return text
+    return criteria.tokens

@@ -6,7 +6,7 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -14,8 +14,8 @@ from ..config import DecodeConfig
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
-from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree, root_only
 from .settings import Plan
@@ -28,7 +28,7 @@ class PlainTokens:
     """Plain decoding at a fixed context, pipelined as it really runs."""
 
     def __init__(self, streams: Streams, clock: Callable[[], float]) -> None:
-        self.decoder = plain_decoder(streams.backbone, streams, TokenChooser())
+        self.decoder = plain_decoder(streams.backbone, streams, TokenSampler())
         self.caches = _Caches(streams)
         self.clock = clock
 
@@ -39,20 +39,12 @@ class PlainTokens:
         the pass after it may take until most of that is computed.
         """
         cache = self.caches.at(context)
-        self.decoder.chooser.history.clear()
-        left = TOKENS
-
-        def more(_: StepResult) -> bool:
-            nonlocal left
-            left -= 1
-            return left > 0
-
-        # The last pass is known to be the last, so that none runs on into the next sample.
-        steps: Iterator[StepResult] = (
-            self.decoder.steps(_TOKEN, cache, more, lambda: left > 1)
-            if isinstance(self.decoder, PlainDecoder)
-            else self.decoder.steps(_TOKEN, cache, more)
-        )
+        self.decoder.token_sampler.history.clear()
+        criteria = MaxTokens(TOKENS)
+        if isinstance(self.decoder, PlainDecoder):
+            # The last pass is known to be the last, so that none runs on into the next sample.
+            self.decoder.run_ahead = lambda: len(criteria.tokens) < TOKENS - 1
+        steps = self.decoder.steps(_TOKEN, cache, criteria)
         mx.synchronize()
         begin = self.clock()
         for _ in steps:
@@ -65,7 +57,7 @@ class Steps:
     """Dependent steps with one plan at a fixed context."""
 
     def __init__(self, streams: Streams, plan: Plan, clock: Callable[[], float]) -> None:
-        self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenChooser())
+        self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenSampler())
         self.caches = _Caches(streams)
         self.clock = clock
         self.tree: DraftTree | None = None
@@ -90,7 +82,7 @@ class Steps:
         return self.clock() - begin
 
     def _step(self, tree: DraftTree, cache: KVCache) -> DraftTree:
-        self.decoder.chooser.history.clear()
+        self.decoder.token_sampler.history.clear()
         step = self.decoder.stepper.step(tree, cache)
         step.schedule()
         tree = step.next_tree  # also where the path ends without streams: it costs the same

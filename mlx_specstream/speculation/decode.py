@@ -1,12 +1,18 @@
-"""The speculative loop: prefill, then step after step, waiting for the device once per step.
+"""The decoding loop: prefill; then, while another step is wanted, step, schedule, yield, commit.
 
-This module knows token ids, not text. What a step is made of is in `step.py`; `baseline.py` has
-the plain loop with the same interface, whose output this one must reproduce.
+    prompt ──► prefill ──► step ──► finish: wait, accept, commit ──► tokens
+                            ▲                                          │
+                            └────────── next step ◄── should continue? ┘
+
+`decode` is that loop, for every way of decoding. What a step is made of is in `step.py`; a
+`Decoder` says which step comes next: `StreamDecoder` always drafts, `PlainDecoder` (`plain.py`)
+never, `AutoDecoder` (`planner/adaptive.py`) as it pays. This module knows token ids, not text.
 """
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as once
@@ -16,11 +22,11 @@ import mlx.core as mx
 from ..config import DecodeConfig, StreamConfig, TreeSpec
 from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
+from ..model.prefill import PREFILL_CHUNK, prefill
 from .condition import Conditioner
 from .prune import Pruner
-from .result import DraftRecord, StepResult, read_report, to_ints
-from .sampling import TokenChooser
+from .result import DraftRecord, StepResult, StopCriteria, Verdict, to_ints
+from .sampling import TokenSampler
 from .step import Step, Stepper
 from .streams import Streams
 from .tree import root_only
@@ -28,11 +34,112 @@ from .tree import root_only
 log = logging.getLogger("mlx_specstream")
 
 
+def decode(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    cache: KVCache,
+    criteria: StopCriteria,
+    on_progress: Callable[[int, int], None] | None = None,
+    chunk: ChunkSize = PREFILL_CHUNK,
+) -> Iterator[StepResult]:
+    """Continue a text by one accepted path after another until `criteria` have had enough.
+
+    The text is what `cache` holds, then `prompt`, of which all but the last token are in the
+    prefill; the last one is the root of the first step. The following step is scheduled before a
+    result is yielded, so that the device works while the caller shows text. A caller that wants
+    only some of the last step's tokens rewinds the cache itself.
+
+    Args:
+        prompt: token ids, at least one.
+        on_progress: told (prompt tokens done, of how many).
+        chunk: prompt tokens per pass.
+
+    Raises:
+        ModelError: the model computed NaN.
+    """
+    decoder.prefill(prompt[:-1], cache, on_progress, chunk)
+    step = decoder.first_step(prompt[-1], cache)
+    step.schedule()
+    while True:
+        # Plain decoding starts the next pass from a token that the host has not read yet.
+        ahead = decoder.step_ahead(step, cache)
+        if ahead is not None:
+            ahead.schedule()
+        result = decoder.finish(step, cache)  # waits for the device, once per step
+        wanted = criteria.should_continue(result)
+        decoder.learn(result, cache, wanted=wanted)
+        following = decoder.next_step(step, ahead, result, cache) if wanted else None
+        if following is not None and following is not ahead:
+            following.schedule()
+        decoder.pause()
+        yield result
+        decoder.resume()
+        if following is None:
+            return
+        step = following
+
+
+class Decoder(ABC):
+    """One way of decoding: which step comes first, and which one next.
+
+    token_sampler: draws the target's tokens, by argmax or a sampler, after logits processors.
+    """
+
+    token_sampler: TokenSampler
+    keep_drafts: bool
+
+    @property
+    @abstractmethod
+    def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
+        """Return what runs consecutive tokens of a prompt."""
+
+    @abstractmethod
+    def first_step(self, root: int, cache: KVCache) -> Step:
+        """Return the step of the one token that is not in the cache yet, without drafts."""
+
+    def step_ahead(self, step: Step, cache: KVCache) -> Step | None:
+        """Return the step after `step`, which has not been read yet, if that can be built."""
+        del step, cache
+        return None
+
+    @abstractmethod
+    def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
+        """Return the step after `step`, which decided `result`; `ahead`: what `step_ahead` gave."""
+
+    @abstractmethod
+    def finish(self, step: Step, cache: KVCache) -> StepResult:
+        """Wait for a step, the loop's one synchronisation, and commit what it accepted."""
+
+    def learn(self, result: StepResult, cache: KVCache, *, wanted: bool) -> None:  # noqa: B027 (optional)
+        """Take note of a step's result before the next one is built, if one is `wanted`."""
+
+    def pause(self) -> None:  # noqa: B027 (optional)
+        """Learn that the caller takes over, for as long as it likes."""
+
+    def resume(self) -> None:  # noqa: B027 (optional)
+        """Learn that the caller wants to go on."""
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        on_progress: Callable[[int, int], None] | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        """Append all of `tokens` to the committed text; the last prompt token is not for here."""
+        if tokens:
+            prefill(self.forward, tokens, cache, on_progress, chunk)
+            mx.clear_cache()  # of the chunks' intermediate results, which no step needs
+
+    def steps(self, root: int, cache: KVCache, criteria: StopCriteria) -> Iterator[StepResult]:
+        """Yield step after step from `root`, the one token that is not in the cache yet."""
+        return decode(self, [root], cache, criteria)
+
+
 @dataclass
-class StreamDecoder:
+class StreamDecoder(Decoder):
     """Speculative Streaming over one model with its streams [SS §3.1].
 
-    `chooser` draws the target's tokens, by argmax or a sampler, after its logits processors.
     `keep_drafts` puts every verified tree into its step's result.
 
     Raises:
@@ -42,14 +149,14 @@ class StreamDecoder:
 
     streams: Streams
     config: DecodeConfig
-    chooser: TokenChooser
+    token_sampler: TokenSampler
     keep_drafts: bool = False
     stepper: Stepper = field(init=False)
 
     def __post_init__(self) -> None:
         trained, tensor = self.streams.config, self.streams.tensor
         pruner, conditioner = None, None
-        self.chooser.typical = self.config.typical
+        self.token_sampler.typical = self.config.typical
         if self.streams.backbone.is_recurrent:
             self.config = chains_only(self.config, trained, self.streams.backbone.family)
         if self.config.prune is not None:
@@ -69,81 +176,78 @@ class StreamDecoder:
                 trained.mode, know_next_token=self.streams.know_next_token
             )
             == "inline",
-            chooser=self.chooser,
+            token_sampler=self.token_sampler,
             prune=self.config.prune,
             pruner=pruner,
             conditioner=conditioner,
             stream_nodes=self.config.stream_nodes,
-            root_inline=not (self.streams.backbone.is_recurrent or self.streams.know_next_token),
         )
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        cache: KVCache,
-        on_progress: Callable[[int, int], None] | None = None,
-        chunk: ChunkSize = PREFILL_CHUNK,
-    ) -> None:
-        """Append all of `tokens` to the committed text; the last prompt token is not for here."""
-        prefill(self.streams.forward, tokens, cache, on_progress, chunk)
+    @property
+    def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
+        """Return what runs consecutive tokens of a prompt."""
+        return self.streams.forward
 
-    def steps(
-        self, root: int, cache: KVCache, more: Callable[[StepResult], bool]
-    ) -> Iterator[StepResult]:
-        """Yield step after step from `root`, the one token that is not in the cache yet.
+    def first_step(self, root: int, cache: KVCache) -> Step:
+        """Return the step of `root` alone, which drafts the first tree."""
+        return self.stepper.step(root_only(mx.array([root])), cache)
 
-        `more` is asked after every step whether another one is wanted; if so it is scheduled
-        before the result is yielded, so that the device works while the caller shows text. A
-        caller that cuts a step's tokens short rewinds the cache itself.
-
-        Raises:
-            ModelError: the model computed NaN.
-        """
-        step = self.stepper.step(root_only(mx.array([root])), cache)
-        step.schedule()
-        while True:
-            result = self.finish(step, cache)
-            following = None
-            if more(result):
-                following = self.stepper.step(step.next_tree, cache)
-                following.schedule()
-            yield result
-            if following is None:
-                return
-            step = following
+    def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
+        """Return the step over the tree that `step` has drafted."""
+        del ahead, result
+        return self.stepper.step(step.next_tree, cache)
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:
-        """Wait for a step, the loop's one synchronisation, and commit what it accepted.
+        """Wait for a step and commit what it accepted.
 
         Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. A
         step that ended where no streams were leaves a next tree of its root alone.
         """
-        try:
-            found = read_report(step.report, step.tree.depth + 1, cache, step.stream_nodes)
-        except ModelError:
-            if not self.stepper.root_inline or step.tree.num_nodes > 1:
-                raise
+        verdict = step.report.read()[0]
+        if not verdict.finite and step.tree.num_nodes == 1 and self.stepper.root_inline:
             # Streams that overflow spoil the rows beside them; run apart, they only draft badly.
-            self.stepper = replace(self.stepper, root_inline=False)
+            self.streams.overflowed = True
             again = self.stepper.step(step.tree, cache)
-            step.report, step.logits = again.report, again.logits
-            step.next_tree, step.expected = again.next_tree, again.expected
-            found = read_report(step.report, 1, cache)
-        tokens, nodes = found.tokens, found.nodes
-        if not found.drafting:
-            step.next_tree, step.expected = root_only(mx.array(tokens[-1:])), None
-        cache.commit(found.lower_rows, self.streams.lower)
-        cache.commit(nodes, self.streams.upper)
-        cache.advance(len(tokens), drawn=True)
-        self.chooser.history += tokens
-        draft = None
-        if self.keep_drafts:
-            tree = step.tree
-            draft = DraftRecord(
-                to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
+            step.logits, step.next_tree, step.expected = (
+                again.logits,
+                again.next_tree,
+                again.expected,
             )
-        logits = step.logits[: len(tokens)]
-        return StepResult(tokens, step.tree.num_nodes - 1, logits, draft, step.expected)
+            verdict = again.report.read()[0]
+        if not verdict.drafting:
+            step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
+        return committed(step, verdict, cache, self)
+
+
+def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) -> StepResult:
+    """Commit what a step accepted, and return its result.
+
+    Raises:
+        ModelError: the model computed NaN.
+    """
+    if not verdict.finite:
+        raise not_a_number(cache.length)
+    tokens, nodes = verdict.tokens, verdict.nodes
+    if isinstance(decoder, StreamDecoder):
+        cache.commit(verdict.lower_rows, decoder.streams.lower)
+        cache.commit(nodes, decoder.streams.upper)
+    cache.advance(len(tokens), generated=True)
+    decoder.token_sampler.extend(tokens)
+    draft, tree = None, step.tree
+    if decoder.keep_drafts:
+        draft = DraftRecord(
+            to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
+        )
+    logits = step.logits[: len(tokens)]
+    return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected)
+
+
+def not_a_number(length: int) -> ModelError:
+    """Return the error of a model that computed NaN behind `length` committed tokens."""
+    return ModelError(
+        f"the model's output is not a number (NaN) after {length} tokens: its weights are "
+        "damaged, or overflow in this precision; check the files or use another dtype."
+    )
 
 
 def chains_only(config: DecodeConfig, trained: StreamConfig, family: str) -> DecodeConfig:

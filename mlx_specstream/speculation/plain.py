@@ -1,14 +1,14 @@
-"""Plain decoding, one token per pass: the oracle of every claim and the denominator of every ratio.
+"""Plain decoding, one token per pass: what speculation must reproduce, and is measured against.
 
-The same model, cache and chooser as the speculative loop, without streams and trees, and
-pipelined as mlx-lm does it: the next pass is scheduled from the token on the device before the
-host has read it. In shared mode the fine-tuned model is only defined with its streams, so its
-plain decoding is the speculative step with a tree of one node (`plain_decoder`).
+The same model, cache, token sampler and loop, without streams and trees, and pipelined as mlx-lm
+does it: the next pass is scheduled from the token on the device before the host has read it. In
+shared mode the fine-tuned model is only defined with its streams, so its plain decoding is the
+speculative step with a tree of one node (`plain_decoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -16,92 +16,75 @@ import mlx.core as mx
 from ..config import DecodeConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
-from .decode import StreamDecoder
-from .result import StepResult, read_report
-from .sampling import TokenChooser
+from .decode import Decoder, StreamDecoder, committed
+from .result import StepReport, StepResult
+from .sampling import TokenSampler
+from .step import Step
 from .streams import Streams
 from .tree import DraftTree, root_only
 
 
 @dataclass
-class PlainDecoder:
-    """Decodes one token per pass with the base model alone."""
+class PlainDecoder(Decoder):
+    """Decodes one token per pass with the base model alone.
+
+    `run_ahead` is asked before a pass is scheduled whose root the host has not read yet; a
+    caller that knows it will stop here says no, and no pass is wasted.
+    """
 
     backbone: Backbone
-    chooser: TokenChooser
+    token_sampler: TokenSampler
+    run_ahead: Callable[[], bool] = lambda: True
+    keep_drafts: bool = False
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        cache: KVCache,
-        on_progress: Callable[[int, int], None] | None = None,
-        chunk: ChunkSize = PREFILL_CHUNK,
-    ) -> None:
-        """Append all of `tokens` to the committed text; the last prompt token is not for here."""
-        prefill(self.backbone.forward, tokens, cache, on_progress, chunk)
+    @property
+    def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
+        """Return what runs consecutive tokens of a prompt."""
+        return self.backbone.forward
 
-    def steps(
-        self,
-        root: int,
-        cache: KVCache,
-        more: Callable[[StepResult], bool],
-        run_ahead: Callable[[], bool] = lambda: True,
-    ) -> Iterator[StepResult]:
-        """Yield one token per step from `root`, as `StreamDecoder.steps` yields several.
+    def first_step(self, root: int, cache: KVCache) -> Step:
+        """Return the pass of `root`."""
+        return self._pass(root_only(mx.array([root])), cache)
 
-        `run_ahead` is asked before a pass is scheduled whose root the host has not read yet; a
-        caller that knows it will stop here says no, and no pass is wasted.
+    def step_ahead(self, step: Step, cache: KVCache) -> Step | None:
+        """Return the pass of the token that `step` draws; None if that is needed on the host first."""
+        if self.token_sampler.waits or not self.run_ahead():
+            return None
+        return self._pass(step.next_tree, cache, pending=1)
 
-        Raises:
-            ModelError: the model computed NaN.
-        """
-        report, logits = self._pass(root_only(mx.array([root])), cache)
-        mx.async_eval(report, logits)
-        while True:
-            ahead = None
-            # A chooser that waits needs the token on the host first.
-            if not self.chooser.waits and run_ahead():
-                ahead = self._pass(root_only(report[2]), cache, pending=1)
-                mx.async_eval(*ahead)
-            tokens = read_report(report, 1, cache).tokens
-            cache.advance(1, drawn=True)
-            self.chooser.history += tokens
-            result = StepResult(tokens, 0, logits)
-            wanted = more(result)
-            if wanted and ahead is None:
-                ahead = self._pass(root_only(mx.array(tokens)), cache)
-                mx.async_eval(*ahead)
-            yield result
-            if not wanted or ahead is None:
-                return
-            report, logits = ahead
+    def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
+        """Return the pass of the token that `step` has drawn."""
+        del result
+        return self._pass(step.next_tree, cache) if ahead is None else ahead
 
-    def _pass(self, tree: DraftTree, cache: KVCache, pending: int = 0) -> tuple[mx.array, mx.array]:
-        """Return the report (4,) and logits (1, V) of one token, as a graph.
+    def finish(self, step: Step, cache: KVCache) -> StepResult:
+        """Wait for a pass and commit its token."""
+        return committed(step, step.report.read()[0], cache, self)
+
+    def _pass(self, tree: DraftTree, cache: KVCache, pending: int = 0) -> Step:
+        """Return the pass of a tree's root, as a graph.
 
         `pending` rows behind the committed ones belong to a pass that is still under way.
         """
-        after_draw = cache.drawn_next
-        cache.advance(pending, after_draw)
+        generated = cache.next_is_generated
+        cache.advance(pending, generated)
         try:
             hidden = self.backbone.forward(tree.tokens, cache)
         finally:  # Ctrl-C may fall in here, and the cache outlives this loop
-            cache.advance(-pending, after_draw)
+            cache.advance(-pending, generated)
         normed = self.backbone.norm(hidden)
         logits = self.backbone.head(normed)[0]
-        drawn, finite = self.chooser(logits, tree, ahead=pending > 0)
+        drawn, finite = self.token_sampler(logits, tree, ahead=pending > 0)
         finite = finite & ~mx.any(mx.isnan(normed))
-        zero = mx.zeros((1,), dtype=mx.int32)
-        report = mx.concatenate([zero, finite.reshape(1).astype(mx.int32), drawn, zero])
-        return report, logits
+        report = StepReport.of(accepted=mx.array(0), finite=finite, tokens=drawn)
+        return Step(tree, report, logits, root_only(drawn))
 
 
 def plain_decoder(
-    backbone: Backbone, streams: Streams | None, chooser: TokenChooser
+    backbone: Backbone, streams: Streams | None, token_sampler: TokenSampler
 ) -> PlainDecoder | StreamDecoder:
     """Return the plain decoding that speculation with `streams` must reproduce."""
     if streams is None or not streams.shared:
-        return PlainDecoder(backbone, chooser)
+        return PlainDecoder(backbone, token_sampler)
     config = replace(DecodeConfig(), tree=TreeSpec(kind="best", rows=1))
-    return StreamDecoder(streams, config, chooser)
+    return StreamDecoder(streams, config, token_sampler)

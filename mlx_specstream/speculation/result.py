@@ -1,14 +1,15 @@
-"""What one decoding step decided, on the host: the only place where a loop waits for the device."""
+"""What one decoding step decided: the report it makes on the device, and its result on the host.
+
+`StepReport.read` is the only place where a loop waits for the device.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import mlx.core as mx
-
-from ..errors import ModelError
-from ..model.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -48,44 +49,98 @@ class StepResult:
         return [*range(1, len(self.tokens)), 0]
 
 
-class Report(NamedTuple):
-    """A step's accepted path on the host: its tokens, nodes, and their rows in the lower layers.
+class StopCriteria(Protocol):
+    """Decides after every step whether the text needs another one."""
 
-    drafting: whether the last of `nodes` had streams, so that there is a next tree.
+    def should_continue(self, result: StepResult) -> bool:
+        """Take in a step's result and tell whether another step is wanted."""
+        ...
+
+
+@dataclass
+class MaxTokens:
+    """Stops when so many tokens are out, or with one of `stop`; `max_tokens` < 0: no limit."""
+
+    max_tokens: int = -1
+    stop: Collection[int] = ()
+    tokens: list[int] = field(default_factory=list)
+
+    def should_continue(self, result: StepResult) -> bool:
+        """Take in a step's tokens; those behind the end are not kept."""
+        for token in result.tokens:
+            self.tokens.append(token)
+            if token in self.stop or len(self.tokens) == self.max_tokens:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All that the host needs of a step, in one array, so that it waits for the device once.
+
+    packed: (B, n) int32, a row per sequence. fields: what stands in it, from left to right, and
+    how many numbers each field has:
+
+        accepted      1, how many drafts were accepted
+        finite        1, whether no logit is NaN
+        tokens        drawn at the path's nodes; the first `accepted` + 1 count
+        nodes         (trees) the path's nodes, as many as tokens
+        lower_rows    (pruned trees) where these nodes' rows are in the lower layers
+        stream_nodes  (streams at some nodes) which nodes had streams
+        chain         (batches) root and drafts that were verified
     """
 
+    packed: mx.array
+    fields: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, **parts: mx.array | None) -> StepReport:
+        """Pack integers or booleans, each () or (n,), or (B,) or (B, n) in a batch; None is left out."""
+        batch = parts["tokens"] is not None and parts["tokens"].ndim == 2
+        columns = {
+            name: part.reshape(part.shape[0] if batch else 1, -1).astype(mx.int32)
+            for name, part in parts.items()
+            if part is not None
+        }
+        fields = tuple((name, column.shape[1]) for name, column in columns.items())
+        return cls(mx.concatenate(list(columns.values()), axis=1), fields)
+
+    def read(self) -> list[Verdict]:
+        """Wait for the device and return what the step decided, per sequence."""
+        return [self._verdict(row) for row in cast(list[list[int]], self.packed.tolist())]
+
+    def _verdict(self, row: list[int]) -> Verdict:
+        values, at = {}, 0
+        for name, width in self.fields:
+            values[name] = row[at : at + width]
+            at += width
+        kept = values["accepted"][0] + 1
+        nodes = values.get("nodes", list(range(kept)))[:kept]
+        with_streams = values.get("stream_nodes")
+        return Verdict(
+            finite=bool(values["finite"][0]),
+            tokens=values["tokens"][:kept],
+            nodes=nodes,
+            lower_rows=values.get("lower_rows", nodes)[:kept],
+            drafting=with_streams is None or nodes[-1] in with_streams,
+            chain=values.get("chain", []),
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A step's accepted path on the host: its tokens, nodes, and their rows in the lower layers.
+
+    finite: False if the model computed NaN. drafting: the last of `nodes` had streams, so there is
+    a next tree. chain: see `StepReport`.
+    """
+
+    finite: bool
     tokens: list[int]
     nodes: list[int]
     lower_rows: list[int]
     drafting: bool = True
-
-
-def read_report(report: mx.array, places: int, cache: KVCache, stream_nodes: int = 0) -> Report:
-    """Wait for a step's report, a vector of integers as `Step` describes it.
-
-    `places` is the longest path the step's tree can hold: its depth + 1.
-
-    Raises:
-        ModelError: the model computed NaN.
-    """
-    accepted, finite, *values = to_ints(report)
-    if not finite:
-        raise not_a_number(cache.length)
-    kept = accepted + 1
-    tokens, nodes = values[:kept], values[places : places + kept]
-    lower_rows, with_streams = nodes, values[len(values) - stream_nodes :]
-    if len(values) - stream_nodes > 2 * places:
-        lower_rows = values[2 * places : 2 * places + kept]
-    drafting = not stream_nodes or nodes[-1] in with_streams
-    return Report(tokens, nodes, lower_rows, drafting)
-
-
-def not_a_number(length: int) -> ModelError:
-    """Return the error of a model that computed NaN behind `length` committed tokens."""
-    return ModelError(
-        f"the model's output is not a number (NaN) after {length} tokens: its weights are "
-        "damaged, or overflow in this precision; check the files or use another dtype."
-    )
+    chain: list[int] = field(default_factory=list)
 
 
 def to_ints(array: mx.array) -> list[int]:

@@ -66,12 +66,13 @@ class TreeProcessor(Protocol):
 
 
 @dataclass
-class TokenChooser:
+class TokenSampler:
     """Draws the target's tokens of one answer.
 
-    history: the text up to and including the root, kept up by the caller.
+    history: the text up to and including the root, as processors see it; `extend` keeps it up.
     seed: of this answer's random numbers; None takes one from MLX's global generator.
     typical: take likely drafts that were not drawn, which is lossy (`accept.py`).
+    before: how many tokens of the text stand before `history`, such as those in a prompt cache.
     """
 
     sampler: Sampler | None = None
@@ -79,10 +80,25 @@ class TokenChooser:
     history: list[int] = field(default_factory=list)
     typical: TypicalSpec | None = None
     seed: int | None = None
+    before: int = 0
+    _text: mx.array | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.seed is None and self.sampler is not None:
             self.seed = take_seed()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append what a step gave out to the text."""
+        # The text on the device grows with it: making it anew costs milliseconds in a long one.
+        if self._text is not None and self._text.shape[0] == len(self.history):
+            self._text = mx.concatenate([self._text, mx.array(list(tokens), dtype=mx.int32)])
+        self.history += tokens
+
+    def _history(self, length: int) -> mx.array:
+        """Return the first `length` tokens of the text, (length,) int32."""
+        if self._text is None or self._text.shape[0] != len(self.history):
+            self._text = mx.array(self.history, dtype=mx.int32)
+        return self._text[:length]
 
     @property
     def waits(self) -> bool:
@@ -101,7 +117,8 @@ class TokenChooser:
         finite = ~mx.any(mx.isnan(mx.max(logits, axis=-1)))
         if self.sampler is None and not self.processors and self.typical is None:
             return self.draw(logits), finite
-        drawn, processed = self._walk(logits, tree, self.history if ahead else self.history[:-1])
+        past = len(self.history) - (0 if ahead else 1)
+        drawn, processed = self._walk(logits, tree, past)
         return drawn, finite & processed
 
     def draw(self, logits: mx.array) -> mx.array:
@@ -119,25 +136,33 @@ class TokenChooser:
         with seeded(self.seed, place):
             return self.draw(logits)
 
-    def _walk(
-        self, logits: mx.array, tree: DraftTree, past: Sequence[int]
-    ) -> tuple[mx.array, mx.array]:
-        """Return the tokens (T,) drawn along the accepted path, -1 elsewhere, and a () bool."""
+    def _walk(self, logits: mx.array, tree: DraftTree, past: int) -> tuple[mx.array, mx.array]:
+        """Return the tokens (T,) drawn along the accepted path, -1 elsewhere, and a () bool.
+
+        past: how many tokens of `history` stand before the root.
+        """
         if self.waits:
             # The device runs the model while the host works out the processors.
             mx.async_eval(logits, *tree.arrays)
-        processors = [_at_nodes(process, past, tree) for process in self.processors]
+        processors = [
+            _at_nodes(process, self.history[:past], tree)
+            if isinstance(process, TreeProcessor)
+            else _of_text(process)
+            for process in self.processors
+        ]
         nodes = mx.arange(tree.num_nodes, dtype=mx.int32)
         drawn = mx.full((tree.num_nodes,), -1, dtype=mx.int32)
         node = mx.zeros((1,), dtype=mx.int32)
         accepted = finite = mx.array(True)
-        text = mx.concatenate([mx.array(list(past), dtype=mx.int32), tree.tokens[:1]])
+        text = tree.tokens[:1]
+        if self.processors:
+            text = mx.concatenate([self._history(past), text])
         for depth in range(tree.depth + 1):
             values = mx.take(logits, node, axis=0)
             for process in processors:
                 values = process(text, node, values)
             finite = finite & ~(accepted & mx.any(mx.isnan(mx.max(values, axis=-1))))
-            token = self._draw_at(len(past) + 1 + depth, values)
+            token = self._draw_at(self.before + past + 1 + depth, values)
             children = (tree.parents == node) & (nodes > 0)
             if tree.alive is not None:
                 children = children & tree.alive
@@ -148,15 +173,19 @@ class TokenChooser:
                 child = children & (tree.tokens == token)
                 accepted = accepted & mx.any(child)
                 node = mx.argmax(child, keepdims=True).astype(mx.int32)
-                text = mx.concatenate([text, token])
+                if self.processors:
+                    text = mx.concatenate([text, token])
         return drawn, finite
 
 
 def _at_nodes(
-    process: LogitsProcessor, past: Sequence[int], tree: DraftTree
+    process: TreeProcessor, past: Sequence[int], tree: DraftTree
 ) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Return a processor of either kind as a callable of (text, node, logits)."""
-    if isinstance(process, TreeProcessor):
-        at_nodes = process.at_nodes(past, tree)
-        return lambda _, node, values: at_nodes(node, values)
+    """Return a processor that works on the host as a callable of (text, node, logits)."""
+    at_nodes = process.at_nodes(past, tree)
+    return lambda _, node, values: at_nodes(node, values)
+
+
+def _of_text(process: LogitsProcessor) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Return a processor of mlx-lm's kind as a callable of (text, node, logits)."""
     return lambda text, _, values: process(text, values)

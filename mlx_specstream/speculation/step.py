@@ -33,7 +33,8 @@ from .condition import (
     top_candidates,
 )
 from .prune import Pruner, prune
-from .sampling import TokenChooser
+from .result import StepReport
+from .sampling import TokenSampler
 from .streams import Streams, pass_mask
 from .tree import DraftTree, Proposer, ancestors, build, likely_ends, root_only
 
@@ -42,27 +43,25 @@ from .tree import DraftTree, Proposer, ancestors, build, likely_ends, root_only
 class Step:
     """A step as a graph that has not been waited for.
 
-    report: int32, what the host needs: accepted drafts, whether all is finite, then for the
-    path's depth + 1 places the tokens drawn, the nodes, and (pruned) their rows in the lower
-    layers; last, unless all or none had them, the `stream_nodes` nodes that had streams.
-    logits: (depth + 1, V), the target's at the path's nodes. expected: see `StepResult`.
+    tree: what it verifies. logits: (depth + 1, V), the target's at the path's nodes. next_tree:
+    what the next step verifies. expected: see `StepResult`.
     """
 
     tree: DraftTree
-    report: mx.array
+    report: StepReport
     logits: mx.array
     next_tree: DraftTree
-    stream_nodes: int = 0
     expected: mx.array | None = None
 
     def schedule(self) -> None:
-        """Start computing the step and all that the next one builds on.
+        """Start computing the step, then what the next one builds on.
 
-        The report goes first: evaluated after the tree, its rows outlive the attention that
-        reads them and MLX copies cache buffers that it otherwise updates in place.
+        Apart, for what is evaluated together is ready together: so the host reads the report
+        while the device is still running the streams and drafting the next tree.
         """
+        mx.async_eval(self.report.packed, self.logits)
         expected = [] if self.expected is None else [self.expected]
-        mx.async_eval(self.report, self.logits, *self.next_tree.arrays, *expected)
+        mx.async_eval(*self.next_tree.arrays, *expected)
 
 
 @dataclass
@@ -93,12 +92,22 @@ class Stepper:
     streams: Streams
     tree: TreeSpec
     inline: bool
-    chooser: TokenChooser
+    token_sampler: TokenSampler
     prune: PruneSpec | None = None
     pruner: Pruner | None = None
     conditioner: Conditioner | None = None
     stream_nodes: int = 0
-    root_inline: bool = False
+
+    @property
+    def root_inline(self) -> bool:
+        """Tell whether the streams of a root without a tree run in the verifying pass.
+
+        Not beside recurrent layers; nor where streams overflowed, for they spoil the rows beside
+        them, while apart they only draft badly; nor where they must know the next token.
+        """
+        streams = self.streams
+        apart = streams.backbone.is_recurrent or streams.overflowed or streams.know_next_token
+        return not apart
 
     def step(self, tree: DraftTree, cache: KVCache) -> Step:
         """Return the graph of one step over `tree`, whose root follows the committed text.
@@ -106,12 +115,12 @@ class Stepper:
         New rows are scratch behind the committed text until the loop has read the report. Where
         drafts would see the cache turned quantised and the root not yet, the root goes alone.
         """
-        if cache.must_not_pass(tree.depth):
+        if cache.quantises_before(tree.depth):
             tree = root_only(tree.tokens[:1])
         verified = self.verify(tree, cache)
         tree = verified.tree
         logits = self.streams.backbone.head(verified.last)[0]
-        drawn, finite = self.chooser(logits, tree)
+        drawn, finite = self.token_sampler(logits, tree)
         path = accept(tree, verified.seen, drawn)
         finite = finite & ~mx.any(mx.isnan(verified.last))
 
@@ -120,16 +129,17 @@ class Stepper:
         G, proposer = self.streams.num_streams, self.candidates(states)
         next_tree = build(path.next_root, self.tree, G, proposer, last)
 
-        parts = [path.length.reshape(1), finite.reshape(1), path.tokens, path.nodes]
-        if verified.lower_rows is not None:
-            parts.append(mx.take(verified.lower_rows, path.nodes))
-        with_streams = 0
-        if verified.stream_nodes is not None:
-            parts.append(verified.stream_nodes)
-            with_streams = verified.stream_nodes.shape[0]
-        report = mx.concatenate([part.astype(mx.int32) for part in parts])
+        lower_rows = verified.lower_rows
+        report = StepReport.of(
+            accepted=path.length,
+            finite=finite,
+            tokens=path.tokens,
+            nodes=path.nodes,
+            lower_rows=None if lower_rows is None else mx.take(lower_rows, path.nodes),
+            stream_nodes=verified.stream_nodes,
+        )
         logits = mx.take(logits, path.nodes, axis=0)
-        return Step(tree, report, logits, next_tree, with_streams, next_tree.expected())
+        return Step(tree, report, logits, next_tree, next_tree.expected())
 
     def verify(
         self, tree: DraftTree, cache: KVCache, following: mx.array | None = None
@@ -219,7 +229,9 @@ class Stepper:
         """Return the next tree's candidates from the accepted node's streams (1, γ, h)."""
         backbone = self.streams.backbone
         normed = backbone.norm(stream_states)
-        count = NUM_CANDIDATES if self.conditioner is not None else self.tree.branching
+        count = self.tree.branching
+        if self.conditioner is not None:
+            count = max(count, NUM_CANDIDATES)
         marginal = top_candidates(backbone.head(normed)[0], normed[0], count)
         if self.conditioner is None:
             return MarginalProposer(marginal)

@@ -25,6 +25,7 @@ streams: training opens it gently from a large negative value.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -38,11 +39,10 @@ from ..model.masks import Mask, RowMask, causal_mask
 from .condition import unit
 
 
-class RowSplit:
-    """Where the stream rows of the running pass begin; adapters of streams act from there on."""
+class RowSplit(threading.local):
+    """Where the stream rows of a thread's pass begin; adapters of streams act from there on."""
 
-    def __init__(self) -> None:
-        self.num_main = 0
+    num_main = 0
 
 
 class StreamLinear(nn.Module):
@@ -82,10 +82,9 @@ class Streams:
         self, backbone: Backbone, config: StreamConfig, tensors: Mapping[str, mx.array]
     ) -> None:
         N = backbone.num_layers
-        if config.num_msa_layers >= N:
+        if config.num_msa_layers > N:
             raise StreamsError(
-                f"these streams want {config.num_msa_layers} MSA layers, but the model has {N} "
-                "layers; at least one must stay below them."
+                f"these streams want {config.num_msa_layers} MSA layers, but the model has {N}."
             )
         self.backbone = backbone
         self.config = config
@@ -105,6 +104,7 @@ class Streams:
             else None
         )
         self.split = RowSplit()
+        self.overflowed = False  # whether streams were seen to spoil the rows beside them
         self.shared = config.mode == "shared"
         gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
         self.gates = {index: gate for index, gate in gates.items() if gate is not None}
@@ -123,6 +123,18 @@ class Streams:
         if name not in self.tensors:
             raise StreamsError(f"the stream weights lack the tensor {name!r}.")
         return self.tensors[name]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return all weights as they are used, for evaluation."""
+        adapters = [
+            module
+            for layer in self.layers
+            for module in layer.modules()
+            if isinstance(module, StreamLinear)
+        ]
+        own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
+        return [*self.tensors.values(), *own]
 
     def _adapted(self, index: int) -> nn.Module:
         """Return layer `index` with LoRA joined to its target modules where tensors exist."""

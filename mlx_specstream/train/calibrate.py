@@ -19,8 +19,8 @@ from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
 from ..speculation.prune import Pruner
-from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree
 from .data import Example
@@ -57,19 +57,14 @@ def accepted_scores(
     for example in prompts:
         prompt = example.tokens[: example.prompt_length]
         plan = DecodeConfig(tree=TreeSpec("best", rows=ROWS), prune=PruneSpec(keep=ROWS))
-        decoder = StreamDecoder(streams, plan, TokenChooser(), keep_drafts=True)
+        decoder = StreamDecoder(streams, plan, TokenSampler(), keep_drafts=True)
         pruner = NotingPruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
         decoder.stepper = replace(decoder.stepper, pruner=pruner)
-        cache, emitted = KVCache(backbone.num_layers), [0]
+        cache = KVCache(backbone.num_layers)
         decoder.prefill(prompt[:-1], cache)
 
-        def more(result: StepResult, emitted: list[int] = emitted) -> bool:
-            emitted[0] += len(result.tokens)
-            done = any(token in stop for token in result.tokens)
-            return not done and emitted[0] < max_tokens
-
         asked = 0
-        for result in decoder.steps(prompt[-1], cache, more):
+        for result in decoder.steps(prompt[-1], cache, MaxTokens(max_tokens, stop)):
             if not result.drafted:
                 continue  # a bare root is not scored
             scores = np.array(pruner.said[asked])

@@ -11,8 +11,8 @@ from ..config import DecodeConfig, StreamConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
-from ..speculation.result import StepResult
-from ..speculation.sampling import TokenChooser
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from .data import Example
 from .loss import Tensors
@@ -46,16 +46,12 @@ def _decode(
 ) -> list[int]:
     """Return how many tokens each step of one answer emitted, up to its end."""
     prompt = example.tokens[: example.prompt_length]
-    decoder = StreamDecoder(streams, DecodeConfig(tree=tree), TokenChooser())
+    decoder = StreamDecoder(streams, DecodeConfig(tree=tree), TokenSampler())
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
     emitted: list[int] = []
 
-    def more(result: StepResult) -> bool:
-        done = any(token in stop for token in result.tokens)
-        return not done and sum(emitted) + len(result.tokens) < max_tokens
-
-    for result in decoder.steps(prompt[-1], cache, more):
+    for result in decoder.steps(prompt[-1], cache, MaxTokens(max_tokens, stop)):
         ends = [i for i, token in enumerate(result.tokens) if token in stop]
         emitted.append(ends[0] + 1 if ends else len(result.tokens))
     return emitted

@@ -92,7 +92,7 @@ def test_the_cache_is_a_fresh_prefills(
             conversation.ask(text)
         if action == "error":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decode_module, "read_report", _fail)
+                patch.setattr(decode_module, "committed", _fail)
                 if session.mode == "plain":
                     continue
                 with pytest.raises(RuntimeError, match="no device"):

@@ -23,7 +23,8 @@ from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.plain import plain_decoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 
 TURNS = 30
 NEXT_TOKENS = 6
@@ -128,16 +129,11 @@ def compared(session: ChatSession, number: int, what: str) -> Turn:
 
 def following(model: StreamModel, cache: KVCache, root: int) -> list[int]:
     """Return the tokens that follow `root` behind a cache's rows, decoded plainly."""
-    decoder = plain_decoder(model.backbone, model.streams, TokenChooser())
-    found: list[int] = []
-
-    def more(result: object) -> bool:
-        del result
-        return len(found) + 1 < NEXT_TOKENS
-
-    for step in decoder.steps(root, cache, more):
-        found += step.tokens
-    return found
+    decoder = plain_decoder(model.backbone, model.streams, TokenSampler())
+    criteria = MaxTokens(NEXT_TOKENS)
+    for _ in decoder.steps(root, cache, criteria):
+        pass
+    return criteria.tokens
 
 
 def faults(turns: list[Turn]) -> list[str]:

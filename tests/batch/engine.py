@@ -16,7 +16,7 @@ from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.result import StepResult
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.engine import committed_rows, random_streams, stream_config
 
@@ -81,13 +81,13 @@ class Request:
 
     def __post_init__(self) -> None:
         self.slot = self.decoder.add(
-            self.prompt, cache=self.cache, chooser=self.chooser(), more=self._more
+            self.prompt, cache=self.cache, token_sampler=self.token_sampler(), criteria=self
         )
 
-    def chooser(self) -> TokenChooser:
-        return TokenChooser(self.sampler, tuple(self.processors), list(self.prompt), seed=self.seed)
+    def token_sampler(self) -> TokenSampler:
+        return TokenSampler(self.sampler, tuple(self.processors), list(self.prompt), seed=self.seed)
 
-    def _more(self, result: StepResult) -> bool:
+    def should_continue(self, result: StepResult) -> bool:
         self.tokens += result.tokens
         self.results.append(result)
         return len(self.tokens) < self.limit

@@ -279,9 +279,9 @@ def test_samplers_and_processors_are_each_requests_own(schedule: str) -> None:
     finish(decoder, requests)
     greedy = [plain(model.streams, request.prompt, 20).tokens[:20] for request in requests]
     for number, request in enumerate(requests):
-        alone = plain(model.streams, request.prompt, 25, chooser=request.chooser())
+        alone = plain(model.streams, request.prompt, 25, token_sampler=request.token_sampler())
         assert request.tokens == alone.tokens[: len(request.tokens)]
-        assert request.slot.chooser.history == [*request.prompt, *request.tokens]
+        assert request.slot.token_sampler.history == [*request.prompt, *request.tokens]
         assert (request.tokens[:20] == greedy[number]) == (number == 2)
     assert sum(result.accepted for r in requests for result in r.results) > 3
 
@@ -379,10 +379,11 @@ def test_what_a_processor_or_callback_raises_stays_with_its_request() -> None:
     good = [Request(decoder, prompt_of(n, n), 24) for n in (4, 8)]
     bad = Request(decoder, prompt_of(6, 6), 24, processors=[broken])
 
-    def shout(result: object) -> bool:
-        raise RuntimeError("callback")
+    class Shout:
+        def should_continue(self, result: object) -> bool:
+            raise RuntimeError("callback")
 
-    slot = decoder.add(prompt_of(3, 3), more=shout)
+    slot = decoder.add(prompt_of(3, 3), criteria=Shout())
     errors = {}
     while decoder.busy:
         for which, _, error in decoder.step():

@@ -11,7 +11,8 @@ import mlx_lm
 import pytest
 
 from mlx_specstream import cli
-from mlx_specstream.generation import answering
+from mlx_specstream.generation import run
+from mlx_specstream.generation.run import GenerationRun
 from tests.support import tiny
 
 
@@ -101,13 +102,13 @@ def test_a_terminal_gets_paced_chunks(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunks: list[object] = []
-    given = answering.Answering.responses
+    given = GenerationRun.responses
 
-    def noted(self: Any, module: Any, chunk: object, progress: Any) -> Any:
+    def noted(self: Any, decoder: Any, module: Any, lent: Any, chunk: Any, progress: Any) -> Any:
         chunks.append(chunk)
-        return given(self, module, chunk, progress)  # type: ignore[arg-type]
+        return given(self, decoder, module, lent, chunk, progress)
 
-    monkeypatch.setattr(answering.Answering, "responses", noted)
+    monkeypatch.setattr(GenerationRun, "responses", noted)
     words = ["--model", folder, "-p", "hello", "-m", "1"]
     spoken(capsys, *words)
     monkeypatch.setattr("sys.stdout", Tty())
@@ -204,7 +205,7 @@ def test_an_interrupt_exits_130(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering.Answering, "wanted", interrupted)
+    monkeypatch.setattr(run.GenerationRun, "should_continue", interrupted)
     _, err = spoken(capsys, "--model", folder, "-p", "hi", status=130)
     assert err == "specstream: interrupted.\n"
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_specstream import batch_generate, generate, load, stream_generate
 from mlx_specstream.commands.generate import main
-from mlx_specstream.generation.answer import Answer, continues_text, detokenizer_for
+from mlx_specstream.generation.text import TextAssembler, continues_text, detokenizer_for
 from tests.apps.parrot import save_parrot
 from tests.support import tiny
 
@@ -47,7 +47,7 @@ BYTES = tiny.hf_byte_tokenizer()
     ],
 )
 def test_every_kind_of_detokenizer_keeps_it(wrapped: TokenizerWrapper, tokens: list[int]) -> None:
-    answer = Answer(detokenizer_for(wrapped, continues=True), (), max_tokens=len(tokens))
+    answer = TextAssembler(detokenizer_for(wrapped, continues=True), (), max_tokens=len(tokens))
     pieces = answer.take(tokens, [0] * len(tokens))
     assert "".join(piece.text for piece in pieces) == " is blue"
 

@@ -22,7 +22,7 @@ from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation import decode as decode_module
+from mlx_specstream.speculation.result import StepReport
 from tests.support import tiny
 from tests.support.scripted import NUM_STREAMS, assert_holds, right_drafts, script, with_streams
 
@@ -290,16 +290,16 @@ def test_an_interrupt_leaves_a_whole_cache(
     byte_tokenizer: TokenizerWrapper,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, calls = decode_module.read_report, 0
+    original, calls = StepReport.read, 0
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(report: StepReport) -> Any:
         nonlocal calls
         calls += 1
         if calls > place:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(report)
 
-    monkeypatch.setattr(decode_module, "read_report", interrupted)
+    monkeypatch.setattr(StepReport, "read", interrupted)
     cache = KVCache(model.backbone.num_layers)
     given: list[int] = []
     responses = stream_generate(model, byte_tokenizer, PROMPT, prompt_cache=cache)

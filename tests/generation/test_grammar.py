@@ -18,8 +18,8 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.generation.generate import stream_generate
 from mlx_specstream.generation.grammar import Grammar
-from mlx_specstream.speculation import decode as decode_module
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import StepReport
+from mlx_specstream.speculation.sampling import TokenSampler
 from tests.speculation.test_sampling import tree_from
 from tests.support import tiny
 from tests.support.engine import (
@@ -98,12 +98,12 @@ def test_constrained_greedy_is_plain_constrained_decoding(
         (table_decoder, "12", None),
         (table_decoder, "12", PruneSpec(4)),
     ):
-        chooser = TokenChooser(processors=[compiled.processor(), *bias])
+        token_sampler = TokenSampler(processors=[compiled.processor(), *bias])
         config = DecodeConfig(TreeSpec.parse(shape), prune)
-        run = decode(make(streams, config, chooser=chooser), PROMPT, length)
+        run = decode(make(streams, config, token_sampler=token_sampler), PROMPT, length)
         assert run.tokens[:length] == expected[:length]
-    chooser = TokenChooser(processors=[compiled.processor(), *bias])
-    assert plain(streams, PROMPT, length, chooser=chooser).tokens == expected[:length]
+    token_sampler = TokenSampler(processors=[compiled.processor(), *bias])
+    assert plain(streams, PROMPT, length, token_sampler=token_sampler).tokens == expected[:length]
 
 
 def test_right_drafts_are_accepted_under_a_grammar(
@@ -144,9 +144,11 @@ def test_sampled_answers_fit(kind: str, tokenizer: TokenizerWrapper, tiny_llama:
     for seed in range(3):
         mx.random.seed(seed)
         sampler = make_sampler(temp=1.5, top_p=0.95)
-        chooser = TokenChooser(sampler, [compiled.processor(), *bias])
+        token_sampler = TokenSampler(sampler, [compiled.processor(), *bias])
         run = decode(
-            table_decoder(streams, DecodeConfig(TreeSpec(rows=8)), chooser=chooser), PROMPT, 60
+            table_decoder(streams, DecodeConfig(TreeSpec(rows=8)), token_sampler=token_sampler),
+            PROMPT,
+            60,
         )
         text = tokenizer.decode(until_end(run.tokens))
         texts.add(text)
@@ -196,14 +198,16 @@ def test_the_tree_is_all_a_step_waits_for_more(
     from mlx_specstream.generation import grammar as grammar_module
 
     waits: list[str] = []
-    real_ints, real_report = grammar_module.to_ints, decode_module.read_report
+    real_ints, real_report = grammar_module.to_ints, StepReport.read
     monkeypatch.setattr(grammar_module, "to_ints", lambda a: waits.append("tree") or real_ints(a))
-    monkeypatch.setattr(
-        decode_module, "read_report", lambda *a: waits.append("report") or real_report(*a)
-    )
+    monkeypatch.setattr(StepReport, "read", lambda *a: waits.append("report") or real_report(*a))
     streams = random_streams(tiny_llama, stream_config())
-    chooser = TokenChooser(processors=[grammar(tokenizer, "schema").processor()])
-    decode(stream_decoder(streams, DecodeConfig(TreeSpec(rows=6)), chooser=chooser), PROMPT, 6)
+    token_sampler = TokenSampler(processors=[grammar(tokenizer, "schema").processor()])
+    decode(
+        stream_decoder(streams, DecodeConfig(TreeSpec(rows=6)), token_sampler=token_sampler),
+        PROMPT,
+        6,
+    )
     steps = waits.count("report")
     assert waits == ["tree", "tree", "report"] * steps
 

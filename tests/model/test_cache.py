@@ -13,7 +13,7 @@ from mlx_specstream.errors import OptionError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import GROWTH, KVCache, LayerKV, LayerPass, from_mlx_lm, to_mlx_lm
 from mlx_specstream.speculation.plain import PlainDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.engine import (
     Decoded,
@@ -186,7 +186,8 @@ def test_rows_are_gathered_and_scratch_is_overwritten() -> None:
     layer = LayerKV()
     values = mx.arange(8, dtype=mx.float32).reshape(1, 1, 8, 1)
     layer.write(0, values, 10 + values)
-    layer.move(2, mx.array([3, 5, 5]))
+    layer.new_rows = (values, 10 + values)
+    layer.gather(2, mx.array([3, 5, 5]))
     assert layer.read(8)[0].flatten().tolist() == [0, 1, 3, 5, 5, 5, 6, 7]
     assert layer.read(8)[1].flatten().tolist() == [10, 11, 13, 15, 15, 15, 16, 17]
     turned = LayerPass(layer, 4, 0, lambda v: -v)
@@ -199,7 +200,7 @@ def test_sizes() -> None:
     cache = KVCache(2)
     assert (cache.nbytes, cache.arrays) == (0, [])
     backbone = Backbone(small_model(layers=2))
-    decode(PlainDecoder(backbone, TokenChooser()), [1, 2], 3, cache=cache)
+    decode(PlainDecoder(backbone, TokenSampler()), [1, 2], 3, cache=cache)
     assert cache.length == 4
     assert cache.nbytes == 2 * 2 * GROWTH * 2 * 8 * 4
 

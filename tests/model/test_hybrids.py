@@ -20,7 +20,7 @@ from mlx_specstream.model.cache import KVCache, StateLayer, from_mlx_lm, to_mlx_
 from mlx_specstream.model.masks import RowMask
 from mlx_specstream.model.probe import check_backbone
 from mlx_specstream.speculation.decode import StreamDecoder, chains_only
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import chain
 from tests.support import tiny
 from tests.support.against_mlx_lm import compare_with_mlx_lm, random_streams
@@ -101,7 +101,7 @@ def test_streams_continue_from_the_accepted_row_and_leave_nothing() -> None:
     backbone = backbone_of("qwen3_5")
     streams = random_streams(backbone)
     chains = TreeSpec(kind="chain", branching=1, depth=3)
-    decoder = StreamDecoder(streams, DecodeConfig(chains), TokenChooser())
+    decoder = StreamDecoder(streams, DecodeConfig(chains), TokenSampler())
     stepper = decoder.stepper
 
     def states(text: list[int], drafts: list[int], node: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def chunks(cache: KVCache, pace: PacedChunks, clock: Clock, rate: float, tokens:
 class Rows:
     """A cache that counts."""
 
-    drawn_next = False
+    next_is_generated = False
     arrays: tuple[mx.array, ...] = ()
 
     def __init__(self, *, depends_on_passes: bool = False) -> None:

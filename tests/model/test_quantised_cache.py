@@ -66,7 +66,7 @@ def test_an_answer_cut_before_the_start_is_not_quantised(streams: Streams) -> No
     cache.cut(9)
     cache.turn_quantized()
     assert not isinstance(cache.layers[0], QuantizedLayer)
-    cache.advance(2, drawn=True)
+    cache.advance(2, generated=True)
     cache.turn_quantized()  # the drawn token's pass is the one that fills row 11
     assert isinstance(cache.layers[0], QuantizedLayer)
 

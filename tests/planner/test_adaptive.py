@@ -18,7 +18,7 @@ from mlx_specstream.model.cache import KVCache
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.settings import Plan
 from mlx_specstream.speculation.result import StepResult
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.reference.sampling import chi_square_p
 from tests.speculation.test_decode import prompt_of
@@ -79,9 +79,9 @@ class Whims:
 
 
 def auto_decoder(
-    streams: Streams, governor: Whims, chooser: TokenChooser | None = None
+    streams: Streams, governor: Whims, token_sampler: TokenSampler | None = None
 ) -> AutoDecoder:
-    return AutoDecoder(streams, DecodeConfig(), chooser or TokenChooser(), governor)
+    return AutoDecoder(streams, DecodeConfig(), token_sampler or TokenSampler(), governor)
 
 
 @examples(25)
@@ -100,8 +100,8 @@ def test_any_sequence_of_plans_gives_the_plain_text(data: st.DataObject) -> None
     governor = Whims(draw(st.lists(choice, min_size=1, max_size=12)), draw(st.booleans()))
     prompt = prompt_of(draw(st.integers(1, 30)), 12, seed)
     sampler = make_sampler(1.0) if draw(st.booleans()) else None
-    run = decode(auto_decoder(streams, governor, TokenChooser(sampler, seed=seed)), prompt, 24)  # type: ignore[arg-type]
-    wanted = plain(streams, prompt, 24, chooser=TokenChooser(sampler, seed=seed))
+    run = decode(auto_decoder(streams, governor, TokenSampler(sampler, seed=seed)), prompt, 24)  # type: ignore[arg-type]
+    wanted = plain(streams, prompt, 24, token_sampler=TokenSampler(sampler, seed=seed))
     if sampler is None:
         assert_same_text(run.tokens, wanted)
     else:  # a draw may flip where rounding moves a probability across it; here none does
@@ -171,21 +171,21 @@ def test_processors_see_the_right_history() -> None:
         return logits
 
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
-    wanted = plain(streams, [1, 2, 3], 24, chooser=TokenChooser(None, (ban,)))
+    wanted = plain(streams, [1, 2, 3], 24, token_sampler=TokenSampler(None, (ban,)))
     governor = Whims([None, None, Plan.parse("6"), Plan.parse("chain2"), None])
-    decoder = auto_decoder(streams, governor, TokenChooser(None, (ban,)))
+    decoder = auto_decoder(streams, governor, TokenSampler(None, (ban,)))
     assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
 
 
 def test_switching_does_not_change_what_a_seed_draws() -> None:
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
 
-    def chooser() -> TokenChooser:
-        return TokenChooser(make_sampler(temp=1.0, xtc_probability=0.5), seed=6)
+    def token_sampler() -> TokenSampler:
+        return TokenSampler(make_sampler(temp=1.0, xtc_probability=0.5), seed=6)
 
-    wanted = plain(streams, [1, 2, 3], 24, chooser=chooser())
+    wanted = plain(streams, [1, 2, 3], 24, token_sampler=token_sampler())
     for whims in ([None], [Plan.parse("6"), None, None, Plan.parse("chain2")]):
-        decoder = auto_decoder(streams, Whims(whims), chooser())
+        decoder = auto_decoder(streams, Whims(whims), token_sampler())
         assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
 
 
@@ -197,7 +197,7 @@ def test_switching_does_not_bias_what_is_drawn() -> None:
     for _ in range(150):
         governor = Whims([luck.choice([None, *PLANS]) for _ in range(4)], luck.random() < 0.5)
         decoder = auto_decoder(
-            streams, governor, TokenChooser(make_sampler(**options), history=list(PROMPT))
+            streams, governor, TokenSampler(make_sampler(**options), history=list(PROMPT))
         )
         cache = KVCache(streams.backbone.num_layers)
         decoder.prefill(PROMPT[:-1], cache)

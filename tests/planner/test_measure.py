@@ -20,7 +20,7 @@ from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.identity import _ENGINE, identity, weight_bits
 from mlx_specstream.planner.measure import CONTEXT, LONG_CONTEXT, measure
 from mlx_specstream.planner.timing import PlainTokens, Steps
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.engine import (
     decode,
@@ -278,7 +278,7 @@ def test_a_planner_lives_with_its_model(joined: StreamModel, measured: list[Cost
     assert planner_for(joined, DecodeConfig(schedule="deferred")) is not planner
     assert len(measured) == 1
     assert planner.plans == [P("4")]
-    run = decode(AutoDecoder(joined.streams, DecodeConfig(), TokenChooser(), planner), [1, 2], 30)  # type: ignore[arg-type]
+    run = decode(AutoDecoder(joined.streams, DecodeConfig(), TokenSampler(), planner), [1, 2], 30)  # type: ignore[arg-type]
     assert run.tokens[:30] == plain(joined.streams, [1, 2], 30).tokens[:30]  # type: ignore[arg-type]
 
 

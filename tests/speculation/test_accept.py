@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_specstream.config import TypicalSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.speculation.accept import accept, typical_choice
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import DraftTree, ancestors, chain, root_only
 from tests.reference import tree as reference
 from tests.support.engine import examples
@@ -134,13 +134,13 @@ def test_typical_acceptance_takes_what_was_not_drawn() -> None:
         *(mx.array(values, dtype=mx.int32) for values in ([1, 2, 3], [0, 0, 1], [0, 1, 2])), depth=2
     )
     logits = mx.take(logits, mx.array([0, 2, 1]), axis=0)
-    assert TokenChooser()(logits, tree)[0].tolist()[0] == 0
-    drawn, finite = TokenChooser(history=[1], typical=TypicalSpec())(logits, tree)
+    assert TokenSampler()(logits, tree)[0].tolist()[0] == 0
+    drawn, finite = TokenSampler(history=[1], typical=TypicalSpec())(logits, tree)
     assert drawn.tolist() == [2, 0, -1]
     assert finite.item()
     path = accept(tree, ancestors(tree.parents, 2), drawn)
     assert path.tokens.tolist()[:2] == [2, 0]
-    strict = TokenChooser(history=[1], typical=TypicalSpec(epsilon=0.9, delta=1.0))
+    strict = TokenSampler(history=[1], typical=TypicalSpec(epsilon=0.9, delta=1.0))
     assert strict(logits, tree)[0].tolist() == [0, -1, -1]
 
 

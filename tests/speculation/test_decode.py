@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,10 +20,11 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import decode as decode_module
 from mlx_specstream.speculation.plain import PlainDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens, StepReport
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
-from mlx_specstream.speculation.tree import DraftTree, root_only
+from mlx_specstream.speculation.tree import DraftTree, chain, root_only
 from tests.reference import tree as reference
 from tests.support.engine import (
     ALL_MODULES,
@@ -231,15 +233,15 @@ def test_processors_see_every_rows_own_history(name: str, kind: str) -> None:
     shape = {"pruned chain": "chain", "pruned tree": "12"}.get(kind, kind)
     config = DecodeConfig(TreeSpec.parse(shape), PruneSpec(5, 0.01) if pruned else None)
     for make in (stream_decoder, table_decoder):
-        chooser = TokenChooser(processors=make_logits_processors(**PROCESSORS[name]))
-        decoder = make(streams, config, chooser=chooser)
+        token_sampler = TokenSampler(processors=make_logits_processors(**PROCESSORS[name]))
+        decoder = make(streams, config, token_sampler=token_sampler)
         run = decode(decoder, prompt, 30)
         assert run.tokens[:30] == expected
-        assert chooser.history == prompt + run.tokens
+        assert token_sampler.history == prompt + run.tokens
         if make is table_decoder and shape != "chain":
             assert run.accepted > 0
-    chooser = TokenChooser(processors=make_logits_processors(**PROCESSORS[name]))
-    assert plain(streams, prompt, 30, chooser=chooser).tokens == expected
+    token_sampler = TokenSampler(processors=make_logits_processors(**PROCESSORS[name]))
+    assert plain(streams, prompt, 30, token_sampler=token_sampler).tokens == expected
 
 
 def test_processors_in_shared_mode() -> None:
@@ -247,11 +249,11 @@ def test_processors_in_shared_mode() -> None:
     model = small_model(layers=3, vocab=12, seed=1)
     streams = random_streams(model, stream_config(mode="shared"), 1)
 
-    def chooser() -> TokenChooser:
-        return TokenChooser(processors=make_logits_processors(**PROCESSORS["all"]))
+    def token_sampler() -> TokenSampler:
+        return TokenSampler(processors=make_logits_processors(**PROCESSORS["all"]))
 
-    expected = plain(streams, [4, 2], 20, chooser=chooser())
-    decoder = table_decoder(streams, DecodeConfig(TreeSpec(rows=10)), chooser=chooser())
+    expected = plain(streams, [4, 2], 20, token_sampler=token_sampler())
+    decoder = table_decoder(streams, DecodeConfig(TreeSpec(rows=10)), token_sampler=token_sampler())
     run = decode(decoder, [4, 2], 20)
     assert run.accepted > 0
     assert_same_text(run.tokens, expected)
@@ -264,10 +266,10 @@ def test_a_seed_gives_one_text_whatever_the_tree(xtc: float) -> None:
 
     def text(seed: int, config: DecodeConfig | None) -> list[int]:
         mx.random.seed(seed)
-        chooser = TokenChooser(make_sampler(temp=1.0, top_p=0.9, xtc_probability=xtc))
+        token_sampler = TokenSampler(make_sampler(temp=1.0, top_p=0.9, xtc_probability=xtc))
         if config is None:
-            return plain(streams, [1, 2, 3], 25, chooser=chooser).tokens
-        run = decode(table_decoder(streams, config, chooser=chooser), [1, 2, 3], 25)
+            return plain(streams, [1, 2, 3], 25, token_sampler=token_sampler).tokens
+        run = decode(table_decoder(streams, config, token_sampler=token_sampler), [1, 2, 3], 25)
         assert run.accepted > 0
         return run.tokens[:25]
 
@@ -298,8 +300,8 @@ def test_damaged_weights_are_an_error(where: str, sampler: object) -> None:
         streams = random_streams(model, stream_config())
         config = DecodeConfig(TreeSpec(rows=6))
         for decoder in (
-            stream_decoder(streams, config, TokenChooser(sampler)),  # type: ignore[arg-type]
-            PlainDecoder(streams.backbone, TokenChooser(sampler)),  # type: ignore[arg-type]
+            stream_decoder(streams, config, TokenSampler(sampler)),  # type: ignore[arg-type]
+            PlainDecoder(streams.backbone, TokenSampler(sampler)),  # type: ignore[arg-type]
         ):
             with pytest.raises(ModelError, match="not a number") as caught:
                 decode(decoder, [1, 2], 5)
@@ -395,7 +397,7 @@ class TestOneSynchronisation:
         decoder = stream_decoder(
             streams,
             DecodeConfig(TreeSpec.parse(tree), PruneSpec(4, 0.1), schedule),  # type: ignore[arg-type]
-            chooser=TokenChooser(make_sampler(0.9, top_p=0.9, top_k=5)),
+            token_sampler=TokenSampler(make_sampler(0.9, top_p=0.9, top_k=5)),
         )
         cache = KVCache(3)
         decoder.prefill([1, 2, 3], cache)
@@ -404,10 +406,10 @@ class TestOneSynchronisation:
             parents = mx.array([0, 0, 1, 1, 0, 2], dtype=mx.int32)
             depths = mx.array([0, 1, 2, 2, 1, 3], dtype=mx.int32)
             step = decoder.stepper.step(DraftTree(tokens, parents, depths, 3), cache)
-            return step.report, step.next_tree.tokens
+            return step.report.packed, step.next_tree.tokens
 
         report, following = mx.compile(build)(mx.arange(6, dtype=mx.int32))
-        assert report.shape[0] > 2
+        assert report.shape[1] > 2
         assert following.shape[0] > 1
 
         def looks(tokens: mx.array) -> mx.array:
@@ -418,11 +420,11 @@ class TestOneSynchronisation:
 
     def test_the_loop_waits_once_per_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         waits = []
-        real = decode_module.read_report
+        real = StepReport.read
 
-        def counted(*args: object) -> object:
+        def counted(report: StepReport) -> object:
             waits.append(1)
-            return real(*args)  # type: ignore[arg-type]
+            return real(report)
 
         def refuse(*_: object) -> None:
             raise AssertionError("a second synchronisation")
@@ -431,11 +433,36 @@ class TestOneSynchronisation:
         decoder = stream_decoder(streams, DecodeConfig(TreeSpec(rows=8)))
         cache = KVCache(3)
         decoder.prefill([1, 2, 3], cache)
-        monkeypatch.setattr(decode_module, "read_report", counted)
+        monkeypatch.setattr(StepReport, "read", counted)
         monkeypatch.setattr(decode_module, "to_ints", refuse)
         monkeypatch.setattr(mx, "eval", refuse)
-        results = list(decoder.steps(4, cache, lambda _: len(waits) < 6))
-        assert len(results) == len(waits) == 6
+        results = list(decoder.steps(4, cache, MaxTokens(12)))
+        assert len(results) == len(waits) > 5
+
+    @pytest.mark.parametrize("tree", ["chain", "12"])
+    def test_the_report_does_not_wait_for_the_streams(
+        self, tree: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is evaluated first holds no stream; the next tree follows in an evaluation of its own."""
+        streams = random_streams(small_model(layers=3), stream_config())
+        decoder = stream_decoder(streams, DecodeConfig(TreeSpec.parse(tree), schedule="deferred"))
+        cache = KVCache(3)
+        decoder.prefill([1, 2, 3], cache)
+        evaluated: list[tuple[mx.array, ...]] = []
+        monkeypatch.setattr(mx, "async_eval", lambda *arrays: evaluated.append(arrays))
+        step = decoder.stepper.step(chain(mx.arange(4)), cache)
+        step.schedule()
+        assert [id(step.report.packed), id(step.logits)] == [id(x) for x in evaluated[0]]
+        assert [id(x) for x in step.next_tree.arrays] == [id(x) for x in evaluated[1][:-1]]
+
+        def products(*arrays: mx.array) -> int:
+            graph = io.StringIO()
+            mx.export_to_dot(graph, *arrays)
+            return graph.getvalue().count('label ="Matmul"')
+
+        first, all_of_it = products(*evaluated[0]), products(*evaluated[0], *evaluated[1])
+        assert first > 7 * 3
+        assert all_of_it > first + 7 * 2
 
     def test_no_other_module_of_the_step_looks_at_values(self) -> None:
         from mlx_specstream.speculation import (
@@ -463,7 +490,7 @@ def test_streams_that_know_the_next_token_follow_the_token_that_was_drawn() -> N
     config = DecodeConfig(chain, use_conditioner=False)
     run = decode(stream_decoder(streams, config, keep_drafts=True), prompt, 24)
     text = [*prompt, *run.tokens]
-    stepper = Stepper(streams, chain, True, TokenChooser())
+    stepper = Stepper(streams, chain, True, TokenSampler())
     root, changed = len(prompt) - 1, 0
     for step in run.steps:
         assert step.draft is not None

@@ -17,7 +17,8 @@ from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import step as step_module
 from mlx_specstream.speculation.accept import AcceptedPath, accept
 from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Verified
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import DraftTree
@@ -83,8 +84,8 @@ def exact_logits(streams: Streams, text: tuple[int, ...]) -> np.ndarray:
 
 def decode_one(streams: Streams, token: int, cache: KVCache) -> mx.array:
     config = DecodeConfig(TreeSpec(rows=1))
-    decoder = StreamDecoder(streams, config, TokenChooser())
-    (result,) = decoder.steps(token, cache, lambda _: False)
+    decoder = StreamDecoder(streams, config, TokenSampler())
+    (result,) = decoder.steps(token, cache, MaxTokens(1))
     return result.logits[0]
 
 
@@ -143,11 +144,13 @@ def outcomes(mode: str, shape: str, sampler: dict[str, float]) -> dict[tuple[int
     return probabilities
 
 
-def draws(verified: Verified, streams: Streams, chooser: TokenChooser, number: int) -> mx.array:
+def draws(
+    verified: Verified, streams: Streams, token_sampler: TokenSampler, number: int
+) -> mx.array:
     """Return `number` independent draws at every node of one verified draft, (number, T)."""
     logits = streams.backbone.head(verified.last)[0]
     mx.random.seed(11)
-    drawn = chooser.draw(mx.tile(logits, (number, 1)))
+    drawn = token_sampler.draw(mx.tile(logits, (number, 1)))
     return mx.unflatten(drawn, 0, (number, verified.tree.num_nodes))
 
 
@@ -181,8 +184,8 @@ def test_one_step_emits_the_targets_distribution(mode: str, shape: str) -> None:
     streams, verified = streams_of(mode), verified_draft(mode, shape)
     for options in SAMPLERS:
         expected = outcomes(mode, shape, options)
-        chooser = TokenChooser(make_sampler(**options))
-        counts = walked(verified, draws(verified, streams, chooser, DRAWS))
+        token_sampler = TokenSampler(make_sampler(**options))
+        counts = walked(verified, draws(verified, streams, token_sampler, DRAWS))
         assert 0.03 < sum(n for s, n in counts.items() if len(s) > 1) / DRAWS < 0.97
         p = chi_square_p(counts, expected)
         assert p > LEVEL, f"{options}: p = {p:.2g}"
@@ -207,9 +210,9 @@ def wrong_parent(tree: DraftTree, seen: mx.array, drawn: mx.array) -> AcceptedPa
 def test_wrong_rules_are_found_out(shape: str, rule: Accept) -> None:
     """The power of the test above: these must fail it, clearly."""
     expected = outcomes("lossless", shape, {"temp": 1.0})
-    chooser = TokenChooser(make_sampler(temp=1.0))
+    token_sampler = TokenSampler(make_sampler(temp=1.0))
     verified = verified_draft("lossless", shape)
-    rows = draws(verified, streams_of("lossless"), chooser, 600)
+    rows = draws(verified, streams_of("lossless"), token_sampler, 600)
     assert chi_square_p(Counter(emitted(verified, rows, accept)), expected) > LEVEL
     assert chi_square_p(Counter(emitted(verified, rows, rule)), expected) < 1e-9
 
@@ -217,9 +220,9 @@ def test_wrong_rules_are_found_out(shape: str, rule: Accept) -> None:
 def test_a_slightly_wrong_temperature_is_found_out() -> None:
     """So must a temperature of 0.85 where 1 was asked for."""
     expected = outcomes("lossless", "tree", {"temp": 1.0})
-    chooser = TokenChooser(make_sampler(temp=0.85))
+    token_sampler = TokenSampler(make_sampler(temp=0.85))
     verified = verified_draft("lossless", "tree")
-    counts = walked(verified, draws(verified, streams_of("lossless"), chooser, DRAWS))
+    counts = walked(verified, draws(verified, streams_of("lossless"), token_sampler, DRAWS))
     assert chi_square_p(counts, expected) < 1e-4
 
 
@@ -242,7 +245,7 @@ def three_tokens(mode: str, options: dict[str, float]) -> dict[tuple[int, ...], 
 
 def first_tokens(decoder: StreamDecoder, cache: KVCache, number: int) -> list[int]:
     text: list[int] = []
-    steps = decoder.steps(PROMPT[-1], cache, lambda result: len(text + result.tokens) < number)
+    steps = decoder.steps(PROMPT[-1], cache, MaxTokens(number))
     for result in steps:
         text += result.tokens
     return text[:number]
@@ -263,8 +266,8 @@ def test_the_loop_emits_the_targets_distribution(
 
     def run(draws: int) -> float:
         mx.random.seed(5)
-        chooser = TokenChooser(make_sampler(**options))
-        decoder = table_decoder(streams_of(mode), SHAPES[shape], chooser=chooser)
+        token_sampler = TokenSampler(make_sampler(**options))
+        decoder = table_decoder(streams_of(mode), SHAPES[shape], token_sampler=token_sampler)
         cache = KVCache(streams_of(mode).backbone.num_layers)
         decoder.prefill(PROMPT[:-1], cache)
         counts: Counter[tuple[int, ...]] = Counter()
@@ -288,8 +291,8 @@ def test_plain_sampling_has_the_same_distribution() -> None:
     mx.random.seed(2)
 
     def run() -> tuple[int, ...]:
-        chooser = TokenChooser(make_sampler(**options))
-        return tuple(plain(streams_of("lossless"), PROMPT, 2, chooser=chooser).tokens)
+        token_sampler = TokenSampler(make_sampler(**options))
+        return tuple(plain(streams_of("lossless"), PROMPT, 2, token_sampler=token_sampler).tokens)
 
     counts = Counter(run() for _ in range(150))
     expected: dict[tuple[int, ...], float] = Counter()

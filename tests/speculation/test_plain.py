@@ -11,7 +11,8 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 from tests.support.engine import (
     decode,
     examples,
@@ -35,7 +36,7 @@ def test_plain_text_is_mlx_lms(
 ) -> None:
     model = small_model(family, layers, vocab=64, seed=seed)
     prompt = [int(t) for t in np.random.default_rng(seed).integers(0, 64, length)]
-    run = decode(PlainDecoder(Backbone(model), TokenChooser()), prompt, 20, chunk=chunk)
+    run = decode(PlainDecoder(Backbone(model), TokenSampler()), prompt, 20, chunk=chunk)
     assert run.tokens == mlx_lm_tokens(model, prompt, 20)
     assert run.cache.length == length - 1 + 20
     assert all(step.drafted == step.accepted == 0 for step in run.steps)
@@ -49,19 +50,19 @@ def test_mlxs_seed_repeats_a_sampled_text() -> None:
     texts = []
     for seed in (4, 4, 5):
         mx.random.seed(seed)
-        decoder = PlainDecoder(Backbone(model), TokenChooser(make_sampler(temp=1.0)))
+        decoder = PlainDecoder(Backbone(model), TokenSampler(make_sampler(temp=1.0)))
         texts.append(decode(decoder, [1, 2, 3], 30).tokens)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_which_plain_decoding_is_the_reference() -> None:
     model = small_model()
-    chooser = TokenChooser()
+    token_sampler = TokenSampler()
     lossless = random_streams(model, stream_config())
-    assert isinstance(plain_decoder(lossless.backbone, lossless, chooser), PlainDecoder)
-    assert isinstance(plain_decoder(lossless.backbone, None, chooser), PlainDecoder)
+    assert isinstance(plain_decoder(lossless.backbone, lossless, token_sampler), PlainDecoder)
+    assert isinstance(plain_decoder(lossless.backbone, None, token_sampler), PlainDecoder)
     shared = random_streams(model, stream_config(mode="shared"))
-    decoder = plain_decoder(shared.backbone, shared, chooser)
+    decoder = plain_decoder(shared.backbone, shared, token_sampler)
     assert isinstance(decoder, StreamDecoder)
     run = decode(decoder, [1, 2], 5)
     assert [(len(step.tokens), step.drafted) for step in run.steps] == [(1, 0)] * 5
@@ -70,7 +71,7 @@ def test_which_plain_decoding_is_the_reference() -> None:
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_prefill_reports_progress(length: int) -> None:
     seen: list[tuple[int, int]] = []
-    decoder = PlainDecoder(Backbone(small_model()), TokenChooser())
+    decoder = PlainDecoder(Backbone(small_model()), TokenSampler())
     cache = KVCache(3)
     decoder.prefill([1] * length, cache, lambda done, total: seen.append((done, total)), chunk=3)
     assert seen == [(done, length) for done in [*range(3, length, 3), length]]
@@ -78,15 +79,15 @@ def test_prefill_reports_progress(length: int) -> None:
 
 
 def test_history_is_kept_up() -> None:
-    chooser = TokenChooser()
-    run = decode(PlainDecoder(Backbone(small_model()), chooser), [1, 2], 5)
-    assert chooser.history == [1, 2, *run.tokens]
+    token_sampler = TokenSampler()
+    run = decode(PlainDecoder(Backbone(small_model()), token_sampler), [1, 2], 5)
+    assert token_sampler.history == [1, 2, *run.tokens]
 
 
 def test_an_interrupt_leaves_the_cache_at_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the pass ahead is being built: a chat goes on from the same cache."""
     backbone = Backbone(small_model())
-    decoder, cache, passes = PlainDecoder(backbone, TokenChooser()), KVCache(3), []
+    decoder, cache, passes = PlainDecoder(backbone, TokenSampler()), KVCache(3), []
     forward = backbone.forward
 
     def interrupted(*args: object) -> mx.array:
@@ -98,7 +99,7 @@ def test_an_interrupt_leaves_the_cache_at_the_text(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backbone, "forward", interrupted)
     text = []
     with pytest.raises(KeyboardInterrupt):
-        for result in decoder.steps(1, cache, lambda _: True):
+        for result in decoder.steps(1, cache, MaxTokens()):
             text += result.tokens
     assert len(text) == 2
     assert cache.length == 2

@@ -9,7 +9,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import DraftTree, root_only
 from tests.reference import tree as reference
 from tests.reference.sampling import chi_square_p, distribution
@@ -37,10 +37,10 @@ def tree_from(tokens: list[int], parents: list[int], alive: list[bool] | None = 
 
 def test_greedy_is_the_argmax_of_every_row() -> None:
     for sampler in (None, make_sampler(temp=0.0)):
-        drawn = TokenChooser(sampler).draw(LOGITS)
+        drawn = TokenSampler(sampler).draw(LOGITS)
         assert drawn.tolist() == [1, 0, 2]
         assert drawn.dtype == mx.int32
-        drawn, finite = TokenChooser(sampler)(LOGITS, tree_of(3))
+        drawn, finite = TokenSampler(sampler)(LOGITS, tree_of(3))
         assert drawn.tolist()[:2] == [1, 0]
         assert finite.item()
 
@@ -53,7 +53,7 @@ def test_samplers_get_float32_log_probabilities(dtype: mx.Dtype) -> None:
         seen.append(log_probs)
         return mx.argmax(log_probs, axis=-1)
 
-    TokenChooser(sampler).draw(LOGITS.astype(dtype))
+    TokenSampler(sampler).draw(LOGITS.astype(dtype))
     assert seen[0].dtype == mx.float32
     np.testing.assert_allclose(np.exp(np.array(seen[0])).sum(-1), 1, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_rows_are_drawn_independently_from_their_own(options: dict[str, float]) 
     """Pairs of the first two rows, thousands of times: the product of two distributions."""
     mx.random.seed(3)
     n = 4000
-    drawn = TokenChooser(make_sampler(**options)).draw(mx.tile(LOGITS, (n, 1)))
+    drawn = TokenSampler(make_sampler(**options)).draw(mx.tile(LOGITS, (n, 1)))
     rows = np.array(drawn).reshape(n, 3)[:, :2]
     first, second = (
         distribution(
@@ -97,15 +97,15 @@ def test_rows_are_drawn_independently_from_their_own(options: dict[str, float]) 
 @pytest.mark.parametrize("sampler", [None, make_sampler(temp=1.0, top_p=0.9)])
 def test_one_nan_is_seen_wherever_it_is(place: int, sampler: object) -> None:
     logits = np.random.default_rng(place).normal(size=(3, 40)).astype(np.float32)
-    assert TokenChooser(sampler)(mx.array(logits), tree_of(3))[1].item()  # type: ignore[arg-type]
+    assert TokenSampler(sampler)(mx.array(logits), tree_of(3))[1].item()  # type: ignore[arg-type]
     logits[1, place] = np.nan
-    assert not TokenChooser(sampler)(mx.array(logits), tree_of(3))[1].item()  # type: ignore[arg-type]
+    assert not TokenSampler(sampler)(mx.array(logits), tree_of(3))[1].item()  # type: ignore[arg-type]
 
 
 def test_forbidden_tokens_are_no_nan() -> None:
     logits = mx.array([[-mx.inf, 1.0, -mx.inf]])
     for sampler in (None, make_sampler(temp=1.0)):
-        drawn, finite = TokenChooser(sampler)(logits, root_only(mx.array(0)))
+        drawn, finite = TokenSampler(sampler)(logits, root_only(mx.array(0)))
         assert (drawn.item(), finite.item()) == (1, True)
 
 
@@ -117,10 +117,10 @@ def test_processors_get_the_text_and_the_drafts_above() -> None:
         assert logits.shape == (1, 4)
         return logits
 
-    chooser = TokenChooser(processors=[spy], history=[7, 8, 2])
+    token_sampler = TokenSampler(processors=[spy], history=[7, 8, 2])
     # The root's draw 1 is its second child, whose draw 0 is the last node.
     tree = tree_from([2, 3, 1, 0], [0, 0, 0, 2])
-    drawn, _ = chooser(mx.concatenate([LOGITS[:1], LOGITS[2:], LOGITS[1:]]), tree)
+    drawn, _ = token_sampler(mx.concatenate([LOGITS[:1], LOGITS[2:], LOGITS[1:]]), tree)
     assert seen == [[7, 8, 2], [7, 8, 2, 1], [7, 8, 2, 1, 0]]
     assert drawn.tolist() == [1, -1, 0, 2]
 
@@ -129,8 +129,8 @@ def test_processors_of_one_row_do_not_touch_the_next() -> None:
     """mlx-lm's processors write into the logits they are given."""
     processors = make_logits_processors(repetition_penalty=100.0)
     before = mx.array(LOGITS)
-    chooser = TokenChooser(processors=processors, history=[1])
-    drawn, _ = chooser(LOGITS, tree_from([1, 2, 0], [0, 0, 1]))
+    token_sampler = TokenSampler(processors=processors, history=[1])
+    drawn, _ = token_sampler(LOGITS, tree_from([1, 2, 0], [0, 0, 1]))
     assert drawn.tolist() == [2, 0, 2]
     assert mx.array_equal(LOGITS, before)
 
@@ -153,8 +153,8 @@ def test_a_walk_draws_what_plain_decoding_draws(
     processors = [by_history, *make_logits_processors(repetition_penalty=1.3)]
     history = [*past, tokens[0]]
     sampler = None if greedy else deterministic
-    chooser = TokenChooser(sampler, processors, list(history))
-    drawn = chooser(logits, tree_from(tokens, parents, alive))[0].tolist()
+    token_sampler = TokenSampler(sampler, processors, list(history))
+    drawn = token_sampler(logits, tree_from(tokens, parents, alive))[0].tolist()
 
     wanted, node, text = [-1] * len(tokens), 0, list(history)
     while True:
@@ -173,7 +173,7 @@ def test_a_walk_draws_what_plain_decoding_draws(
         node = path[1]
     event(f"depth {len(text) - len(history) - 1}")
     assert drawn == wanted
-    assert chooser.history == history
+    assert token_sampler.history == history
 
 
 def deterministic(log_probs: mx.array) -> mx.array:
@@ -191,8 +191,8 @@ def chain_outcomes(
     """Count what one step over root, 1, 3 emits; `at_once` draws all rows in one call."""
     tree = tree_from([2, 1, 3], [0, 0, 1])
     mx.random.seed(5)
-    choosers = [TokenChooser(make_sampler(**options), history=[2]) for _ in range(number)]
-    rows = mx.stack([c.draw(LOGITS) if at_once else c(LOGITS, tree)[0] for c in choosers])
+    token_samplers = [TokenSampler(make_sampler(**options), history=[2]) for _ in range(number)]
+    rows = mx.stack([c.draw(LOGITS) if at_once else c(LOGITS, tree)[0] for c in token_samplers])
     found: Counter[tuple[int, ...]] = Counter()
     for drawn in rows.tolist():
         path = reference.accepted([2, 1, 3], [0, 0, 1], [True] * 3, drawn)
@@ -223,10 +223,10 @@ def test_a_nan_that_a_processor_makes_is_seen_on_the_path_alone() -> None:
         return logits * mx.where(tokens[-1] == 1, mx.nan, 1.0)
 
     tree = tree_from([2, 1, 0], [0, 0, 0])
-    chooser = TokenChooser(processors=[spoil], history=[2])
-    assert not chooser(LOGITS, tree)[1].item()
+    token_sampler = TokenSampler(processors=[spoil], history=[2])
+    assert not token_sampler(LOGITS, tree)[1].item()
     # The root's draw is 1, which no child holds: what follows is not used.
-    assert chooser(LOGITS, tree_from([2, 3, 0], [0, 0, 0]))[1].item()
+    assert token_sampler(LOGITS, tree_from([2, 3, 0], [0, 0, 0]))[1].item()
 
 
 def test_a_place_has_its_own_random_numbers_and_others_are_left_alone() -> None:
@@ -236,17 +236,17 @@ def test_a_place_has_its_own_random_numbers_and_others_are_left_alone() -> None:
     tree = root_only(mx.array(0))
 
     def at(place: int, seed: int = 9) -> int:
-        chooser = TokenChooser(make_sampler(temp=1.0), history=[0] * place, seed=seed)
-        return chooser(logits, tree)[0].item()
+        token_sampler = TokenSampler(make_sampler(temp=1.0), history=[0] * place, seed=seed)
+        return token_sampler(logits, tree)[0].item()
 
     first = [at(place) for place in range(1, 30)]
     assert first == [at(place) for place in range(1, 30)]
     assert len(set(first)) > 25
     assert sum(a == at(n, 10) for n, a in enumerate(first, start=1)) < 3
     assert mx.random.state[0].tolist() == before
-    TokenChooser()
+    TokenSampler()
     assert mx.random.state[0].tolist() == before
-    taken = [TokenChooser(make_sampler(temp=1.0)).seed for _ in range(2)]
+    taken = [TokenSampler(make_sampler(temp=1.0)).seed for _ in range(2)]
     assert taken[0] != taken[1]
     mx.random.seed(4)
-    assert TokenChooser(make_sampler(temp=1.0)).seed == taken[0]
+    assert TokenSampler(make_sampler(temp=1.0)).seed == taken[0]

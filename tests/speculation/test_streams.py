@@ -10,7 +10,7 @@ from mlx_specstream.config import StreamConfig, TreeSpec
 from mlx_specstream.errors import StreamsError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams, pass_mask, rotate_values
 from mlx_specstream.speculation.tree import DraftTree
@@ -43,7 +43,7 @@ def verify(streams: Streams, prefix: list[int], inline: bool) -> tuple[np.ndarra
     if prefix:
         streams.forward(mx.array(prefix), cache)
         cache.advance(len(prefix))
-    stepper = Stepper(streams, TreeSpec(), inline, TokenChooser())
+    stepper = Stepper(streams, TreeSpec(), inline, TokenSampler())
     following = mx.array(FOLLOWING, dtype=mx.int32)
     verified = stepper.verify(tree(), cache, following)
     states = [
@@ -157,7 +157,7 @@ def test_half_precision_streams_stay_in_it(dtype: mx.Dtype, mode: str) -> None:
         cache = KVCache(3)
         streams.forward(mx.array(PREFIX), cache)
         cache.advance(len(PREFIX))
-        verified = Stepper(streams, TreeSpec(), True, TokenChooser()).verify(tree(), cache)
+        verified = Stepper(streams, TreeSpec(), True, TokenSampler()).verify(tree(), cache)
         assert verified.last.dtype == dtype
         assert verified.streams is not None
         assert verified.streams.dtype == dtype
@@ -229,7 +229,7 @@ def test_shared_adapters_may_be_missing_below() -> None:
 @pytest.mark.parametrize(
     ("config", "missing", "says"),
     [
-        ({"num_msa_layers": 3}, "", "3 MSA layers"),
+        ({"num_msa_layers": 4}, "", "4 MSA layers"),
         ({"num_msa_layers": 7}, "", "7 MSA layers"),
         ({"target_modules": ("self_attn.w_proj",)}, "", "self_attn.w_proj"),
         ({"target_modules": ("attention.q_proj",)}, "", "attention.q_proj"),

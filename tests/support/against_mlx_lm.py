@@ -18,8 +18,8 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, StreamConfig, TreeSpe
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.probe import check_backbone
 from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.result import StepResult
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.weights.fingerprint import base_dims
 from mlx_specstream.weights.stream_tensors import stream_shapes
@@ -75,16 +75,11 @@ def decoded(
     streams: Streams, config: DecodeConfig, prompt: Sequence[int], max_tokens: int
 ) -> tuple[list[int], int]:
     """Return the greedy tokens of a prompt, at least `max_tokens`, and how many were drafts."""
-    decoder, cache = StreamDecoder(streams, config, TokenChooser()), streams.backbone.new_cache()
+    decoder, cache = StreamDecoder(streams, config, TokenSampler()), streams.backbone.new_cache()
     decoder.prefill(prompt[:-1], cache)
-    tokens: list[int] = []
-
-    def more(result: StepResult) -> bool:
-        tokens.extend(result.tokens)
-        return len(tokens) < max_tokens
-
-    accepted = sum(result.accepted for result in decoder.steps(prompt[-1], cache, more))
-    return tokens, accepted
+    results = list(decoder.steps(prompt[-1], cache, MaxTokens(max_tokens)))
+    tokens = [token for result in results for token in result.tokens]
+    return tokens, sum(result.accepted for result in results)
 
 
 def compare_with_mlx_lm(

@@ -23,8 +23,8 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
-from mlx_specstream.speculation.result import StepResult
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens, StepResult
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support import tiny
 from tests.support.random_streams import random_tensors, with_table
@@ -104,10 +104,13 @@ def table_decoder(streams: Streams, config: DecodeConfig, **options: Any) -> Str
 
 
 def stream_decoder(
-    streams: Streams, config: DecodeConfig, chooser: TokenChooser | None = None, **options: Any
+    streams: Streams,
+    config: DecodeConfig,
+    token_sampler: TokenSampler | None = None,
+    **options: Any,
 ) -> StreamDecoder:
-    """Return a greedy decoder, if no `chooser` is given."""
-    return StreamDecoder(streams, config, chooser or TokenChooser(), **options)
+    """Return a greedy decoder, if no `token_sampler` is given."""
+    return StreamDecoder(streams, config, token_sampler or TokenSampler(), **options)
 
 
 @dataclass
@@ -136,17 +139,10 @@ def decode(
     """Run `decoder` from `prompt` until it has emitted at least `max_tokens`."""
     backbone = decoder.backbone if isinstance(decoder, PlainDecoder) else decoder.streams.backbone
     cache = cache or KVCache(backbone.num_layers)
-    decoder.chooser.history[:] = prompt
+    decoder.token_sampler.history[:] = prompt
     decoder.prefill(prompt[:-1], cache, chunk=chunk)
     run = Decoded([], [], cache, [])
-    emitted = 0
-
-    def more(result: StepResult) -> bool:
-        nonlocal emitted
-        emitted += len(result.tokens)
-        return emitted < max_tokens
-
-    for result in decoder.steps(prompt[-1], cache, more):
+    for result in decoder.steps(prompt[-1], cache, MaxTokens(max_tokens)):
         run.tokens += result.tokens
         run.steps.append(result)
         if snapshots:
@@ -162,8 +158,10 @@ def committed_rows(cache: KVCache) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def plain(streams: Streams, prompt: Sequence[int], max_tokens: int, **options: Any) -> Decoded:
     """Return plain decoding of the model that `streams` belong to, one token per pass."""
-    chooser = options.pop("chooser", None) or TokenChooser()
-    return decode(plain_decoder(streams.backbone, streams, chooser), prompt, max_tokens, **options)
+    token_sampler = options.pop("token_sampler", None) or TokenSampler()
+    return decode(
+        plain_decoder(streams.backbone, streams, token_sampler), prompt, max_tokens, **options
+    )
 
 
 def mlx_lm_tokens(

@@ -9,7 +9,7 @@ import pytest
 from mlx_specstream.config import TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
@@ -87,7 +87,9 @@ def test_the_training_forward_is_the_engines(family, fields) -> None:
     )
     segments = cut([s.positions for s in batch], 2)
     states = stream_states(streams, base, segments)
-    stepper = Stepper(streams, TreeSpec("chain", branching=1), inline=True, chooser=TokenChooser())
+    stepper = Stepper(
+        streams, TreeSpec("chain", branching=1), inline=True, token_sampler=TokenSampler()
+    )
     for n in range(len(segments)):
         tokens = batch[segments.text[n]].example.tokens
         for p, t in enumerate(segments.positions[n]):

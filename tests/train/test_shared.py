@@ -9,7 +9,7 @@ import pytest
 from mlx_specstream.config import TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
@@ -40,7 +40,9 @@ def test_the_training_forward_is_the_engines(fields) -> None:
     batch = everything(some_texts())
     states = joint_states(streams, batch, 3)
     segments = states.main.shape[1] // 3
-    stepper = Stepper(streams, TreeSpec("chain", branching=1), inline=True, chooser=TokenChooser())
+    stepper = Stepper(
+        streams, TreeSpec("chain", branching=1), inline=True, token_sampler=TokenSampler()
+    )
     for number, selection in enumerate(batch):
         tokens, first = selection.example.tokens, selection.example.prompt_length - 1
         cache = KVCache(backbone.num_layers)

@@ -34,7 +34,7 @@ class KVCache:
     With `quantize`, plain layers turn quantised for the first pass after `quantize.start` rows are
     committed, as in mlx-lm's plain decoding: between two passes, never within one.
 
-    `drawn_next`: the token behind the committed text was drawn by a step, which counts where rows
+    `next_is_generated`: the token behind the committed text was drawn by a step, which counts where rows
     depend on the passes they were computed in (`depends_on_passes`).
     """
 
@@ -42,8 +42,8 @@ class KVCache:
         self.layers: list[LayerKV] = [LayerKV() for _ in range(num_layers)]
         self.length = 0
         self.quantize: Quantization | None = None
-        self.drawn_next = False
-        self._due = False  # to turn quantised with the next pass
+        self.next_is_generated = False
+        self._quantise_next_pass = False
 
     @classmethod
     def of(
@@ -60,7 +60,10 @@ class KVCache:
     ) -> LayerPass:
         """Return what layer `layer` sees as its cache during a pass; see `LayerPass`."""
         self._turn(layer)
-        return self.layers[layer].view(start, offset, on_values)
+        view = self.layers[layer].view(start, offset, on_values)
+        # Consecutive rows stay where they are, and streams, which begin further back, are dropped.
+        view.is_draft = isinstance(offset, mx.array) and start == self.length
+        return view
 
     def commit(self, rows: Sequence[int], layers: range) -> None:
         """Bring a pass's rows, given by their places in the pass, to the end of the committed text.
@@ -73,15 +76,15 @@ class KVCache:
             in_place += 1
         if in_place == len(rows):
             return
-        index = mx.array(list(rows[in_place:]), dtype=mx.int32) + self.length
+        index = mx.array(list(rows[in_place:]), dtype=mx.int32)
         for layer in layers:
-            self.layers[layer].move(self.length + in_place, index)
+            self.layers[layer].gather(self.length + in_place, index)
 
-    def advance(self, rows: int, drawn: bool = False) -> None:
-        """Count `rows` more rows as committed; `drawn`: the next token was drawn by this pass."""
+    def advance(self, rows: int, generated: bool = False) -> None:
+        """Count `rows` more rows as committed; `generated`: this pass drew the next token."""
         self._set_length(self.length + rows)
-        self.drawn_next = drawn
-        self._due = self.quantize is not None and self.length >= self.quantize.start
+        self.next_is_generated = generated
+        self._quantise_next_pass = self.quantize is not None and self.length >= self.quantize.start
 
     @property
     def depends_on_passes(self) -> bool:
@@ -92,7 +95,7 @@ class KVCache:
         """
         return self.quantize is not None or any(layer.depends_on_passes for layer in self.layers)
 
-    def must_not_pass(self, depth: int) -> bool:
+    def quantises_before(self, depth: int) -> bool:
         """Tell whether drafts down to `depth` would have to see rows quantised, the root not yet.
 
         Plain decoding turns the cache quantised after the pass that fills row `start` − 1; rows
@@ -101,7 +104,7 @@ class KVCache:
         return (
             self.quantize is not None
             and self.length + depth >= self.quantize.start
-            and not self._due
+            and not self._quantise_next_pass
             and any(type(layer) is LayerKV for layer in self.layers)
         )
 
@@ -116,15 +119,19 @@ class KVCache:
         """
         assert self.can_rewind(length)
         self._set_length(length)
-        self._due = self._due and self.quantize is not None and length >= self.quantize.start
+        self._quantise_next_pass = (
+            self._quantise_next_pass and self.quantize is not None and length >= self.quantize.start
+        )
 
     def turn_quantized(self) -> None:
         """Store rows in a few bits where mlx-lm's plain decoding would have done so by now.
 
         It runs the drawn token's pass, too, before it ends.
         """
-        if self.quantize is not None and self.drawn_next:
-            self._due = self._due or self.length + 1 >= self.quantize.start
+        if self.quantize is not None and self.next_is_generated:
+            self._quantise_next_pass = (
+                self._quantise_next_pass or self.length + 1 >= self.quantize.start
+            )
         for layer in range(len(self.layers)):
             self._turn(layer)
 
@@ -149,7 +156,7 @@ class KVCache:
             )
         self.turn_quantized()
         self._set_length(length)
-        self.drawn_next = False
+        self.next_is_generated = False
 
     def nearest(self, length: int) -> int:
         """Return the greatest length up to `length` that `rewind` reaches, 0 at least.
@@ -197,7 +204,10 @@ class KVCache:
         layers = [layer.copy(length) for layer in self.layers]
         result = KVCache.of(layers, length, self.quantize)
         if length == self.length:
-            result.drawn_next, result._due = self.drawn_next, self._due
+            result.next_is_generated, result._quantise_next_pass = (
+                self.next_is_generated,
+                self._quantise_next_pass,
+            )
         return result
 
     @property
@@ -218,5 +228,5 @@ class KVCache:
     def _turn(self, index: int) -> None:
         """Store a plain layer's rows in a few bits if that is due, as a part of the next graph."""
         layer, how = self.layers[index], self.quantize
-        if self._due and how is not None and type(layer) is LayerKV:
+        if self._quantise_next_pass and how is not None and type(layer) is LayerKV:
             self.layers[index] = QuantizedLayer.of(layer, how.bits, how.group_size)

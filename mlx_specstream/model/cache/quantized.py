@@ -36,7 +36,7 @@ class QuantizedLayer(LayerKV):
 
     def write(self, at: int, keys: mx.array, values: mx.array) -> None:
         """Quantise rows (1, K, R, D) and put them at [at, at + R)."""
-        self.write_packed(at, self._packed(keys), self._packed(values))
+        self.write_packed(at, self.packed(keys), self.packed(values))
 
     def write_packed(
         self, at: int, keys: tuple[mx.array, ...], values: tuple[mx.array, ...]
@@ -55,10 +55,15 @@ class QuantizedLayer(LayerKV):
         keys, values = self.read_packed(end)
         return self._unpacked(keys), self._unpacked(values)
 
-    def move(self, to: int, rows: mx.array) -> None:
-        """Copy the rows with indices `rows` (n,) to [to, to + n)."""
+    def follow(self, length: int) -> None:
+        """Take note that the committed text now has `length` rows; new rows are no more."""
         for part in self.parts:
-            part.move(to, rows)
+            part.follow(length)
+
+    def gather(self, to: int, rows: mx.array) -> None:
+        """Copy the new rows with indices `rows` (n,), within their pass, to [to, to + n)."""
+        for part in self.parts:
+            part.gather(to, rows)
 
     def view(
         self, start: int, offset: int | mx.array, on_values: OnValues | None = None
@@ -90,7 +95,8 @@ class QuantizedLayer(LayerKV):
             result.write(0, layer.keys, layer.values)
         return result
 
-    def _packed(self, rows: mx.array) -> tuple[mx.array, ...]:
+    def packed(self, rows: mx.array) -> tuple[mx.array, ...]:
+        """Return rows (1, K, R, D) quantised: codes, scales, biases."""
         return tuple(mx.quantize(rows, group_size=self.group_size, bits=self.bits))
 
     def _unpacked(self, rows: tuple[mx.array, ...]) -> mx.array:
@@ -122,7 +128,11 @@ class QuantizedPass(LayerPass):
         """Append the pass's rows (1, K, R, D) and return all rows, quantised."""
         if self.on_values is not None:
             values = self.on_values(values)
-        self.layer.write(self.start, keys, values)
+        new = self.layer.packed(keys), self.layer.packed(values)
+        if self.is_draft:
+            for part, *rows in zip(self.layer.parts, *new, strict=True):
+                part.new_rows = (rows[0], rows[1])
+        self.layer.write_packed(self.start, *new)
         packed = self.layer.read_packed(self.start + keys.shape[2])
         times = self.num_heads // keys.shape[1]
         if times <= 1:

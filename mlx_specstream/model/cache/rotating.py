@@ -61,10 +61,6 @@ class RotatingLayer(LayerKV):
         keys, values = super().read(end - self.dropped)
         return keys[..., first - self.dropped :, :], values[..., first - self.dropped :, :]
 
-    def move(self, to: int, rows: mx.array) -> None:
-        """Copy the rows with numbers `rows` (n,) to [to, to + n)."""
-        super().move(to - self.dropped, rows - self.dropped)
-
     def view(
         self, start: int, offset: int | mx.array, on_values: OnValues | None = None
     ) -> RotatingPass:
@@ -73,6 +69,7 @@ class RotatingLayer(LayerKV):
 
     def follow(self, length: int) -> None:
         """Note the text's new length; drop rows that are long out of sight."""
+        super().follow(length)
         self.span = Span(self.size, self.keep, length)
         if self.keys is None or self.values is None:
             return
@@ -94,9 +91,9 @@ class RotatingLayer(LayerKV):
         rows = length - first
         # Room for what comes until the next drop, and for the rows of a pass.
         capacity = -(-(rows + self.drop + SLACK) // GROWTH) * GROWTH
-        self.keys = _padded(keys, capacity)
-        self.values = _padded(values, capacity)
-        self.dropped = first
+        padded = _padded(keys, capacity), _padded(values, capacity)
+        # All or, if an interrupt falls in here, nothing.
+        self.keys, self.values, self.dropped = *padded, first
 
     def can_rewind(self, length: int) -> bool:
         """Tell whether all rows in sight after `length` are still there."""
@@ -133,6 +130,8 @@ class RotatingPass(LayerPass):
         """Append the pass's rows (1, K, R, D) and return all rows in sight of one of them."""
         if self.on_values is not None:
             values = self.on_values(values)
+        if self.is_draft:
+            self.layer.new_rows = (keys, values)
         if self.span.tail and self.layer.kept is not None:
             keys = mx.concatenate([keys, self.layer.kept[0]], axis=2)
             values = mx.concatenate([values, self.layer.kept[1]], axis=2)

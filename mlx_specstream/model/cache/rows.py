@@ -85,7 +85,12 @@ class LayerView(Protocol):
 
 
 class LayerKV:
-    """Keys and values of one layer, each (1, K, capacity, D), grown by `GROWTH` rows."""
+    """Keys and values of one layer, each (1, K, capacity, D), grown by `GROWTH` rows.
+
+    new_rows: what the running pass wrote behind the committed text, if its accepted rows may have
+    to be brought together. They are gathered from here, for an array that has been read by a
+    gather cannot be updated in place right behind it: MLX would copy the whole buffer.
+    """
 
     span: Span | None = None
     depends_on_passes = False
@@ -93,14 +98,15 @@ class LayerKV:
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
+        self.new_rows: tuple[mx.array, mx.array] | None = None
 
     def write(self, at: int, keys: mx.array, values: mx.array) -> None:
         """Put rows (1, K, R, D) at [at, at + R), growing the buffers if needed."""
         end = at + keys.shape[2]
         if self.keys is None or self.values is None or end > self.keys.shape[2]:
             capacity = -(-end // GROWTH) * GROWTH
-            self.keys = _grown(self.keys, keys, capacity)
-            self.values = _grown(self.values, values, capacity)
+            grown = _grown(self.keys, keys, capacity), _grown(self.values, values, capacity)
+            self.keys, self.values = grown  # both or, if an interrupt falls in here, neither
         self.keys[..., at:end, :] = keys
         self.values[..., at:end, :] = values
 
@@ -110,13 +116,12 @@ class LayerKV:
         assert self.values is not None
         return self.keys[..., :end, :], self.values[..., :end, :]
 
-    def move(self, to: int, rows: mx.array) -> None:
-        """Copy the rows with indices `rows` (n,) to [to, to + n)."""
-        if self.keys is None or self.values is None:
+    def gather(self, to: int, rows: mx.array) -> None:
+        """Copy the new rows with indices `rows` (n,), within their pass, to [to, to + n)."""
+        if self.new_rows is None:
             return  # a layer without attention
-        end = to + rows.shape[0]
-        self.keys[..., to:end, :] = mx.take(self.keys, rows, axis=2)
-        self.values[..., to:end, :] = mx.take(self.values, rows, axis=2)
+        keys, values = self.new_rows
+        self.write(to, mx.take(keys, rows, axis=2), mx.take(values, rows, axis=2))
 
     def view(
         self, start: int, offset: int | mx.array, on_values: OnValues | None = None
@@ -125,7 +130,9 @@ class LayerKV:
         return LayerPass(self, start, offset, on_values)
 
     def follow(self, length: int) -> None:
-        """Take note that the committed text now has `length` rows."""
+        """Take note that the committed text now has `length` rows; new rows are no more."""
+        del length
+        self.new_rows = None
 
     def can_rewind(self, length: int) -> bool:
         """Tell whether the layer still holds what decoding after `length` rows needs."""
@@ -153,6 +160,7 @@ class LayerPass:
 
     `offset` is what the layer hands to RoPE: an int for consecutive rows, or each row's own
     position as an (R,) int32 array. `on_values` changes values before they are written.
+    `is_draft`: the rows are a draft's, of which the accepted ones may lie apart.
     """
 
     def __init__(
@@ -167,11 +175,14 @@ class LayerPass:
         self.offset = offset
         self.on_values = on_values
         self.span = layer.span
+        self.is_draft = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append the pass's rows (1, K, R, D) and return all rows up to their end."""
         if self.on_values is not None:
             values = self.on_values(values)
+        if self.is_draft:
+            self.layer.new_rows = (keys, values)
         self.layer.write(self.start, keys, values)
         return self.layer.read(self.start + keys.shape[2])
 

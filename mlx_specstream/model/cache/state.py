@@ -69,13 +69,14 @@ class StateLayer(LayerKV):
         """
         before = self.after(start)
         assert before is not None, f"no state after {start} tokens"
-        self.held = {length: state for length, state in self.held.items() if length < start}
+        held = {length: state for length, state in self.held.items() if length < start}
         if start:
-            self.held[start] = before
-        for length in [n for n in self.held if n != self.marked][:-HELD]:
-            del self.held[length]
-        self.rows = Rows(start, num_rows, by_row, [None] * self.slots)
-        return before, self.rows.states
+            held[start] = before
+        for length in [n for n in held if n != self.marked][:-HELD]:
+            del held[length]
+        rows = Rows(start, num_rows, by_row, [None] * self.slots)
+        self.held, self.rows = held, rows  # both or, if an interrupt falls in here, neither
+        return before, rows.states
 
     def at_node(self) -> State:
         """Return the state after the last pass's row that `branch` named, (1, ...)."""
@@ -99,7 +100,7 @@ class StateLayer(LayerKV):
         """Take over the state after `length` tokens."""
         self.held, self.rows, self.length = ({length: state} if length else {}), None, length
 
-    def move(self, to: int, rows: mx.array) -> None:
+    def gather(self, to: int, rows: mx.array) -> None:
         """Do nothing: drafts are chains, whose accepted rows are in place."""
 
     def follow(self, length: int) -> None:

@@ -10,6 +10,7 @@ Where nothing stands between two parts, the part itself is called and the forwar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -31,6 +32,17 @@ class _ReachedError(Exception):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.args_given, self.kwargs_given = args, kwargs
+
+
+class _Running(threading.local):
+    """What one thread's call of the model's forward is to pass on; threads may decode at once.
+
+    last_extras: the newest rows, their positions, and what layers were handed for them.
+    """
+
+    hidden: mx.array | None = None
+    product: mx.array | None = None
+    last_extras: tuple[int, object, dict[Key, mx.array]] | None = None
 
 
 class _Positions:
@@ -79,16 +91,15 @@ class Around:
         self._until_layers = graft(
             model, {path: behave(layer, __call__=_stop) for path, layer in layers}
         )
-        self._given: list[mx.array | None] = [None, None]  # hidden state, product
+        self._running = _Running()
         passing = {
             path: behave(layer, __call__=self._pass_on(call.num_results))
             for (path, layer), call in zip(layers, calls, strict=True)
         }
         place, name = head.path[:-1], head.path[-1]
         self._until_head = graft(model, {**passing, place: behave(head.module, **{name: _stop})})
-        giving = behave(head.module, **{name: lambda *_: self._given[1]})
+        giving = behave(head.module, **{name: lambda *_: self._running.product})
         self._from_head = graft(model, {**passing, place: giving})
-        self._last_extras: tuple[int, object, dict[Key, mx.array]] | None = None
         self._shorten(
             embed=first_hidden is embedded.output,
             norm=norm.module if norm is not None and norm.args[0] is last else None,
@@ -111,7 +122,7 @@ class Around:
         """Return a layer's stand-in, which returns the given hidden state."""
 
         def run(*_: Any, **__: Any) -> Any:
-            given = self._given[0]
+            given = self._running.hidden
             return (given, *[None] * (num_results - 1)) if num_results else given
 
         return run
@@ -134,13 +145,13 @@ class Around:
         """Return the head's input for hidden states (B, R, h) after the last layer."""
         if self._norm is not None:
             return cast(mx.array, self._norm(hidden))
-        self._given[0] = hidden
+        self._running.hidden = hidden
         try:
             self._until_head(mx.zeros((1, 1), dtype=mx.int32), cache=None)
         except _ReachedError as reached:
             return cast(mx.array, reached.args_given[0])
         finally:
-            self._given[0] = None
+            self._running.hidden = None
         raise AssertionError("the head was not reached")
 
     def product(self, normed: mx.array) -> mx.array:
@@ -152,11 +163,12 @@ class Around:
         if self.is_finished:
             return product
         given = mx.array(product)  # an object of its own: the model may write into it
-        self._given = [mx.zeros((1, 1, self.hidden_size), dtype=product.dtype), given]
+        self._running.hidden = mx.zeros((1, 1, self.hidden_size), dtype=product.dtype)
+        self._running.product = given
         try:
             return cast(mx.array, self._from_head(mx.zeros((1, 1), dtype=mx.int32), cache=None))
         finally:
-            self._given = [None, None]
+            self._running.hidden = self._running.product = None
 
     def extras(self, rows: int, offset: int | mx.array) -> dict[Key, mx.array]:
         """Return what layers are handed beside hidden state, mask and cache, for rows at `offset`.
@@ -164,7 +176,7 @@ class Around:
         The model computes it from positions; rows with positions of their own become entries of a
         batch, as in `RowRope`. All layers of a pass get the same.
         """
-        last = self._last_extras
+        last = self._running.last_extras
         if last is not None and last[0] == rows and last[1] is offset:
             return last[2]
         if isinstance(offset, mx.array):
@@ -175,7 +187,7 @@ class Around:
             together = [_Positions(offset)] * self._num_caches
             found = self._before_layers(mx.zeros((1, rows), dtype=mx.int32), together)
             values = {key: found[key] for key in self._row_axes}
-        self._last_extras = (rows, offset, values)
+        self._running.last_extras = (rows, offset, values)
         return values
 
 

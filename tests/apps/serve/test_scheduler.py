@@ -140,7 +140,7 @@ def test_an_answers_own_error_is_its_own(tiny_stream_model: StreamModel) -> None
             raise ValueError("no")
         return logits
 
-    next(one for one in scheduler.reading if one.request is bad).chooser.processors = (fail,)
+    next(one for one in scheduler.reading if one.request is bad).token_sampler.processors = (fail,)
     given, failed = "", []
     for _ in range(40):
         for request, event in scheduler.step():

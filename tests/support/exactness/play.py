@@ -22,8 +22,8 @@ from mlx_specstream.errors import OptionError
 from mlx_specstream.model.cache import KVCache, from_mlx_lm
 from mlx_specstream.model.cache.kinds import check_quantised
 from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.result import StepResult
-from mlx_specstream.speculation.sampling import TokenChooser
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.exactness.choices import processors_for
 from tests.support.exactness.compare import Outcome, explain, rows_differ
@@ -78,8 +78,8 @@ def play(case: Case) -> Outcome:
         if streams.backbone.is_recurrent:  # a state follows one path
             decode = DecodeConfig(tree=TreeSpec.parse("chain"))
         processors = processors_for(scene, number, streams.backbone.vocab_size)
-        chooser = TokenChooser(None, tuple(processors), list(wanted.prompt))
-        decoder = StreamDecoder(streams, decode, chooser)
+        token_sampler = TokenSampler(None, tuple(processors), list(wanted.prompt))
+        decoder = StreamDecoder(streams, decode, token_sampler)
         if case.drafts == "table":
             with_table(decoder)
         found, _, right = _answer(decoder, scene, prefix.kv, rest, len(wanted.tokens))
@@ -124,7 +124,7 @@ def reference_turns(scene: Scene) -> list[Played]:
         turns.append(Played(whole, reused, prompt, tokens, log_probs, rows))
         text = whole + tokens
         # The prefix cache gets no rows: it is asked what can be reused, which depends on lengths.
-        prefix.kv.advance(len(text) - 1 - prefix.kv.length, drawn=True)
+        prefix.kv.advance(len(text) - 1 - prefix.kv.length, generated=True)
         prefix.settle(text)
     return turns
 
@@ -143,8 +143,8 @@ def alone(scene: Scene) -> list[Played]:
         whole, _ = _said(scene, number, text, rng)
         rest = prefix.reuse(whole)
         processors = processors_for(scene, number, streams.backbone.vocab_size)
-        chooser = TokenChooser(None, tuple(processors), list(whole))
-        decoder = StreamDecoder(streams, DecodeConfig(tree=TreeSpec.parse("1")), chooser)
+        token_sampler = TokenSampler(None, tuple(processors), list(whole))
+        decoder = StreamDecoder(streams, DecodeConfig(tree=TreeSpec.parse("1")), token_sampler)
         try:
             tokens, logits, _ = _answer(
                 decoder, scene, prefix.kv, rest, scene.turns[number].answered
@@ -207,7 +207,7 @@ def _answer(
     """Decode one answer; cut it to its length as `stream_generate` does.
 
     Returns its tokens, the logits (V,) of each, and how many drafts were accepted. Processors are
-    told the text that the decoder's chooser holds.
+    told the text that the decoder's token_sampler holds.
     """
     start = kv.length
     decoder.prefill(rest[:-1], kv, chunk=scene.chunk)
@@ -215,15 +215,10 @@ def _answer(
     logits: list[mx.array] = []
     accepted = 0
 
-    def more(result: StepResult) -> bool:
-        nonlocal accepted
+    for result in decoder.steps(rest[-1], kv, MaxTokens(length)):
         tokens.extend(result.tokens)
         logits.extend(result.logits)
         accepted += result.accepted
-        return len(tokens) < length
-
-    for _ in decoder.steps(rest[-1], kv, more):
-        pass
     del tokens[length:]
     kv.cut(start + len(rest) + len(tokens) - 1)
     return tokens, logits, accepted

@@ -58,7 +58,7 @@ def continues_text(tokenizer: TokenizerWrapper, prompt: object, ids: Sequence[in
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A token and the text it completes, which may be empty; the last one says why it is last."""
 
     token: int
@@ -67,7 +67,7 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
-class Answer:
+class TextAssembler:
     """Turns tokens into pieces of text until the answer is over. `max_tokens` < 0: no limit.
 
     stop: strings that end it, or what finds its end in its own way.
@@ -87,12 +87,12 @@ class Answer:
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
 
-    def take(self, tokens: Sequence[int], origins: Sequence[int]) -> list[Piece]:
+    def take(self, tokens: Sequence[int], origins: Sequence[int]) -> list[TextPiece]:
         """Return the pieces of a step's tokens up to the answer's end, at least one."""
         pieces = []
         for token, origin in zip(tokens, origins, strict=True):
             text = self._text_of(token)
-            pieces.append(Piece(token, origin, text, self.finish_reason))
+            pieces.append(TextPiece(token, origin, text, self.finish_reason))
             if self.finish_reason is not None:
                 break
         return pieces

@@ -1,0 +1,229 @@
+"""Ctrl-C at any line, and answers that are left open: the cache stays at the text handed out."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import mlx_specstream
+from mlx_specstream import DecodeConfig, KVCache, stream_generate
+from mlx_specstream.config import CacheConfig, TreeSpec
+from mlx_specstream.errors import OptionError
+from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.speculation.sampling import TokenSampler
+from tests.batch.engine import as_model
+from tests.support import tiny
+from tests.support.engine import random_streams, small_model, stream_config
+
+PROMPT = list(b"abcabcab")
+PACKAGE = Path(mlx_specstream.__file__).parent
+WATCHED = ("model/cache/", "speculation/decode.py", "speculation/plain.py", "generation/run.py")
+CACHES = {
+    "plain": CacheConfig(),
+    "rotating": CacheConfig(max_kv_size=12),
+    "quantised": CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=14),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"speculative": False},
+    "tree": {"config": DecodeConfig(TreeSpec(rows=8))},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> StreamModel:
+    backbone = small_model(layers=3, vocab=256, attention=0.3, hidden_size=64, head_dim=32)
+    return as_model(random_streams(backbone, stream_config(num_streams=3), scale=0.05))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TokenizerWrapper:
+    return tiny.byte_tokenizer()
+
+
+class AtLine:
+    """Raises KeyboardInterrupt at the `number`-th line of the watched files that is run."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.files: dict[str, bool] = {}
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        name = frame.f_code.co_filename
+        if name not in self.files:
+            inside = name.removeprefix(f"{PACKAGE}/")
+            self.files[name] = inside.startswith(WATCHED)
+        if not self.files[name]:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(
+    model: StreamModel, tokenizer: TokenizerWrapper, cache: KVCache, line: int, **options: Any
+) -> tuple[list[int], bool]:
+    """Return the tokens handed out until Ctrl-C at a line, and whether that was reached."""
+    given: list[int] = []
+    answer = stream_generate(model, tokenizer, PROMPT, 10, prompt_cache=cache, **options)
+    sys.settrace(AtLine(line))
+    try:
+        for response in answer:
+            given.append(response.token)
+    except KeyboardInterrupt:
+        return given, True
+    finally:
+        sys.settrace(None)
+    return given, False
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("kind", list(CACHES))
+def test_ctrl_c_at_any_line_leaves_the_cache_at_the_text(
+    model: StreamModel, tokenizer: TokenizerWrapper, kind: str, way: str
+) -> None:
+    whole = [
+        r.token
+        for r in stream_generate(
+            model, tokenizer, PROMPT, 20,
+            prompt_cache=model.backbone.new_cache(CACHES[kind]), **WAYS[way],
+        )
+    ]  # fmt: skip
+    line, cases = 1, 0
+    while True:
+        cache = model.backbone.new_cache(CACHES[kind])
+        given, reached = interrupted(model, tokenizer, cache, line, **WAYS[way])
+        if not reached:
+            break
+        assert given == whole[: len(given)]
+        at = f"line event {line}, {len(given)} tokens out"
+        held = len(PROMPT) + len(given) - 1 if given else cache.length
+        assert cache.length == held, at
+        rest = (PROMPT + given)[cache.length :]
+        options = {"prompt_cache": cache, **WAYS[way]}
+        on = [r.token for r in stream_generate(model, tokenizer, rest, 6, **options)]
+        assert on == whole[len(given) : len(given) + 6], at
+        line, cases = line + 97, cases + 1
+    assert cases > 10
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 4])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_an_answer_left_open_is_settled_when_the_next_begins(
+    model: StreamModel, tokenizer: TokenizerWrapper, taken: int, theirs: bool
+) -> None:
+    def cache() -> Any:
+        return make_prompt_cache(model.model) if theirs else model.backbone.new_cache()
+
+    def turn(given: list[int], used: Any) -> list[int]:
+        rest = [7, 8] if theirs else [*given[-1:], 7, 8]
+        return [r.token for r in stream_generate(model, tokenizer, rest, 6, prompt_cache=used)]
+
+    one, other = cache(), cache()
+    still_open = stream_generate(model, tokenizer, PROMPT, 12, prompt_cache=one)
+    given = [next(still_open).token for _ in range(taken)]
+    closed = stream_generate(model, tokenizer, PROMPT, 12, prompt_cache=other)
+    assert [next(closed).token for _ in range(taken)] == given
+    closed.close()  # type: ignore[attr-defined]
+    assert turn(given, one) == turn(given, other)
+    assert list(still_open) == []
+
+
+def test_a_cache_in_the_middle_of_a_pass_is_refused(
+    model: StreamModel, tokenizer: TokenizerWrapper
+) -> None:
+    cache = model.backbone.new_cache()
+
+    def again(tokens: mx.array, logits: mx.array) -> mx.array:
+        stream_generate(model, tokenizer, PROMPT, 4, prompt_cache=cache)
+        return logits
+
+    answer = stream_generate(
+        model, tokenizer, PROMPT, 4, prompt_cache=cache, logits_processors=[again]
+    )
+    with pytest.raises(OptionError, match="this prompt cache is in use"):
+        next(answer)
+
+
+def test_answers_do_not_keep_their_caches_alive(
+    model: StreamModel, tokenizer: TokenizerWrapper
+) -> None:
+    from mlx_specstream.generation.run import _answers
+
+    gc.collect()
+    before = len(_answers)
+    for _ in range(3):
+        cache = model.backbone.new_cache()
+        next(stream_generate(model, tokenizer, PROMPT, 4, prompt_cache=cache))
+    del cache
+    gc.collect()
+    assert len(_answers) == before
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_seed_gives_one_text_whatever_was_cached(
+    model: StreamModel, tokenizer: TokenizerWrapper, speculative: bool
+) -> None:
+    def text(cached: int) -> list[int]:
+        cache = model.backbone.new_cache()
+        if cached:
+            model.backbone.forward(mx.array(PROMPT[:cached]), cache)
+            cache.advance(cached)
+        answer = stream_generate(
+            model, tokenizer, PROMPT[cached:], 12, prompt_cache=cache, seed=5,
+            sampler=make_sampler(1.0), speculative=speculative,
+        )  # fmt: skip
+        return [response.token for response in answer]
+
+    assert text(0) == text(3) == text(7)
+
+
+def test_the_history_is_not_made_anew_at_every_step(
+    model: StreamModel, tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grows on the device; where no processor reads it, it is not there at all."""
+    lengths: list[int] = []
+    original = TokenSampler._history
+
+    def counted(self: TokenSampler, length: int) -> mx.array:
+        lengths.append(-1 if self._text is None else self._text.shape[0])
+        return original(self, length)
+
+    monkeypatch.setattr(TokenSampler, "_history", counted)
+    seen: list[list[int]] = []
+
+    def look(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.tolist())  # type: ignore[arg-type]
+        return logits
+
+    options: dict[str, Any] = {"sampler": make_sampler(1.0), "seed": 1, "speculative": False}
+    list(stream_generate(model, tokenizer, PROMPT, 6, **options))
+    assert lengths == []
+    answer = list(stream_generate(model, tokenizer, PROMPT, 6, logits_processors=[look], **options))
+    text = PROMPT + [response.token for response in answer]
+    assert seen[:6] == [text[: len(PROMPT) + n] for n in range(6)]
+    assert lengths.count(-1) == 1
+
+
+def test_every_layer_may_hold_streams() -> None:
+    backbone = small_model(layers=3, vocab=12, seed=1)
+    for mode in ("lossless", "shared"):
+        streams = random_streams(backbone, stream_config(num_msa_layers=3, mode=mode))
+        model, tokens = as_model(streams), [1, 2, 3]
+        texts = [
+            [r.token for r in stream_generate(model, tiny.byte_tokenizer(), tokens, 12, **way)]
+            for way in WAYS.values()
+        ]
+        assert texts[0] == texts[1]

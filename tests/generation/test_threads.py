@@ -1,0 +1,95 @@
+"""What one thread loads another may decode with; two may do so at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlx_specstream import DecodeConfig, batch_generate, generate, load
+from mlx_specstream.config import TreeSpec
+from tests.support import tiny
+from tests.support.scripted import save_random_streams
+
+HEADS = {"head_dim": 32}  # so that rows divide into groups of 32
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"speculative": False},
+    "chain": {"config": DecodeConfig(TreeSpec.parse("chain"))},
+    "tree": {"config": DecodeConfig(TreeSpec(rows=8))},
+    "inline": {"config": DecodeConfig(TreeSpec(rows=8), schedule="inline")},
+    "auto": {},
+    "kv_bits": {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0},
+}
+IN_A_THREAD = """
+import os, sys, threading
+from tests.generation.test_threads import text_of
+from mlx_specstream import load
+model, tokenizer = load(sys.argv[1])
+thread = threading.Thread(target=lambda: print(text_of(model, tokenizer, sys.argv[2]), flush=True))
+thread.start()
+thread.join()
+os._exit(0)  # MLX's own clean-up at exit may abort, whatever was computed
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tiny.save_tiny_model(tmp_path_factory.mktemp("threads") / "tiny", **HEADS)
+    return str(save_random_streams(path, tiny.tiny_model("llama", **HEADS)))
+
+
+def text_of(model: Any, tokenizer: Any, way: str) -> list[int]:
+    prompt = list(b"a prompt")
+    if way == "batch":
+        answers = batch_generate(model, tokenizer, [prompt], max_tokens=8).answers
+        return answers[0].token_ids
+    text = generate(model, tokenizer, prompt, max_tokens=8, **WAYS[way])
+    return [ord(letter) for letter in text]
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns in a thread of its own."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "batch"])
+def test_a_fresh_thread_decodes_what_the_main_one_loaded(folder: str, way: str) -> None:
+    """In a process of its own, whose main thread has decoded nothing: MLX aborts it if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD, folder, way], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    model, tokenizer = load(folder)
+    assert done.stdout.strip().splitlines()[-1] == str(text_of(model, tokenizer, way))
+
+
+def test_the_main_thread_decodes_what_another_loaded(folder: str) -> None:
+    model, tokenizer = in_thread(lambda: load(folder))
+    texts = [text_of(model, tokenizer, way) for way in ("plain", "chain", "tree", "auto", "batch")]
+    assert texts[0]
+    assert all(text[:8] == texts[0][:8] for text in texts[:4])
+
+
+def test_threads_take_turns_with_one_model(folder: str) -> None:
+    model, tokenizer = load(folder)
+    wanted = text_of(model, tokenizer, "plain")
+    for way in ("tree", "inline", "tree"):
+        assert in_thread(lambda way=way: text_of(model, tokenizer, way)) == wanted
+
+
+def test_where_streams_begin_is_each_threads_own(folder: str) -> None:
+    model, _ = load(folder)
+    assert model.streams is not None
+    split = model.streams.split
+    split.num_main = 5
+    assert in_thread(lambda: split.num_main) == 0
+    in_thread(lambda: setattr(split, "num_main", 7))
+    assert split.num_main == 5
