@@ -22,7 +22,7 @@ import mlx.core as mx
 from ..config import DecodeConfig, StreamConfig, TreeSpec
 from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, prefill
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .condition import Conditioner
 from .prune import Pruner
 from .result import DraftRecord, StepResult, StopCriteria, Verdict, to_ints
