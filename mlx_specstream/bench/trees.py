@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import DecodeConfig
 from ..loading.load import StreamModel
-from ..planner.choose import chosen
+from ..planner.choose import chosen, forecasts
 from ..planner.costs import planner_for, step_costs
 from ..planner.measure import measure
 from ..prompts import encode_prompt
@@ -42,8 +42,8 @@ def described(model: StreamModel, config: DecodeConfig) -> dict[str, Any]:
     curve = step_costs(model)
     assert planner is not None
     assert curve is not None
-    forecasts = planner.forecasts()
-    choice = chosen(forecasts)
+    found = forecasts(planner.curve, planner.profile, plans=planner.plans)
+    choice = chosen(found)
     return {
         "curve": curve.to_dict(),
         "acceptance": planner.profile.source,
@@ -57,7 +57,7 @@ def described(model: StreamModel, config: DecodeConfig) -> dict[str, Any]:
                 "step_s": forecast.seconds_per_step,
                 "speedup": forecast.speedup,
             }
-            for forecast in forecasts
+            for forecast in found
         ],
     }
 

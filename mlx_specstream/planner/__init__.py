@@ -15,8 +15,6 @@
 | `acceptance.py` | `acceptance`: what was recorded with the streams, tree by tree |
 | `trace.py` | one recorded answer |
 | `record.py` | recording it |
-| `outlook.py` | what the next steps are worth by the streams' own probabilities |
-| `live.py` | how far the text at hand is from the recorded |
 | `pace.py` | what steps really cost, by the clock while decoding |
 """
 

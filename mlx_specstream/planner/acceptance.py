@@ -6,7 +6,6 @@ The records themselves are in `trace.py`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,10 +24,7 @@ RECORDED_ROWS = 64
 
 @dataclass(frozen=True)
 class Rates:
-    """How often the token at each depth is accepted, given that all above it were.
-
-    A chance is kept within 1/1000 of certainty, so that its log-odds can be shifted.
-    """
+    """How often the token at each depth is accepted, given that all above it were."""
 
     chances: tuple[float, ...]
 
@@ -43,21 +39,13 @@ class Rates:
         # Half a hit in one more trial: a depth nobody reached says nothing sure.
         return cls(tuple((r + 0.25) / (t + 0.5) for r, t in zip(right, tried, strict=True)))
 
-    def tokens_per_step(self, shift: float = 0.0) -> float:
-        """Return 1 + the expected accepted drafts, with `shift` added to all log-odds."""
+    def tokens_per_step(self) -> float:
+        """Return 1 + the expected accepted drafts."""
         tokens = reached = 1.0
-        for chance in self.shifted(shift):
+        for chance in self.chances:
             reached *= chance
             tokens += reached
         return tokens
-
-    def shifted(self, shift: float) -> tuple[float, ...]:
-        """Return the chances with their log-odds moved: how harder or easier text would do."""
-        if not shift:
-            return self.chances
-        odds = math.exp(shift)
-        bounded = (min(max(chance, 1e-3), 1 - 1e-3) for chance in self.chances)
-        return tuple(odds * chance / (1 - chance + odds * chance) for chance in bounded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +106,9 @@ class AcceptanceProfile:
         """Return how often each depth of the plan's tree is accepted."""
         return _rates(self, plan)
 
-    def tokens_per_step(self, plan: Plan, shift: float = 0.0) -> float:
+    def tokens_per_step(self, plan: Plan) -> float:
         """Return the expected tokens per step; see `Rates.tokens_per_step`."""
-        return self.rates(plan).tokens_per_step(shift)
+        return self.rates(plan).tokens_per_step()
 
     def to_dict(self) -> dict[str, object]:
         """Return the JSON form; see `trace.written`."""
@@ -204,7 +192,7 @@ def profile_of(streams_folder: str | Path | None) -> AcceptanceProfile | None:
 def assumed_profile(num_streams: int) -> AcceptanceProfile:
     """Return records to begin with for streams that have none: those of the demo's chat streams.
 
-    Text and streams at hand will differ; live acceptance soon outweighs them.
+    Text and streams at hand will differ; the planner soon follows what it sees of them.
     """
     known = AcceptanceProfile.load(SHIPPED / "demo-chat" / ACCEPTANCE_FILE)
     return AcceptanceProfile(num_streams, known.answers, known.conditioned, "assumed, as demo-chat")

@@ -44,7 +44,7 @@ class Governor(Protocol):
         drafted_by: the plan whose tree was verified, None for a step without drafts.
         """
 
-    def parked_for(self) -> int | None:
+    def plain_tokens_ahead(self) -> int | None:
         """Return how many more plain tokens are certain, None for any number."""
 
     def pause(self) -> None:
@@ -136,7 +136,7 @@ class AutoDecoder(Decoder):
         return self._speculative
 
     def _run_ahead(self) -> bool:
-        left = self.governor.parked_for()
+        left = self.governor.plain_tokens_ahead()
         return left is None or left > 1
 
     def _stepper(self, plan: Plan) -> Stepper:

@@ -37,19 +37,17 @@ def forecasts(
     *,
     plans: Iterable[Plan] | None = None,
     context: int | None = None,
-    shift: float = 0.0,
 ) -> list[Forecast]:
     """Return a forecast for plain decoding and each plan, the fastest first.
 
     Args:
         plans: which; None for all that the curve holds.
         context: committed tokens; None for the curve's own.
-        shift: how much harder (below 0) or easier text is than the recorded; see `Rates.shifted`.
     """
     token = curve.seconds(None, context)
     found = [Forecast(None, 1.0, token, 1.0)]
     for plan in curve.steps if plans is None else plans:
-        tokens, seconds = profile.tokens_per_step(plan, shift), curve.seconds(plan, context)
+        tokens, seconds = profile.tokens_per_step(plan), curve.seconds(plan, context)
         found.append(Forecast(plan, tokens, seconds, tokens * token / seconds))
     return sorted(found, key=lambda forecast: -forecast.speedup)
 

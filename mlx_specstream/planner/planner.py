@@ -1,16 +1,15 @@
-"""The planner: keeps the tree that pays, decodes plainly where none does, and looks again.
+"""The planner: verifies the tree that pays, decodes plainly where none does, and probes now and then.
 
-    begin an answer ──► a step of the root alone drafts a tree, whose probabilities tell what
-                        verifying it is worth; if all looks of the last answer were in vain,
-                        a few plain tokens come first
-    after a step    ──► worth it, or the text as a whole is: verify, with the plan that records
-                        and recent steps favour; else park
-    parked          ──► plain decoding; after a while look again, with one step of the root, and
-                        wait longer after a look in vain
+    begin an answer ──► a probe step, of the root alone, drafts a tree whose path probabilities say
+                        what verifying it is worth; if no probe of the last answer paid, a few plain
+                        tokens come first
+    after a step    ──► profitable, for the tree's own sake or because the text goes well: verify
+                        it, and draft with the setting that does best at this ease of the text;
+                        else fall back to plain decoding
+    plain decoding  ──► probe again after a while, later each time a probe does not pay
 
-Looks in vain cost less than a hundredth of the time in the long run; where no acceptance whatever could
-pay, none is taken. Decisions rest on tokens that are drawn already: nothing they do can bias what
-is drawn next. The planner holds no model.
+Where no acceptance whatever could pay, nothing is probed. Decisions rest on tokens that are drawn
+already: nothing they do can bias what is drawn next. The planner holds no model.
 """
 
 from __future__ import annotations
@@ -22,72 +21,67 @@ import mlx.core as mx
 
 from ..speculation.result import StepResult, to_float
 from .acceptance import AcceptanceProfile
-from .choose import MARGIN, Forecast, forecasts
+from .choose import MARGIN
 from .curve import CostCurve
-from .live import LiveAcceptance
-from .outlook import Outlook
 from .pace import Pace
 from .settings import Plan
 
-REVISE_AFTER = 4  # steps between two plans
-LOOK_SHARE = 0.007  # of the time goes into looking again when that is in vain for long
-FIRST_WAIT = 3 / 4  # of the longest wait between two looks
-SHORT_WAIT = 1 / 8  # of it, in an answer in which looks were worth it
-IMPATIENCE = 4  # waits grow by this
-HYSTERESIS = 0.02  # a new tree must beat the present one by this much
-REMEMBERED = 0.8  # of earlier answers' steps, when another answer begins
-LATE = 8  # plain tokens before the first look of an answer, if the last one's were in vain
-GAIN = 0.15  # of a step's extra cost must be won for a tree to be verified for its own sake
-LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
+SMOOTHING = 0.3  # weight of the newest tree in the ease of the text
+KEPT = 0.3  # of the ease, when another answer begins
+TRUST = 0.01  # weight of one expected draft in the share of them that is accepted
+GAIN = 0.3  # of a step's extra cost must be won for a tree to be verified for its own sake
 SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the next tree
+PROBE_SHARE = 0.0035  # of the time goes into probing when that is in vain for long
+FIRST_WAIT = 1 / 8  # of the wait that makes probing so cheap: between the first probes in vain
+SHORT_WAIT = 1 / 32  # of it: after a probe that paid
+IMPATIENCE = 4  # waits grow by this after a probe in vain, and shrink by it after a good one
+LATE = 8  # plain tokens before an answer's first probe, if none of the last answer's paid
+LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
 
 
 @dataclass
 class Planner:
-    """A governor (`auto.py`) for one model, its streams and the machine; lives across answers.
+    """A governor (`adaptive.py`) for one model, its streams and the machine; lives across answers.
 
-    plans: those to choose from, all of the curve's if None. margin: by how much speculation must
-    beat plain decoding at best. clock: seconds, to hold the curve against; None trusts it.
+    plans: those to choose from, all of the curve's if None. clock: seconds, to hold the curve
+    against; None trusts it. ease: drafts expected of recent trees, in units of what was recorded.
     """
 
     curve: CostCurve
     profile: AcceptanceProfile
     plans: Sequence[Plan] | None = None
     margin: float = MARGIN
-    live: LiveAcceptance = field(default_factory=LiveAcceptance)
-    outlook: Outlook = field(default_factory=Outlook)
     pace: Pace = field(default_factory=Pace)
     clock: Callable[[], float] | None = None
     plan: Plan | None = None
-    parked: int = 0  # plain tokens since the last step
     context: int = 0
-    _since: int = 0  # steps since the last planning
-    _wait: float = 0.0  # plain tokens for which parking is worth it, as looks have shown
-    _vain: bool = False  # whether no look of this answer was worth it so far
-    _due: int | None = None  # plain tokens until the next look, None for never
+    ease: float | None = None
+    trust: float = 0.9  # accepted of expected drafts
+    _wait: float = 0.0  # plain tokens after the next probe in vain
+    _until_probe: int | None = None  # plain tokens, None for never
+    _plain_tokens: int = 0  # since the last step
+    _paid: bool = True  # whether a probe of this answer did
     _tree: mx.array | None = None  # what the tree at hand expects
-    _seen: bool = False  # whether the outlook has taken that in
+    _is_read: bool = False  # whether the ease has taken that in
     _then: float | None = None  # when the last step was done, None if this one is not to be timed
     _paused: float = 0.0  # when the caller took over
 
     def begin(self, length: int) -> Plan | None:
         """Return the plan for an answer that follows `length` committed tokens."""
-        self.live.fade(REMEMBERED)
+        self.context, self.plan, self._tree, self._then = length, None, None, None
+        self._until_probe, self._plain_tokens = None, 0
         self.pace.fade()
-        self.context, self._tree, self.plan, self._due = length, None, None, None
-        self._then = None
-        if self.hopeless:
+        if self.is_never_profitable:
             return None
-        best = self._best()
-        assert best.plan is not None
-        self.plan, self._since = best.plan, 0
+        first = self._best(1.0)
+        even = min(1.0, (self._cost(first) - 1) / self._recorded(first))
+        self.ease = even if self.ease is None else KEPT * self.ease + (1 - KEPT) * even
         self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / 2)
-        breaks_even = self._cost(best.plan) - 1
-        recorded = self.profile.tokens_per_step(best.plan) - 1
-        self.outlook.begin(min(breaks_even, recorded))
-        if self._vain:
-            self.plan, self.parked, self._due = None, 0, LATE
-        self._vain = True
+        if self._paid:
+            self.plan = self._best(self.ease)
+        else:
+            self._until_probe = LATE
+        self._paid = False
         return self.plan
 
     def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
@@ -95,23 +89,81 @@ class Planner:
         self.context = length
         self._time(drafted_by)
         if self.plan is None:
-            self.parked += 1
-            if self._due is not None and self.parked >= self._due:
-                self.plan, self._since = self._best().plan, 0
+            self._plain_tokens += 1
+            if self._until_probe is not None:
+                self._until_probe -= 1
+                if self._until_probe <= 0:
+                    self.plan = self._best(self.ease or 0.0)
             return self.plan
-        if drafted_by is not None:
-            self.live.observe(self.profile.rates(drafted_by), result.accepted)
-            self._judge(result.accepted)
-        if self._worth_it(result, looking=drafted_by is None):
-            self._vain = False
-            self._revise()
+        if drafted_by is not None and self._tree is not None:
+            expected = to_float(self._tree)
+            if not self._is_read:
+                self._see(expected, drafted_by)
+            if expected > 0:
+                self.trust += TRUST * expected * (result.accepted / expected - self.trust)
+        self._tree, self._is_read = result.expected, False
+        if self._is_profitable(is_probe=drafted_by is None):
+            self._paid = True
+            self.plan = self._best(self.ease or 0.0)
         else:
-            self._park()
+            self._until_probe = max(1, int(self._wait))
+            self._wait = min(IMPATIENCE * self._wait, self._longest_wait())
+            self.plan, self._tree, self._plain_tokens = None, None, 0
         return self.plan
 
-    def parked_for(self) -> int | None:
+    def _is_profitable(self, *, is_probe: bool) -> bool:
+        """Tell whether to verify the tree at hand, for its own sake or for what comes after it."""
+        assert self.plan is not None
+        assert self.ease is not None
+        if self._tree is None:
+            return True
+        cost, worth = self._cost(self.plan), 1 + self.ease * self._recorded(self.plan)
+        if not is_probe and worth >= (1 + SURE) * cost:
+            return True  # reading the tree's expectation now would be waiting for the tree
+        self._is_read = True
+        own = 1 + self._see(to_float(self._tree), self.plan)
+        if own - cost >= GAIN * (cost - 1):
+            self._wait = max(SHORT_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
+            return True
+        return 1 + self.ease * self._recorded(self.plan) >= cost
+
+    def _see(self, expected: float, plan: Plan) -> float:
+        """Take in what a tree of `plan` expects of itself; return it as far as it can be trusted."""
+        assert self.ease is not None
+        drafts = self.trust * expected
+        self.ease += SMOOTHING * (drafts / self._recorded(plan) - self.ease)
+        return drafts
+
+    def _best(self, ease: float) -> Plan:
+        """Return the plan that yields most tokens per second in a text of this ease."""
+        plans = self.curve.steps if self.plans is None else self.plans
+        return max(plans, key=lambda p: (1 + ease * self._recorded(p)) / self._cost(p))
+
+    def _recorded(self, plan: Plan) -> float:
+        """Return the drafts accepted per step in the records, never 0."""
+        return max(self.profile.tokens_per_step(plan) - 1, 0.01)
+
+    def plain_tokens_ahead(self) -> int | None:
         """Return how many more plain tokens are certain, None for any number."""
-        return None if self._due is None else max(0, self._due - self.parked)
+        return self._until_probe
+
+    @property
+    def is_never_profitable(self) -> bool:
+        """Tell whether not even the acceptance of every draft would pay here."""
+        G = self.curve.num_streams
+        plans = self.curve.steps if self.plans is None else self.plans
+        # By what was measured alone: the clock can be wrong for a while, and nothing is timed here.
+        context = self.context or None
+        costs = ((p, self.curve.relative(p, context)) for p in plans)
+        return all(1 + p.depth(G) < (1 + self.margin) * cost for p, cost in costs)
+
+    def _longest_wait(self) -> float:
+        """Return the plain tokens between two probes that make probing as cheap as it may be."""
+        return max(1.0, (self.curve.restart(self.context or None) - 1) / PROBE_SHARE)
+
+    def _cost(self, plan: Plan) -> float:
+        """Return a step's price in plain tokens."""
+        return self.pace.factor * self.curve.relative(plan, self.context or None)
 
     def pause(self) -> None:
         """Note when the caller takes over."""
@@ -123,26 +175,6 @@ class Planner:
         if self.clock is not None and self.clock() - self._paused > LONG * self.curve.plain.seconds:
             self._then = None
 
-    def forecasts(self) -> list[Forecast]:
-        """Return what every plan promises for the text at hand, the fastest first."""
-        return forecasts(
-            self.curve,
-            self.profile,
-            plans=self.plans,
-            context=self.context or None,
-            shift=self.live.shift(),
-        )
-
-    @property
-    def hopeless(self) -> bool:
-        """Tell whether not even the acceptance of every draft would pay here."""
-        G = self.curve.num_streams
-        plans = self.curve.steps if self.plans is None else self.plans
-        # By what was measured alone: the clock can be wrong for a while, and nothing is timed here.
-        context = self.context or None
-        costs = ((p, self.curve.relative(p, context)) for p in plans)
-        return all(1 + p.depth(G) < (1 + self.margin) * cost for p, cost in costs)
-
     def _time(self, drafted_by: Plan | None) -> None:
         """Hold the seconds since the last step against what they should be, if it was of the same kind."""
         if self.clock is None:
@@ -152,65 +184,9 @@ class Planner:
         if drafted_by is not None:
             if then is not None:
                 self.pace.step(self._then - then, expected)
-        elif self.plan is not None:  # a look, which has a price of its own
+        elif self.plan is not None:  # a probe step, which has a price of its own
             return
-        elif then is not None and self.parked:  # the first token waits for the pipeline to fill
+        elif (
+            then is not None and self._plain_tokens
+        ):  # the first one waits for the pipeline to fill
             self.pace.plain(self._then - then, expected)
-
-    def _judge(self, accepted: int) -> None:
-        """Compare what the verified tree expected with what was accepted of it."""
-        if self._tree is not None:
-            expected = to_float(self._tree)
-            if not self._seen:
-                self.outlook.see(expected)
-            self.outlook.verified(expected, accepted)
-
-    def _worth_it(self, result: StepResult, *, looking: bool) -> bool:
-        """Tell whether to verify the next tree, for its own sake or for what comes after it."""
-        assert self.plan is not None
-        assert self.outlook.level is not None
-        self._tree, self._seen = result.expected, False
-        if self._tree is None:
-            return True
-        cost = self._cost(self.plan)
-        if not looking and 1 + self.outlook.level >= (1 + SURE) * cost:
-            return True  # reading the tree's expectation now would be waiting for the tree
-        self._seen = True
-        worth = 1 + self.outlook.see(to_float(self._tree)) - cost
-        if worth >= GAIN * (cost - 1):
-            self._wait = max(SHORT_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
-            return True
-        # A poor tree in good text: verifying it is still cheaper than drafting another.
-        return 1 + self.outlook.level >= cost and worth > 1 - self._look_cost()
-
-    def _revise(self) -> None:
-        """Every few steps, take the plan that does best by now."""
-        self._since += 1
-        if self._since < REVISE_AFTER:
-            return
-        found = [forecast for forecast in self.forecasts() if forecast.plan is not None]
-        now = next((f for f in found if f.plan == self.plan), None)
-        if now is None or found[0].speedup >= (1 + HYSTERESIS) * now.speedup:
-            self.plan = found[0].plan
-        self._since = 0
-
-    def _park(self) -> None:
-        self._due = max(1, int(self._wait))
-        self._wait = min(IMPATIENCE * self._wait, self._longest_wait())
-        self.plan, self.parked, self._tree = None, 0, None
-
-    def _longest_wait(self) -> float:
-        """Return the plain tokens between two looks that make looking as cheap as it may be."""
-        return max(1.0, (self._look_cost() - 1) / LOOK_SHARE)
-
-    def _look_cost(self) -> float:
-        """Return the price in plain tokens of a step of the root alone."""
-        return self.curve.restart(self.context or None)
-
-    def _cost(self, plan: Plan) -> float:
-        """Return a step's price in plain tokens."""
-        return self.pace.factor * self.curve.relative(plan, self.context or None)
-
-    def _best(self) -> Forecast:
-        """Return the best plan, however little it promises."""
-        return next(forecast for forecast in self.forecasts() if forecast.plan is not None)

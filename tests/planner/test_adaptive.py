@@ -64,7 +64,7 @@ class Whims:
         self.at += 1
         return self.plans[self.at % len(self.plans)]
 
-    def parked_for(self) -> int | None:
+    def plain_tokens_ahead(self) -> int | None:
         if not self.foresees:
             return None
         following = [self.plans[(self.at + n) % len(self.plans)] for n in range(1, 9)]
@@ -131,10 +131,10 @@ def test_the_governor_learns_who_drafted_what() -> None:
     assert lengths[-1] == run.cache.length == 2 + len(run.tokens)
 
 
-def test_parked_decoding_schedules_nothing_that_is_thrown_away(
+def test_plain_decoding_schedules_nothing_that_is_thrown_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A governor that says how long it parks costs no pass at a switch."""
+    """A governor that says how long it decodes plainly costs no pass at a switch."""
     from mlx_specstream.speculation.plain import PlainDecoder
 
     passes: list[int] = []
@@ -164,7 +164,7 @@ def test_drafts_are_kept_where_there_are_any() -> None:
 
 
 def test_processors_see_the_right_history() -> None:
-    """A repetition ban gives the same text, parked or not."""
+    """A repetition ban gives the same text, plainly or not."""
 
     def ban(tokens: mx.array, logits: mx.array) -> mx.array:
         logits[:, tokens[-4:]] = -1e9
