@@ -19,7 +19,7 @@ from ..generation.decode_options import (
     decode_config,
     load_options,
 )
-from ..machine import Machine
+from ..machine import Machine, keep_float32_exact
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     """Answer the prompts both ways and print what came of it."""
     arguments = build_parser().parse_args(argv)
     config = decode_config(arguments)
+    keep_float32_exact()
     if arguments.num_prompts < 1 or arguments.max_tokens < 2:
         raise OptionError("the demo needs --num-prompts of at least 1 and --max-tokens of 2.")
 
