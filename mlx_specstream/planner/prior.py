@@ -23,7 +23,8 @@ straight, beyond the last one they stay flat up to 64 rows. Sources, as `owner/p
   many weights a second: 56e9 / 2, beside 161e9 / 4 for one row.
 
 Memory bandwidths are Apple's own; those of M5 Max with fewer GPU cores and of M6 are from reports.
-A plain token is taken to reach 0.8 of them, and the host's share of a step, which plain decoding hides behind the device, to be 2 ms and 50 us a layer: both assumed.
+A plain token is taken to reach 0.8 of them, and the host's share of a step, which plain decoding
+hides behind the device, to be 2 ms and 50 us a layer: both assumed.
 Attention is left out, so predictions are for short contexts.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_a_different_text_fails(
 def test_the_demo_model_is_resolved_by_name(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_specstream.loading.load.resolve_demo", lambda: Path(folder))
+    # By its module: the package's own `load` is the function.
+    module = importlib.import_module("mlx_specstream.loading.load")
+    monkeypatch.setattr(module, "resolve_demo", lambda: Path(folder))
     out = shown(capsys)
     assert "demo with 4 streams" in out
     assert "specstream generate --model demo" in out
