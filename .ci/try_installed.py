@@ -13,12 +13,13 @@ import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_specstream
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import mlx_specstream
 from mlx_specstream.cli import VERBS
 from mlx_specstream.weights.shipped import SHIPPED, shipped_names
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 COMMAND = str(Path(sys.executable).with_name("specstream"))
 WIDTH, VOCAB = 64, 256
@@ -47,7 +48,7 @@ def main() -> None:
 
 def specstream(*words: str, text: str = "") -> str:
     """Run the installed command; return what it printed."""
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [COMMAND, *words], input=text, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"specstream {' '.join(words)}: {done.stdout}{done.stderr}"
@@ -60,12 +61,12 @@ def serve(model: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["serve", "--model", str(model), "--streams", "none", "--port", str(port)]
-    server = subprocess.Popen([COMMAND, *words], stdout=subprocess.DEVNULL)  # noqa: S603
+    server = subprocess.Popen([COMMAND, *words], stdout=subprocess.DEVNULL)
     try:
         page = answered(f"http://127.0.0.1:{port}/", server)
         assert "<html" in page.lower()
         asked = {"model": "x", "prompt": "abc", "max_tokens": 3}
-        request = urllib.request.Request(  # noqa: S310
+        request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions",
             json.dumps(asked).encode(),
             {"Content-Type": "application/json"},
