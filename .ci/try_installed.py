@@ -65,7 +65,8 @@ def serve(model: Path) -> None:
     try:
         page = answered(f"http://127.0.0.1:{port}/", server)
         assert "<html" in page.lower()
-        asked = {"model": "x", "prompt": "abc", "max_tokens": 3}
+        (name, *_) = json.loads(answered(f"http://127.0.0.1:{port}/v1/models", server))["data"]
+        asked = {"model": name["id"], "prompt": "abc", "max_tokens": 3}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions",
             json.dumps(asked).encode(),
