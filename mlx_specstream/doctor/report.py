@@ -74,6 +74,7 @@ def write_report(path: Path, model: str = DEMO_NAME) -> int:
 def run(title: str, words: Sequence[str], limit_s: float = LIMIT_S) -> Part:
     """Run one command of this package and keep what it prints."""
     started = time.monotonic()
+    status: int | None
     try:
         done = subprocess.run(
             [sys.executable, "-m", "mlx_specstream", *words],
@@ -82,8 +83,8 @@ def run(title: str, words: Sequence[str], limit_s: float = LIMIT_S) -> Part:
         )  # fmt: skip
         status, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as late:
-        status, output = None, late.stdout or ""
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        raw: str | bytes = late.output or ""
+        status, output = None, raw.decode(errors="replace") if isinstance(raw, bytes) else raw
     return Part(title, tuple(words), status, output, time.monotonic() - started)
 
 
