@@ -43,6 +43,12 @@ class Arrow:
         return room(self.target)
 
 
+def top_level_pairs(found: list[Arrow]) -> Counter[tuple[str, str]]:
+    """Count imports by the parts of the package's top level that they run between."""
+    pairs = ((arrow.source.split(".")[1], arrow.target.split(".")[1]) for arrow in found)
+    return Counter(pair for pair in pairs if pair[0] != pair[1])
+
+
 def room(name: str) -> str:
     """Return the top-level part of the package that a module is in; some inner folders are their own."""
     inner = ".".join(name.split(".")[1:3])
@@ -187,7 +193,7 @@ def main(argv: list[str]) -> int:
             print(*(f"  {Path(file).relative_to(ROOT)}" for file in sorted(files)), sep="\n")
         return 0
     found = arrows()
-    pairs = Counter((arrow.source_room, arrow.target_room) for arrow in found)
+    pairs = top_level_pairs(found)
     twice = {name: n for name, n in Counter(name for name, _ in class_names()).items() if n > 1}
     print(f"lines of the installed package: {package_lines()}")
     print(f"modules and folders at its top level: {len(top_level())}")

@@ -30,7 +30,8 @@ class Machine:
     why). gpu: Metal's architecture, as `applegpu_g16s`, or the CUDA device's name.
     working_set_bytes: what Metal recommends to use of the memory, or the CUDA device's memory.
     blas: matrix library of the CPU back end. nvidia: there is a driver for NVIDIA GPUs.
-    low_power: a Mac saves energy and is slower for it.
+    low_power: a Mac saves energy and is slower for it. tf32: MLX may take float32 factors at 10 bits
+    (its default), where the GPU can.
     """
 
     system: str = ""
@@ -46,6 +47,7 @@ class Machine:
     blas: str = ""
     nvidia: bool = False
     low_power: bool = False
+    tf32: bool = True
     python: str = ""
     conda: bool = False
     mlx: str = ""
@@ -76,6 +78,7 @@ class Machine:
             blas=_blas(mac) if found.backend == "cpu" else "",
             nvidia=_try(lambda: Path("/proc/driver/nvidia/version").exists(), False),
             low_power=mac and bool(re.search(r"lowpowermode\s+1", _output("/usr/bin/pmset", "-g"))),
+            tf32=_tf32(),
             python=platform.python_version(),
             conda=(Path(sys.prefix) / "conda-meta").is_dir(),
             mlx=_version("mlx"),
@@ -106,6 +109,17 @@ class Machine:
         return int(match[1]) if match else 0
 
     @property
+    def rounds_float32(self) -> bool:
+        """Tell whether float32 products of two and more rows take their factors at 10 bits (TF32).
+
+        NVIDIA's tensor cores do, and the neural accelerators of M5 and later from macOS 26.2 on; a
+        product of one row stays exact. So plain and verifying passes differ, though not by a fault.
+        """
+        release = tuple(int(part) for part in re.findall(r"\d+", self.os_version)[:2])
+        apple = self.backend == "metal" and self.gpu_generation >= 17 and release >= (26, 2)
+        return self.tf32 and (apple or self.backend == "cuda")
+
+    @property
     def summary(self) -> str:
         """Return system, chip and what computes, in a few words."""
         name = "macOS" if self.system == "Darwin" else self.system or "an unknown system"
@@ -117,6 +131,34 @@ class Machine:
     def versions(self) -> str:
         """Return the versions that decide about speed, in a line."""
         return f"MLX {self.mlx or '?'}, mlx-lm {self.mlx_lm or '?'}, Python {self.python or '?'}"
+
+
+TF32 = "MLX_ENABLE_TF32"
+"""MLX's environment variable: 0 keeps float32 products exact. MLX reads it at its first product."""
+
+
+def keep_float32_exact() -> None:
+    """Have this process compute float32 products exactly, unless the user said otherwise.
+
+    To be called before MLX computes anything.
+    """
+    os.environ.setdefault(TF32, "0")
+
+
+def rounds_float32() -> bool:
+    """Tell whether this process rounds float32 factors to 10 bits on MLX's default device."""
+    if not _tf32():
+        return False
+    found, mac = _mlx(), platform.system() == "Darwin"
+    release = _try(lambda: platform.mac_ver()[0], "") if mac else ""
+    here = Machine(backend=found.backend, gpu=found.gpu, os_version=release, tf32=True)
+    return here.rounds_float32
+
+
+def _tf32() -> bool:
+    """Read the variable as MLX does: the number it begins with, 1 if it is not set."""
+    number = re.match(r"\s*[+-]?0*(\d*)", os.environ.get(TF32, "1"))
+    return bool(number and number[1])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Replays prompts plainly and speculatively and explains every divergence.
 
 Both runs are greedy, with the same model, cache and limits, so in float32 their tokens are the
-same. In 16 bits a pass over several rows runs other kernels than a pass over one, and where the
-two likeliest tokens are a rounding error apart, either may win. A divergence is a near-tie if
+same, as long as MLX keeps float32 products exact (`machine.rounds_float32`). In 16 bits, and where
+it does not, a pass over several rows rounds otherwise than a pass over one, and where the two
+likeliest tokens are a rounding error apart, either may win. A divergence is a near-tie if
 plain decoding itself puts both tokens that close to the likeliest; anything else is a bug.
 
 How much rounding matters is also shown by measurement, without the engine under test: the text
@@ -20,6 +21,7 @@ import mlx.core as mx
 
 from .config import DecodeConfig
 from .generation.generate import stream_generate
+from .machine import rounds_float32
 from .speculation.statistics import SpeculationStats
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ FLOAT32_BOUND = 1e-3
 # Distance between 1 and the next number. Logits are sums that went through every layer, so
 # rounding moves them by a few such steps of their own size.
 _EPSILON = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+_TF32_EPSILON = 2.0**-10
 _STEPS = 4
 
 
@@ -40,11 +43,10 @@ def rounding_bound(dtype: mx.Dtype, largest_logit: float) -> float:
     """Return how far apart two logits may be that rounding alone can put in either order.
 
     float32: 1e-3. float16 and bfloat16: four steps of the largest logit's size, which for a
-    logit of 20 is 0.08 and 0.63.
+    logit of 20 is 0.08 and 0.63. float32 with factors of 10 bits counts as float16.
     """
-    if dtype not in _EPSILON:
-        return FLOAT32_BOUND
-    return max(FLOAT32_BOUND, _STEPS * _EPSILON[dtype] * abs(largest_logit))
+    epsilon = _EPSILON.get(dtype, _TF32_EPSILON if rounds_float32() else 0.0)
+    return max(FLOAT32_BOUND, _STEPS * epsilon * abs(largest_logit))
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,18 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 
 
 def precision_of(model: StreamModel) -> str:
-    """Describe what a model computes in: `float32`, `bfloat16 with 4-bit mxfp4 weights`."""
+    """Describe what a model computes in: `float32`, `bfloat16 with 4-bit mxfp4 weights`.
+
+    float32 with factors of 10 bits is called `float32 (TF32)`.
+    """
     kinds = {
         f"{module.bits}-bit {getattr(module, 'mode', 'affine')}"
         for module in model.model.modules()
         if hasattr(module, "bits") and hasattr(module, "group_size")
     }
     name = str(model.backbone.dtype).rpartition(".")[2]
+    if model.backbone.dtype == mx.float32 and rounds_float32():
+        name = "float32 (TF32)"
     return f"{name} with {' and '.join(sorted(kinds))} weights" if kinds else name
 
 

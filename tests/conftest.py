@@ -1,12 +1,20 @@
-"""Fixtures every test may use; the functions behind them are in `tests/tiny.py`."""
+"""Fixtures every test may use; the functions behind them are in `tests/support/`.
+
+Tests promise exact tokens, so they run on MLX's CPU device, and float32 stays float32, whatever the
+machine. Those marked `mac` take the GPU where there is one (`tests/mac/`).
+"""
 
 from __future__ import annotations
 
 import os
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX computes anything: it reads this once
+
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,6 +24,8 @@ from mlx_specstream.loading.demo import resolve_demo
 from mlx_specstream.planner import costs
 from tests.support import tiny
 from tests.support.scripted import save_random_streams
+
+mx.set_default_device(mx.cpu)
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)

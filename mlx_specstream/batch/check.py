@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..errors import ModelError
 from ..model.backbone import Backbone
 from ..model.cache import KVCache, LayerKV, RotatingLayer
-from ..model.probe import PROBE_TOLERANCE
+from ..model.probe import probe_tolerance
 from .cache import BatchKVCache
 from .rows import main_rows
 
@@ -48,7 +48,7 @@ def check_model(backbone: Backbone) -> None:
     expected = mx.stack(alone).astype(mx.float32)
     distance = cast(float, mx.abs(found - expected).max().item())
     scale = max(1.0, cast(float, mx.abs(expected).max().item()))
-    if not distance <= PROBE_TOLERANCE.get(backbone.dtype, 0.5) * scale:
+    if not distance <= probe_tolerance(backbone.dtype) * scale:
         raise _refusal(backbone, f"logits in a batch differ by {distance:.2g} from those alone")
     _checked.add(backbone)
 

@@ -19,7 +19,7 @@ from ..generation.decode_options import (
     decode_config,
     load_options,
 )
-from ..machine import Machine
+from ..machine import Machine, keep_float32_exact
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -65,11 +65,13 @@ def main(argv: list[str]) -> int:
     """Answer the prompts both ways and print what came of it."""
     arguments = build_parser().parse_args(argv)
     config = decode_config(arguments)
+    keep_float32_exact()
     if arguments.num_prompts < 1 or arguments.max_tokens < 2:
         raise OptionError("the demo needs --num-prompts of at least 1 and --max-tokens of 2.")
 
     from rich.console import Console
 
+    from ..planner.identity import weight_bits
     from ..prompts import built_in_prompts, encode_prompt
 
     console = Console(highlight=False)
@@ -85,7 +87,8 @@ def main(argv: list[str]) -> int:
         comparisons.append(comparison)
         console.print(_mark(comparison), soft_wrap=True)
     _print_table(console, comparisons)
-    console.print(f"\n{verdict(comparisons, config)}", soft_wrap=True)
+    bits = weight_bits(model.model)
+    console.print(f"\n{verdict(comparisons, config, bits)}", soft_wrap=True)
     _print_next(console, arguments.model)
     return 1 if any(c.verdict == "mismatch" for c in comparisons) else 0
 
@@ -197,10 +200,10 @@ def seconds(comparisons: list[Comparison]) -> tuple[float, float]:
     return plain, sum(comparison.speculative.seconds for comparison in comparisons)
 
 
-def verdict(comparisons: list[Comparison], config: DecodeConfig) -> str:
+def verdict(comparisons: list[Comparison], config: DecodeConfig, bits: int) -> str:
     """Return one honest line: does speculation pay on this machine, and why.
 
-    A pass is timed from the answers themselves: seconds over passes, both ways.
+    A pass is timed from the answers themselves: seconds over passes, both ways. bits: of the weights.
     """
     from ..speculation.statistics import SpeculationStats
 
@@ -215,15 +218,21 @@ def verdict(comparisons: list[Comparison], config: DecodeConfig) -> str:
     if ratio >= 1.05:
         return f"On this machine ({place}) it is {ratio:.2f}x as fast: {fewer}, and {price}."
     gain = "gains nothing in time" if ratio > 0.95 else f"is slower ({ratio:.2f}x)"
-    return f"On this machine ({place}) it {gain}: {fewer}, but {price}. {_why()}"
+    return f"On this machine ({place}) it {gain}: {fewer}, but {price}. {_why(bits)}"
 
 
-def _why() -> str:
+def _why(bits: int) -> str:
     """Say why a pass over several rows costs what it does here, and where it does not."""
-    import mlx.core as mx
-
-    if "gpu" in str(mx.default_device()).lower():
-        return "Try another --tree: 'chain2' for 4-bit weights, '16' for 16-bit ones."
+    if Machine.read().backend in ("metal", "cuda"):
+        if bits >= 32:
+            return (
+                "This model is a GPU's worst case: it is so small that starting kernels takes as long "
+                "as reading its weights, and in float32 no kernel shares a reading among few rows, so "
+                "that wide trees cost little more than narrow ones: try --tree 16. Larger models in "
+                "16 or 4 bits gain more."
+            )
+        tree = "'16'" if bits >= 16 else "'chain2'"
+        return f"Try another --tree: {tree} suits {bits}-bit weights."
     return (
         "On this CPU a pass costs more with every row it verifies; on a Mac's GPU, which waits for "
         "memory, the rows of a small tree cost little: `specstream demo` there tells. Outside this "

@@ -16,6 +16,7 @@ from ..doctor.finding import Finding, problem
 from ..doctor.findings import findings
 from ..doctor.sizes import CONTEXT, TYPICAL, Shape, read_shape, supported, usable_bytes
 from ..errors import DataError
+from ..loading.demo import DEMO_NAME
 from ..machine import Machine
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--machine", metavar="FILE", help="diagnose another machine, from the --json it printed"
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="run doctor, verify and bench --quick (some minutes) and write one file for an issue",
     )
     parser.add_argument(
         "--families",
@@ -64,6 +70,10 @@ def main(argv: list[str]) -> int:
         from ..doctor.families import show_families
 
         return show_families(as_json=arguments.json)
+    if arguments.report:
+        from ..doctor.report import write_report
+
+        return write_report(Path(arguments.report).expanduser(), arguments.model or DEMO_NAME)
     machine = read_machine(arguments.machine) if arguments.machine else Machine.read()
     shape = read_shape(arguments.model) if arguments.model else None
     found = findings(machine)

@@ -21,6 +21,7 @@ from ..generation.decode_options import (
     described,
     load_options,
 )
+from ..machine import TF32, Machine, keep_float32_exact
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> int:
         )
     trees = arguments.tree or [str(TreeSpec())]
     configs = [decode_config(arguments, tree) for tree in trees]
+    keep_float32_exact()
 
     from ..loading.load import load
     from ..prompts import built_in_prompts, encode_prompt, read_prompts
@@ -91,6 +93,8 @@ def main(argv: list[str]) -> int:
             f"{arguments.model} has no streams, so there is nothing to verify; name some with "
             "--streams."
         )
+    if not arguments.json:
+        _say("\n".join(conditions(model)))
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     titles = [prompt.title for prompt in prompts]
     found: list[list[Comparison]] = []
@@ -139,6 +143,25 @@ def _compared(
                 comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
                 bar.update()
             yield comparisons
+
+
+def conditions(model: StreamModel) -> list[str]:
+    """Return lines on what the comparison rests on: the precision, and kernels of hybrids."""
+    from ..verify import precision_of
+
+    precision = precision_of(model)
+    lines = [f"compared in {precision}"]
+    if precision.startswith("float32 (TF32)"):
+        lines = [
+            f"compared in {precision}: {TF32} lets this GPU take factors at 10 bits in passes of "
+            f"several rows, so answers may part at near-ties; {TF32}=0 keeps float32 exact"
+        ]
+    if model.backbone.is_recurrent and Machine.read().backend == "metal":
+        lines.append(
+            "layers that keep a state run other Metal kernels for one row than for several, which "
+            "no test on a CPU has run: this comparison is the test"
+        )
+    return lines
 
 
 def counted(comparisons: Sequence[Comparison]) -> dict[str, int]:

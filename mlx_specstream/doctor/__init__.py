@@ -8,5 +8,6 @@
 | `sizes.py` | how large models are, and which of them fit |
 | `expected.py` | what speculation should gain with a model that is not here yet |
 | `chips.py` | `doctor --chips`: predictions for Apple's chips, and those held against measurements |
+| `report.py` | `doctor --report`: one file with doctor, verify, bench and predictions, for an issue |
 | `families.py` | `doctor --families`: mlx-lm's model families, and which are refused |
 """

@@ -19,14 +19,14 @@ from ..errors import DataError, OptionError
 from ..planner.acceptance import ACCEPTANCE_FILE, AcceptanceProfile
 from ..planner.choose import chosen, forecasts
 from ..planner.curve import CostCurve
-from ..planner.prior import CHIPS, SIZES, Chip, ModelSize, chip_named, prior_curve
+from ..planner.prior import CHIPS, SIZES, Chip, ModelSize, chip_named, chip_of, prior_curve
 from ..planner.settings import candidates
 from ..weights.shipped import SHIPPED, shipped_names
 
 if TYPE_CHECKING:
     from ..bench.result import Result
 
-BITS = (4, 8, 16)
+BITS = (4, 8, 16, 32)
 LABEL = "Predictions from published kernel figures, not measurements; nothing here ran on a Mac."
 
 
@@ -108,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chip", action="append", help="as 'M4 Pro'; may be repeated (default: all)"
     )
-    parser.add_argument("--bits", type=int, action="append", choices=BITS, help="default: all")
+    parser.add_argument(
+        "--bits", type=int, action="append", choices=BITS, help="default: 4, 8 and 16"
+    )
     parser.add_argument(
         "--size",
         choices=[size.name for size in SIZES],
@@ -132,7 +134,7 @@ def main(argv: list[str]) -> int:
     found: list[tuple[str, Prediction]] = []
     for name, profile in _profiles(arguments.streams):
         for chip in chips:
-            for bits in arguments.bits or BITS:
+            for bits in arguments.bits or BITS[:3]:
                 found += [(name, one) for one in predict(chip, bits, size, profile)]
     if arguments.json:
         rows = [{"streams": name, **_rounded(vars(one))} for name, one in found]
@@ -171,7 +173,7 @@ def _compare(path: Path, *, as_json: bool) -> int:
     from ..bench.result import Result
 
     result = Result.load(path)
-    chip = chip_named(result.machine.chip)
+    chip = chip_of(result.machine)
     if chip is None:
         raise DataError(
             f"{path} was measured on {result.machine.chip or 'an unknown chip'}, for which there are "

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from ..machine import Machine
 from ..planner.acceptance import profile_of
-from ..planner.prior import ModelSize, chip_named
+from ..planner.prior import ModelSize, chip_of
 from ..weights.shipped import SHIPPED, shipped_names
 from .chips import predict
 from .sizes import Shape
@@ -37,7 +37,7 @@ class Expectation:
 
 def expected(machine: Machine, shape: Shape, bits: int) -> Expectation | None:
     """Return what is to be expected; None if there are no published figures for the chip."""
-    chip = chip_named(machine.chip)
+    chip = chip_of(machine)
     if chip is None or machine.backend != "metal":
         return None
     head = float(shape.vocab * shape.hidden)

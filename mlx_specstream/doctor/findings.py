@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..machine import REFERENCE_BLAS, Machine
+from ..machine import REFERENCE_BLAS, TF32, Machine
 from . import mac
 from .finding import Finding, advice, fact, older, problem
 
@@ -94,6 +94,18 @@ def _linux(m: Machine) -> Iterator[Finding]:
         )
 
 
+def _precision(m: Machine) -> Iterator[Finding]:
+    if m.rounds_float32:
+        yield fact(
+            "float32 is not quite float32 here: passes of several rows take factors at 10 bits (TF32)",
+            "MLX turns this on for neural accelerators and tensor cores; passes of one row stay exact, "
+            "so plain and speculative answers of float32 models can part where two tokens are nearly "
+            "as likely",
+            f"nothing for 16 and 4 bits; for exact float32 set {TF32}=0 (verify and demo do)",
+            "https://github.com/ml-explore/mlx/issues/3534",
+        )
+
+
 RULES: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     _other,
     _installation,
@@ -101,5 +113,6 @@ RULES: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
     mac.versions,
     mac.rows,
     mac.memory,
+    _precision,
     _linux,
 )

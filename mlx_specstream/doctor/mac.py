@@ -95,7 +95,7 @@ def versions(m: Machine) -> Iterator[Finding]:
 
 def rows(m: Machine) -> Iterator[Finding]:
     """Yield what the GPU charges for several rows, and so which trees can pay."""
-    gen = m.gpu_generation
+    gen, ultra = m.gpu_generation, m.gpu.endswith("d")
     if not gen or m.backend != "metal":
         return
     if gen >= 15:
@@ -107,8 +107,10 @@ def rows(m: Machine) -> Iterator[Finding]:
         )
     else:
         yield fact(
-            "4-bit models gain little: each row up to five reads all weights again",
-            "the GPUs of M1 and M2 lack the kernels that share one reading among rows",
+            "models in 4 and 8 bits (affine) gain little: each of a few rows reads all weights again",
+            f"M1 and M2 lack the kernel that shares a reading; large matrices are read anew for each of "
+            f"up to {'11' if ultra else '5'} rows, small ones for more. mxfp4 and nvfp4 weights share "
+            "it from MLX 0.32.0 on",
             "leave the tree to --tree auto, which decodes plainly where nothing is gained; "
             "16-bit models with wide trees gain most",
             "https://github.com/lablup/mlxcel/issues/1187",
@@ -120,13 +122,21 @@ def rows(m: Machine) -> Iterator[Finding]:
             "https://github.com/ml-explore/mlx/pull/4216",
         )
     yield fact(
-        "attention takes at most 8 rows at once, fewer with many query heads per key head",
+        "models in 32 bits, the demo among them, are the worst case",
+        "no kernel shares a reading of float32 weights among a few rows: two rows cost as much as "
+        "sixteen",
+        "judge by a model of your own in 16 or 4 bits; with 32 bits take a wide tree",
+    )
+    yield fact(
+        "attention is fused for up to 8 rows, fewer with many query heads per key head",
         "rows x group must be at most 32: 8 rows for groups up to 4 (Llama 3, Qwen3-4B), 4 for "
-        "groups of 7 and 8 (Qwen2.5-7B, Qwen3-32B); above that and up to 8 it is slow",
-        "nothing: --tree auto leaves these sizes out",
+        "groups of 7 and 8 (Qwen2.5-7B, Qwen3-32B). More than 8 rows go to another kernel, which "
+        "walks a long context once per head and takes heads of up to 128 channels; heads of 256 "
+        "(Gemma) are fused up to 8 rows alone",
+        "nothing: --tree auto leaves settings out that fall off",
         "https://github.com/ml-explore/mlx/pull/3838",
     )
-    if m.gpu.endswith("d") and gen >= 15:
+    if ultra and gen >= 15:
         yield fact(
             "on an Ultra reports disagree about 4-bit weights",
             "one has rows nearly linear in cost up to 8, another has them shared",

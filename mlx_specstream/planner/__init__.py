@@ -24,7 +24,7 @@ from .costs import acceptance, model_plans, planner_for, step_costs
 from .curve import CostCurve, Growth, StepCost
 from .measure import measure
 from .planner import Planner
-from .settings import Plan, candidates, fused_row_limit
+from .settings import FusedAttention, Plan, candidates
 from .trace import AnswerTrace, Position
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "AnswerTrace",
     "CostCurve",
     "Forecast",
+    "FusedAttention",
     "Growth",
     "Plan",
     "Planner",
@@ -44,7 +45,6 @@ __all__ = [
     "candidates",
     "chosen",
     "forecasts",
-    "fused_row_limit",
     "measure",
     "model_plans",
     "planner_for",

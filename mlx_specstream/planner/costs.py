@@ -32,8 +32,8 @@ from .curve import CostCurve
 from .identity import identity, this_machine, weight_bits
 from .measure import BUDGET_S, measure
 from .planner import Planner
-from .prior import ModelSize, chip_named, prior_curve
-from .settings import Plan, candidates, fused_row_limit
+from .prior import ModelSize, chip_of, prior_curve
+from .settings import FusedAttention, Plan, candidates
 
 if TYPE_CHECKING:
     from ..loading.load import StreamModel
@@ -106,7 +106,7 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
         schedule,
         prunable=bool(trained.pruner_rank and recorded and recorded.has_pruned),
         ends_known=bool(recorded and recorded.has_ends),
-        row_limit=_row_limit(model),
+        attention=_attention(model),
     )
     first = [f"chain{trained.num_streams}" if name == "chain" else name for name in _FIRST]
     if (prior := published_costs(model, plans)) is not None:
@@ -122,7 +122,7 @@ def published_costs(model: StreamModel, plans: Sequence[Plan] | None = None) -> 
     """
     assert model.streams is not None
     machine = this_machine()
-    chip = chip_named(machine.chip) if machine.backend == "metal" else None
+    chip = chip_of(machine) if machine.backend == "metal" else None
     if chip is None or has_experts(model.model):
         return None
     trained, backbone = model.streams.config, model.backbone
@@ -169,12 +169,16 @@ def step_costs(
         f"note: measuring once, for up to {budget_s:g} seconds, what decoding steps of {model.name} "
         "cost on this machine."
     )
-    curve = measure(
-        model.streams,
-        model_plans(model),
-        budget_s=budget_s,
-        tokens_per_step=profile.tokens_per_step,
-    )
+    from mlx_lm.generate import wired_limit
+
+    # Wired as when it generates: weights that macOS pages out cost many times as much.
+    with wired_limit(model.model):
+        curve = measure(
+            model.streams,
+            model_plans(model),
+            budget_s=budget_s,
+            tokens_per_step=profile.tokens_per_step,
+        )
     if curve is None:
         return None
     curve = replace(curve, key=key)
@@ -228,12 +232,21 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(m, QuantizedSwitchLinear | SwitchLinear) for m in model.modules())
 
 
-def _row_limit(model: StreamModel) -> int | None:
-    """Return how many rows Metal's attention for short queries takes; None on other back ends."""
-    import mlx.core as mx
-
-    if "gpu" not in str(mx.default_device()).lower() or not mx.metal.is_available():
+def _attention(model: StreamModel) -> FusedAttention | None:
+    """Return what Metal's fused attention takes of this model; None on other back ends."""
+    if this_machine().backend != "metal":
         return None
     arguments = getattr(model.model, "args", None)
-    heads = getattr(arguments, "num_attention_heads", 0) or 1
-    return fused_row_limit(heads, getattr(arguments, "num_key_value_heads", 0) or heads)
+    inner = getattr(arguments, "text_config", None)
+
+    def number(name: str) -> int:
+        value = inner.get(name) if isinstance(inner, dict) else None
+        value = value or getattr(arguments, name, None)
+        return value if isinstance(value, int) else 0
+
+    heads = number("num_attention_heads") or 1
+    return FusedAttention(
+        heads,
+        number("num_key_value_heads") or heads,
+        number("head_dim") or model.backbone.hidden_size // heads,
+    )

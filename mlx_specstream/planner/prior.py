@@ -18,9 +18,13 @@ straight, beyond the last one they stay flat up to 64 rows. Sources, as `owner/p
 * 16 bits, M3 and later (MLX 0.32.1 and newer): `gemv_wide` reads weights once per five rows up to 15
   (#3888). M1/M2: a padded matrix product of 64 rows at a third of the bandwidth, 161 to 56 GB/s
   (#3661).
+* 32 bits: no published figure. No kernel of MLX shares a read of float32 weights among a few rows, so
+  two rows and more are a padded matrix product. Taken to be the one of #3661, which passes over as
+  many weights a second: 56e9 / 2, beside 161e9 / 4 for one row.
 
-Memory bandwidths are Apple's own. A plain token is taken to reach 0.8 of them, and the host's share
-of a step, which plain decoding hides behind the device, to be 2 ms and 50 us a layer: both assumed.
+Memory bandwidths are Apple's own; those of M5 Max with fewer GPU cores and of M6 are from reports.
+A plain token is taken to reach 0.8 of them, and the host's share of a step, which plain decoding
+hides behind the device, to be 2 ms and 50 us a layer: both assumed.
 Attention is left out, so predictions are for short contexts.
 """
 
@@ -48,23 +52,32 @@ _ROWS_8BIT_M1_ULTRA = {1: 1.0, 11: 11.0, 12: 2.32}
 _ROWS_8BIT_M3 = {1: 1.0, 5: 1.2, 6: 1.35, 8: 1.62, 12: 2.1, 16: 2.32}
 _ROWS_16BIT_M3 = {1: 1.0, 5: 1.05, 6: 1.3, 10: 1.5, 11: 1.8, 15: 2.0, 16: 2.5}
 _ROWS_16BIT_M1 = {1: 1.0, 2: 2.9, 16: 2.9}
+_ROWS_32BIT = {1: 1.0, 2: 1.44, 16: 1.44}
 
 
 @dataclass(frozen=True)
 class Chip:
-    """An Apple chip. arch: as Metal names its GPU. bandwidth: bytes per second."""
+    """An Apple chip. arch: as Metal names its GPU. bandwidth: bytes per second.
+
+    cores, memory_gb: chips of this name with so many CPU cores, or no more memory than this, are
+    the ones meant; 0 for any.
+    """
 
     name: str
     arch: str
     bandwidth: float
+    cores: int = 0
+    memory_gb: int = 0
 
     @property
     def generation(self) -> int:
-        """Return 13 for M1 up to 17 for M5."""
+        """Return 13 for M1, 14 for M2 and so on."""
         return Machine(gpu=self.arch).gpu_generation
 
     def rows(self, bits: int) -> Mapping[int, float]:
         """Return cost(T) / cost(1) of a product with weights of so many bits."""
+        if bits >= 32:
+            return _ROWS_32BIT
         if bits >= 16:
             return _ROWS_16BIT_M3 if self.generation >= 15 else _ROWS_16BIT_M1
         ultra = self.arch.endswith("d")
@@ -91,11 +104,18 @@ CHIPS = (
     Chip("M3", "applegpu_g15g", 100e9),
     Chip("M3 Pro", "applegpu_g15s", 150e9),
     Chip("M3 Max", "applegpu_g15s", 400e9),
+    Chip("M3 Max 14-core", "applegpu_g15s", 300e9, cores=14),
     Chip("M3 Ultra", "applegpu_g15d", 819e9),
     Chip("M4", "applegpu_g16g", 120e9),
     Chip("M4 Pro", "applegpu_g16s", 273e9),
     Chip("M4 Max", "applegpu_g16s", 546e9),
+    Chip("M4 Max 14-core", "applegpu_g16s", 410e9, cores=14),
     Chip("M5", "applegpu_g17g", 153e9),
+    Chip("M5 Pro", "applegpu_g17s", 307e9),
+    Chip("M5 Max", "applegpu_g17s", 614e9),
+    # Its CPU is the larger one's; it is sold with 36 GB alone, the larger with 48 and more.
+    Chip("M5 Max 36GB", "applegpu_g17s", 460e9, memory_gb=36),
+    Chip("M6", "applegpu_g18g", 170e9),
 )
 
 
@@ -131,6 +151,19 @@ def chip_named(name: str) -> Chip | None:
     """Return the chip Apple calls so, as `M4 Pro` or `Apple M4 Pro`; None if it is not known."""
     wanted = name.lower().replace("apple", "").strip()
     return next((chip for chip in CHIPS if chip.name.lower() == wanted), None)
+
+
+def chip_of(machine: Machine) -> Chip | None:
+    """Return a machine's chip, of the kinds of one name the one it has; None if it is not known."""
+    named = chip_named(machine.chip)
+    if named is None or named.cores or named.memory_gb:
+        return named
+    memory_gb = round(machine.memory_bytes / 2**30)
+    for chip in CHIPS:
+        fits = chip.cores == machine.cores if chip.cores else 0 < memory_gb <= chip.memory_gb
+        if chip.name.rpartition(" ")[0] == named.name and fits:
+            return chip
+    return named
 
 
 def prior_curve(

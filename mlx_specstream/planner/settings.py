@@ -50,6 +50,14 @@ class Plan:
         rows = self.rows(num_streams)
         return rows if self.prune is None else min(rows, self.prune.keep)
 
+    def passes(self, num_streams: int) -> tuple[int, int]:
+        """Return the rows that attend at once in the lower layers, and with the verified tree in
+        the upper ones, where an inline step has its streams beside it.
+        """
+        upper = self.upper_rows(num_streams)
+        beside = min(self.stream_nodes or upper, upper) if self.schedule == "inline" else 0
+        return self.rows(num_streams), upper + beside * num_streams
+
     def depth(self, num_streams: int) -> int:
         """Return the most drafts that one step can accept."""
         return min(len(self.tree.level_widths(num_streams)), self.rows(num_streams) - 1)
@@ -79,7 +87,7 @@ def candidates(
     *,
     prunable: bool = False,
     ends_known: bool = False,
-    row_limit: int | None = None,
+    attention: FusedAttention | None = None,
     max_rows: int = max(ROWS),
 ) -> list[Plan]:
     """Return the plans worth a look, chains first.
@@ -87,56 +95,66 @@ def candidates(
     Args:
         prunable: the streams hold a pruner, and what it keeps was recorded.
         ends_known: it was recorded which nodes get streams where not all do.
-        row_limit: most rows that the GPU's fused attention for short queries takes; above it and
-            up to 8 rows attention falls back to a slow path, so these sizes are left out.
+        attention: what the GPU's fused attention takes; plans with a pass that it does not take are
+            left out. Not for the streams' own pass in a deferred step, nor for the root alone
+            with its streams: they have as many rows in every plan, and their time is measured.
     """
-    found = list(_candidates(num_streams, mode, schedule, row_limit, max_rows))
     return [
         plan
-        for plan in found
-        if (prunable or plan.prune is None) and (ends_known or not plan.stream_nodes)
+        for plan in _candidates(num_streams, mode, schedule)
+        if (prunable or plan.prune is None)
+        and (ends_known or not plan.stream_nodes)
+        and plan.rows(num_streams) <= max_rows
+        and not (attention and any(map(attention.loses, plan.passes(num_streams))))
     ]
 
 
-def _candidates(
-    num_streams: int,
-    mode: Mode,
-    schedule: str,
-    row_limit: int | None,
-    max_rows: int,
-) -> Iterator[Plan]:
-    def fits(rows: int) -> bool:
-        slow = row_limit is not None and row_limit < rows <= FUSED_ROWS
-        return rows <= max_rows and not slow
-
+def _candidates(num_streams: int, mode: Mode, schedule: str) -> Iterator[Plan]:
     schedules: list[RunSchedule] = ["inline"] if mode == "shared" else ["deferred", "inline"]
     for each in schedules:
         if schedule not in ("auto", each):
             continue
         for depth in range(1, num_streams + 1):
-            if fits(depth + 1):
-                tree = TreeSpec("chain", branching=1, depth=depth)
-                yield Plan(tree, each)
+            yield Plan(TreeSpec("chain", branching=1, depth=depth), each)
         wide = (
             ROWS if each == "deferred" or schedule == "inline" or mode == "shared" else INLINE_ROWS
         )
         for rows in wide:
             # Two rows are a chain of one draft.
-            if rows > 2 and fits(rows):
+            if rows > 2:
                 yield Plan(TreeSpec("best", rows=rows), each)
         for rows, keep in PRUNED if each == "deferred" else INLINE_PRUNED:
-            if fits(rows):
-                yield Plan(TreeSpec("best", rows=rows), each, PruneSpec(keep))
+            yield Plan(TreeSpec("best", rows=rows), each, PruneSpec(keep))
         # In shared mode every row sees its streams, so none can be without.
         for rows, nodes in INLINE_NODES if each == "inline" and mode == "lossless" else ():
-            if fits(rows):
-                yield Plan(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
+            yield Plan(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
 
 
-FUSED_ROWS = 8
+@dataclass(frozen=True)
+class FusedAttention:
+    """Which passes MLX's fused attention on Metal takes, for a model with such heads.
+
+    Two kernels: one for up to 8 rows, if rows x query heads per key head are at most 32, and one
+    for more rows. What neither takes is computed step by step, which is slow in long contexts.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def takes(self, rows: int) -> bool:
+        """Tell whether a pass of `rows` rows is fused."""
+        if rows > FEW_ROWS:
+            return self.head_dim in _MANY_ROWS_DIMS
+        group = max(1, self.num_heads // max(1, self.num_kv_heads))
+        return self.head_dim in _FEW_ROWS_DIMS and rows * group <= 32
+
+    def loses(self, rows: int) -> bool:
+        """Tell whether a pass falls off the fused attention that plain decoding is on."""
+        return self.takes(1) and not self.takes(rows)
+
+
+FEW_ROWS = 8
 """Rows up to which MLX on Metal uses its attention for short queries, if it takes them at all."""
-
-
-def fused_row_limit(num_heads: int, num_kv_heads: int) -> int:
-    """Return how many rows Metal's attention for short queries takes: rows × group ≤ 32, rows ≤ 8."""
-    return min(FUSED_ROWS, 32 // max(1, num_heads // max(1, num_kv_heads)))
+_FEW_ROWS_DIMS = (64, 96, 128, 256)
+_MANY_ROWS_DIMS = (64, 72, 80, 96, 128)

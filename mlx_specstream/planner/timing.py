@@ -20,7 +20,8 @@ from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree, root_only
 from .settings import Plan
 
-TOKENS = 3  # of plain decoding per sample
+MIN_TOKENS, MAX_TOKENS, SAMPLE_S = 3, 16, 0.1
+"""A sample of plain decoding takes so many tokens, as fill so many seconds."""
 _TOKEN = 1
 
 
@@ -31,26 +32,33 @@ class PlainTokens:
         self.decoder = plain_decoder(streams.backbone, streams, TokenSampler())
         self.caches = _Caches(streams)
         self.clock = clock
+        self.tokens = MIN_TOKENS
 
     def sample(self, context: int) -> float:
         """Return the seconds of a token, on average over a pipelined run.
 
         Timed from an idle device to an idle device: a result alone tells little, since scheduling
-        the pass after it may take until most of that is computed.
+        the pass after it may take until most of that is computed. The host's share of the first
+        token is not hidden behind the device, so the shorter tokens are, the more are taken.
         """
+        seconds = self._run(context, self.tokens)
+        self.tokens = max(MIN_TOKENS, min(MAX_TOKENS, round(SAMPLE_S / max(seconds, 1e-6))))
+        return seconds
+
+    def _run(self, context: int, number: int) -> float:
         cache = self.caches.at(context)
         self.decoder.token_sampler.history.clear()
-        criteria = MaxTokens(TOKENS)
+        criteria = MaxTokens(number)
         if isinstance(self.decoder, PlainDecoder):
             # The last pass is known to be the last, so that none runs on into the next sample.
-            self.decoder.run_ahead = lambda: len(criteria.tokens) < TOKENS - 1
+            self.decoder.run_ahead = lambda: len(criteria.tokens) < number - 1
         steps = self.decoder.steps(_TOKEN, cache, criteria)
         mx.synchronize()
         begin = self.clock()
         for _ in steps:
             pass
         mx.synchronize()
-        return (self.clock() - begin) / TOKENS
+        return (self.clock() - begin) / number
 
 
 class Steps:

@@ -11,9 +11,10 @@ import pytest
 from mlx_specstream.doctor import chips
 from mlx_specstream.doctor.chips import _curves, compare_steps, main, predict
 from mlx_specstream.errors import DataError, OptionError
+from mlx_specstream.machine import Machine
 from mlx_specstream.planner import CostCurve, Plan
 from mlx_specstream.planner.acceptance import assumed_profile
-from mlx_specstream.planner.prior import CHIPS, SIZES, Chip, at, chip_named, prior_curve
+from mlx_specstream.planner.prior import CHIPS, SIZES, Chip, at, chip_named, chip_of, prior_curve
 from tests.planner.test_planner import curve
 
 M4_PRO = next(chip for chip in CHIPS if chip.name == "M4 Pro")
@@ -38,6 +39,39 @@ def test_chips_are_known_by_apples_names() -> None:
     assert chip_named("m1") is M1
     assert chip_named("Apple M99") is None
     assert [chip.generation for chip in (M1, M4_PRO)] == [13, 16]
+    for name in ("M5 Pro", "M5 Max", "M6"):
+        assert chip_named(f"Apple {name}") is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "memory_gb", "bandwidth"),
+    [
+        ("Apple M3 Max", 16, 48, 400e9),
+        ("Apple M3 Max", 14, 36, 300e9),
+        ("Apple M4 Max", 16, 128, 546e9),
+        ("Apple M4 Max", 14, 36, 410e9),
+        ("Apple M4 Pro", 14, 24, 273e9),
+        ("Apple M5 Max", 18, 36, 460e9),
+        ("Apple M5 Max", 18, 48, 614e9),
+        ("Apple M5 Max", 18, 0, 614e9),
+        ("Apple M5", 10, 16, 153e9),
+    ],
+)
+def test_smaller_chips_of_one_name_are_told_apart(
+    name: str, cores: int, memory_gb: int, bandwidth: float
+) -> None:
+    chip = chip_of(Machine(chip=name, cores=cores, memory_bytes=memory_gb << 30))
+    assert chip is not None
+    assert chip.bandwidth == bandwidth
+
+
+def test_rows_of_float32_share_no_reading_but_fill_a_matrix_product() -> None:
+    """What no kernel for few rows serves costs the same from two rows on, on every chip."""
+    for chip in CHIPS:
+        assert at(chip.rows(32), 2) == at(chip.rows(32), 16) == 1.44
+        assert at(chip.rows(32), 5) != at(chip.rows(16), 5)
+    (found,) = predict(M4_PRO, 32, SIZES[0], assumed_profile(4).only("chat"))
+    assert Plan.parse(found.plan).rows(4) >= 10
 
 
 def test_a_step_costs_its_parts() -> None:

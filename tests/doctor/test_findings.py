@@ -73,13 +73,36 @@ def test_advice(machine: Machine, what: str, but_not: Machine) -> None:
 
 
 def test_facts_follow_the_chip() -> None:
-    assert "each row up to five reads all weights again" in said(M1, "fact")
+    assert "(affine) gain little" in said(M1, "fact")
+    assert "gain little" not in said(M4_PRO)
     assert "16-bit models gain most" in said(M4_PRO, "fact")
     assert "two thirds of the memory" in said(M1)
     assert "two thirds" not in said(M4_PRO)
     assert "Ultra" in said(replace(M4_PRO, gpu="applegpu_g15d"))
     assert "Ultra" not in said(M4_PRO)
     assert "from 8 rows on" in said(CUDA)
+
+
+def test_what_mlx_makes_of_float32_is_said() -> None:
+    for machine, rounds in ((M5, True), (CUDA, True), (M4_PRO, False), (LINUX, False)):
+        assert ("float32 is not quite float32" in said(machine, "fact")) is rounds
+    assert "float32 is not quite" not in said(replace(M5, tf32=False))
+    assert "float32 is not quite" not in said(replace(M5, os_version="26.1"))
+
+
+def test_nothing_is_said_that_mlx_sources_contradict() -> None:
+    """What `get_qmv_batch_limit`, `qmv_wide` and the attention of MLX 0.32 do, read in its sources."""
+
+    def why(machine: Machine) -> str:
+        return " ".join(f"{f.what} {f.why}" for f in findings(machine))
+
+    # Of M1 and M2 only affine weights are read row by row, and on Ultras up to eleven rows.
+    assert "each of up to 5 rows" in why(M1)
+    assert "each of up to 11 rows" in why(replace(M1, gpu="applegpu_g13d"))
+    assert "mxfp4 and nvfp4 weights share it" in why(M1)
+    # More than eight rows are not refused, but go to another kernel.
+    assert "at most 8 rows at once" not in why(M4_PRO)
+    assert "heads of 256" in why(M4_PRO)
 
 
 def test_every_finding_says_what_to_do() -> None:

@@ -17,7 +17,7 @@ from mlx_specstream.planner.acceptance import (
     profile_of,
 )
 from mlx_specstream.planner.record import looked_up, record_answer
-from mlx_specstream.planner.settings import Plan, candidates, fused_row_limit
+from mlx_specstream.planner.settings import FusedAttention, Plan, candidates
 from mlx_specstream.planner.trace import AnswerTrace, Position
 from mlx_specstream.speculation.tree import DraftTree
 from tests.support.engine import decode, random_streams, small_model, stream_config, stream_decoder
@@ -156,15 +156,37 @@ def test_candidates_keep_off_the_slow_rows() -> None:
     assert [Plan.parse(plan.name) for plan in every] == every
     assert {p.schedule for p in candidates(4, "shared")} == {"inline"}
     assert {p.schedule for p in candidates(4, "lossless", "inline")} == {"inline"}
+
+
+def attended(attention: FusedAttention, **known: bool) -> set[str]:
+    found = candidates(4, "lossless", attention=attention, **known)
+    return {plan.name for plan in found}
+
+
+def test_plans_with_a_pass_off_the_fused_attention_are_left_out() -> None:
     # Eight query heads on one key head: four rows are fused, five to eight are not, nine are.
-    limit = fused_row_limit(8, 1)
-    rows = {plan.rows(4) for plan in candidates(4, "lossless", row_limit=limit)}
-    assert limit == 4
-    assert not rows & {5, 6, 7, 8}
-    assert {2, 3, 4, 10, 16} <= rows
-    assert [fused_row_limit(*heads) for heads in ((32, 8), (40, 8), (14, 2), (9, 3))] == [
-        8,
-        6,
-        4,
-        8,
-    ]
+    eight = FusedAttention(32, 4, 128)
+    assert [rows for rows in range(1, 13) if eight.loses(rows)] == [5, 6, 7, 8]
+    names = attended(eight, prunable=True, ends_known=True)
+    assert {"chain1", "chain3", "4", "10", "16", "16:4", "3 inline"} <= names
+    # Of lower layers, of what pruning leaves for the upper ones, of nodes with their streams beside.
+    assert not names & {"chain4", "5", "8", "16:8", "32:8", "8 inline:2"}
+    for group in (7, 8):
+        at = FusedAttention(4 * group, 4, 128)
+        for plan in candidates(6, "lossless", prunable=True, ends_known=True, attention=at):
+            assert not any(4 < rows <= 8 for rows in plan.passes(6)), plan.name
+    # Three heads on one: eight rows are fused, and nothing is left out.
+    assert attended(FusedAttention(9, 3, 64)) == {p.name for p in candidates(4, "lossless")}
+    # Groups of five: six rows are, and two nodes with four streams each are ten.
+    assert "6" in attended(FusedAttention(40, 8, 128))
+    assert "8" not in attended(FusedAttention(40, 8, 128))
+
+
+def test_the_size_of_heads_decides_too() -> None:
+    # Of 256, no kernel takes more than eight rows: wide trees, and inline steps with many streams.
+    wide = attended(FusedAttention(8, 4, 256), prunable=True)
+    assert {"8", "chain4"} <= wide
+    assert not wide & {"10", "16", "16:8", "3 inline", "chain1 inline"}
+    # Where plain decoding is not fused either, no plan loses anything.
+    for size in (72, 80, 112, 192):
+        assert attended(FusedAttention(8, 8, size)) == {p.name for p in candidates(4, "lossless")}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -193,6 +197,29 @@ def test_a_real_measurement(streams: Streams) -> None:
         assert all(cost.seconds > 0 for cost in (curve.plain, *curve.steps.values()))
 
 
+@pytest.mark.parametrize(("token", "then"), [(0.001, 16), (0.01, 10), (0.02, 5), (0.2, 3)])
+def test_more_plain_tokens_are_timed_where_they_are_short(
+    token: float, then: int, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that takes a millisecond before the device begins is seen in the first token alone."""
+    now, passes = 0.0, 0
+    sampler = PlainTokens(streams, lambda: now)
+    original = sampler.decoder.steps
+
+    def steps(*words: Any) -> Iterator[Any]:
+        nonlocal now, passes
+        passes, now = 0, now + 0.001
+        for step in original(*words):
+            passes, now = passes + 1, now + token
+            yield step
+
+    monkeypatch.setattr(sampler.decoder, "steps", steps)
+    assert sampler.sample(8) == pytest.approx(token + 0.001 / 3)
+    assert passes == 3
+    assert sampler.sample(8) == pytest.approx(token + 0.001 / then)
+    assert passes == then
+
+
 def test_a_model_that_computes_nan_has_no_curve(streams: Streams) -> None:
     tensors = random_tensors(streams.backbone, streams.config)
     model = small_model(vocab=12, seed=9)
@@ -231,6 +258,46 @@ def test_costs_are_measured_once(
     assert again is not None
     assert again != first
     assert costs.step_costs(joined) == again
+
+
+def test_costs_are_measured_with_the_weights_wired(
+    joined: StreamModel, measured: list[CostCurve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def wired(module: object) -> Iterator[None]:
+        assert module is joined.model
+        seen.append("wired")
+        yield
+        seen.append("released")
+
+    fake = costs.measure
+
+    def measure_(*words: Any, **more: Any) -> CostCurve | None:
+        seen.append("measured")
+        return fake(*words, **more)
+
+    monkeypatch.setattr(importlib.import_module("mlx_lm.generate"), "wired_limit", wired)
+    monkeypatch.setattr(costs, "measure", measure_)
+    costs.step_costs(joined)
+    assert seen == ["wired", "measured", "released"]
+
+
+def test_attention_is_asked_about_on_metal_alone(
+    joined: StreamModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {plan.name for plan in costs.model_plans(joined)}
+    arguments = SimpleNamespace(num_attention_heads=14, num_key_value_heads=2, head_dim=64)
+    monkeypatch.setattr(joined.model, "args", arguments)
+    assert {plan.name for plan in costs.model_plans(joined)} == names
+    monkeypatch.setattr(costs, "this_machine", lambda: Machine(backend="metal"))
+    assert names - {plan.name for plan in costs.model_plans(joined)} >= {"5", "8"}
+    inner = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    monkeypatch.setattr(joined.model, "args", SimpleNamespace(text_config=inner))
+    left = {plan.name for plan in costs.model_plans(joined)}
+    assert "8" in left
+    assert not left & {"10", "16"}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": {}}', "nan"])
