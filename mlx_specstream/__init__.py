@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .machine import blas as _blas
+
 if TYPE_CHECKING:
     from .batch.decode import BatchDecoder as BatchDecoder
     from .batch.generation import batch_generate as batch_generate
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .model.cache import KVCache as KVCache
 
 __version__ = "0.1.0"
+
+_blas.install()  # before MLX computes, whichever module is imported first
 
 _HOMES = {
     "BatchDecoder": "batch.decode",
