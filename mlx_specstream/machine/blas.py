@@ -215,7 +215,7 @@ def _function(sgemm: int) -> Callable[..., None]:
     real, pointer, size = ctypes.c_float, ctypes.POINTER(ctypes.c_float), ctypes.c_int
     order_and_shape = (size, size, size, size, size, size)
     kinds = (*order_and_shape, real, pointer, size, pointer, size, real, pointer, size)
-    return ctypes.CFUNCTYPE(None, *kinds)(sgemm)  # type: ignore[arg-type]
+    return ctypes.CFUNCTYPE(None, *kinds)(sgemm)
 
 
 def _multiplies(sgemm: int) -> bool:
