@@ -25,7 +25,19 @@ from benchmarks.house import (
 # their own: GGUF files, which the demo model is loaded from, and the PyTorch reference and trainer.
 ORDER = (
     *("errors", "exit_status", "machine", "config", "weights", "convert.gguf", "model"),
-    *("speculation", "loading", "planner", "prompts", "generation", "batch", "verify", "train"),
+    *(
+        "speculation",
+        "loading",
+        "utils",
+        "sample_utils",
+        "models",
+        "planner",
+        "prompts",
+        "generation",
+        "batch",
+        "verify",
+        "train",
+    ),
     *("convert.pytorch", "convert", "bench", "doctor", "apps", "commands", "cli", "__main__"),
 )
 FOLDERS = sorted(
