@@ -190,7 +190,7 @@ def test_a_reader_that_goes_away() -> None:
         (["convert", "-d"], "mlx_lm.convert"),
         (["convert", "--hf-path", "x", "--trust-remote-code"], "never runs code"),
         (["benchmark", "-g", "8"], "--max-tokens"),
-        (["train", "--num-layers", "8"], "--num-msa-layers"),
+        (["train", "--optimizer", "adam"], "--preset"),
         (["plan", "--xyzzyx"], "specstream plan --help"),
     ],
 )

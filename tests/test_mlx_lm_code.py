@@ -84,7 +84,7 @@ SNIPPETS = {
     "model, tokenizer, config = load(path, return_config=True)\n"
     "assert config['model_type'] == 'llama'",
     "utilities": LOAD + "from mlx_lm.utils import compute_bits_per_weight, get_total_parameters\n"
-    "assert get_total_parameters(model) > 0 and compute_bits_per_weight(model) > 0",
+    "assert get_total_parameters(model) > 0 and compute_bits_per_weight(model) == 32",
     "convert": "from mlx_lm import convert, load\nconvert(path, mlx_path='made')\nload('made')",
     "convert to 4 bits": "from mlx_lm.convert import convert\n"
     "convert(hf_path=path, mlx_path='four', quantize=True, q_bits=4, q_group_size=32)\n"

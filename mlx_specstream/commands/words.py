@@ -63,7 +63,6 @@ MLX_LM_FLAGS = {
     "--delay": f"it {_NOT_HERE}",
     "-b": _BATCH,
     "--batch-size": _BATCH,
-    "--num-layers": "how many upper layers carry streams is --num-msa-layers",
     "--fine-tune-type": "streams have two parts to train, see --part and --mode",
     "--optimizer": _TRAINING,
     "--config": _TRAINING,
