@@ -27,7 +27,7 @@ def test_both_ways(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("✓ identical with --tree auto · 10 → ") == 2
     assert all(len(line) <= 80 for line in out.splitlines() if "│" in line or "✓" in line)
     assert "--tree auto: " in " ".join(out.rpartition("On this machine (")[2].split())
-    assert "4 streams in its upper 2 of 4 layers" in out
+    assert "4 streams in its upper 2 of 4 layers" in " ".join(out.split())
     assert "On this machine (" in out
     assert "Try next:" in out
 
