@@ -134,7 +134,7 @@ _MAP = re.compile(r"(<!-- map -->\n).*(<!-- end of map -->\n)", re.DOTALL)
 # The order in which a newcomer meets the folders.
 FOLDERS = (
     *("speculation", "model", "generation", "planner", "batch", "config", "weights", "loading"),
-    *("prompts", "train", "bench", "doctor", "commands"),
+    *("prompts", "train", "bench", "doctor", "machine", "commands"),
 )
 
 

@@ -173,7 +173,9 @@ def _convert(plan: ConversionPlan, target: Path, arguments: argparse.Namespace) 
         from .check import Proof
 
         proof = Proof(plan)
-    with tqdm(total=plan.num_bytes(), unit="B", unit_scale=True, desc="convert") as bar:
+    with tqdm(
+        total=plan.num_bytes(), unit="B", unit_scale=True, desc="convert", disable=None
+    ) as bar:
         write_plan(
             plan,
             target,

@@ -10,7 +10,11 @@ The names below are imported when first used, so that `specstream --help` answer
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from .machine import blas as _blas
 
 if TYPE_CHECKING:
     from .batch.decode import BatchDecoder as BatchDecoder
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_blas.install()  # before MLX computes, whichever module is imported first
+
 _HOMES = {
     "BatchDecoder": "batch.decode",
     "DecodeConfig": "config",
@@ -46,6 +52,8 @@ _HOMES = {
     "load": "loading.load",
     "stream_generate": "generation.generate",
 }
+
+_PACKAGES = ("convert",)  # may be called without an import of its own
 
 __all__ = [
     "BatchDecoder",
@@ -67,8 +75,25 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the module behind a public name."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _from_generate(name: str) -> object:
+    """Return what `mlx_lm.generate` has under this name, our own where there is one."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name in _HOMES:
+        return __getattr__(name)
+    return getattr(importlib.import_module("mlx_lm.generate"), name)
+
+
+# `mlx_specstream.generate` is the function; `from mlx_specstream.generate import ...` works as well.
+_generate = ModuleType(f"{__name__}.generate", "The names of mlx_lm.generate.")
+vars(_generate)["__getattr__"] = _from_generate
+sys.modules[_generate.__name__] = _generate

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, cast
 
 from . import __version__
+from .commands.words import check_flags, unknown_verb
 from .exit_status import EXIT_USER_ERROR, exit_status
 
 
@@ -49,8 +50,14 @@ VERBS: dict[str, Verb] = {
 }
 """Every verb of `specstream`; a new one is a line here."""
 
-OTHER_NAMES = {"families": ("doctor", "--families"), "simulate": ("doctor", "--chips")}
-"""Verbs of earlier versions, and what they are called now."""
+OTHER_NAMES = {
+    "families": ("doctor", "--families"),
+    "simulate": ("doctor", "--chips"),
+    "server": ("serve",),
+    "cache-prompt": ("cache_prompt",),
+    "benchmark": ("bench",),
+}
+"""Verbs of earlier versions and of mlx-lm, and what they are called here."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "verb",
         metavar="VERB",
-        choices=[*VERBS, *OTHER_NAMES],
         nargs="?",
         help="what to do; listed below",
     )
@@ -103,7 +109,11 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return EXIT_USER_ERROR
     verb, *words = list(OTHER_NAMES.get(verb, [verb])) + arguments[1:]
+    if verb not in VERBS:
+        raise unknown_verb(verb, [*VERBS, *OTHER_NAMES])
     module = importlib.import_module(VERBS[verb].module)
+    if build := getattr(module, "build_parser", None):
+        check_flags(verb, words, build())
     run = cast(Callable[[list[str]], int], module.main)
     return run(words)
 

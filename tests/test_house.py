@@ -26,28 +26,16 @@ from benchmarks.house import (
 # the tensors it reads, GGUF files, which the demo model is loaded from, and the PyTorch trainer.
 ORDER = (
     *("errors", "exit_status", "machine", "config", "weights", "convert.tensors"),
+    *("convert.gguf", "model", "speculation", "loading", "utils", "sample_utils", "models"),
     *(
-        "convert.gguf",
-        "model",
-        "speculation",
-        "loading",
         "planner",
         "prompts",
         "generation",
         "batch",
-    ),
-    *(
         "verify",
         "train",
-        "convert.pytorch",
-        "convert",
-        "bench",
-        "doctor",
-        "apps",
-        "commands",
-        "cli",
-        "__main__",
     ),
+    *("convert.pytorch", "convert", "bench", "doctor", "apps", "commands", "cli", "__main__"),
 )
 FOLDERS = sorted(
     path.parent

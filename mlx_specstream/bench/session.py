@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..machine import REFERENCE_BLAS, Machine
+from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine
 from .cases import Case, names
 from .competitors import described_model, open_contest
 from .methods import MLX_LM
@@ -191,8 +191,7 @@ def warnings_for(machine: Machine, load: float) -> list[str]:
     if machine.blas == REFERENCE_BLAS:
         found.append(
             "MLX computes with the reference BLAS here, which is slow and charges every row in "
-            "full, so that speculation cannot gain; install libopenblas0-pthread and preload its "
-            "libblas.so.3 (docs/benchmark.md says how)."
+            f"full, so that speculation cannot gain; {BLAS_ADVICE}."
         )
     elif machine.backend == "cpu":
         found.append("MLX runs on the CPU here; a GPU verifies several rows far more cheaply.")

@@ -11,4 +11,5 @@
 | `distill.py` | write a model's own answers, to train on |
 | `train.py` | train streams for a model on data |
 | `cache_prompt.py` | run a long prompt once, keep its cache |
+| `words.py` | verbs and flags that do not exist: what was meant, and what mlx-lm's are called here |
 """

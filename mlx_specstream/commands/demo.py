@@ -1,17 +1,18 @@
-"""`specstream demo`: the demo model answers a few prompts both ways; the texts are the same.
+"""`specstream demo`: the demo model answers a few prompts plainly and speculatively; the texts are the same.
 
-Each prompt is answered plainly and speculatively, in turn, the way that goes first alternating
-so that neither has the warmer machine. Its text is shown once, while it is generated. At the
-end stand a table and one line on whether speculation pays on this machine, and why.
+Each prompt is answered plainly, with a fixed tree and with `--tree auto`, which of them goes first
+changing so that none has the warmer machine. Its text is shown once, while it is generated. At
+the end stand a table and one line on what speculation gains on this machine, and why.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..config import TreeSpec
+from ..config import DecodeConfig, TreeSpec
 from ..errors import OptionError, StreamsError
 from ..generation.decode_options import (
     add_decode_options,
@@ -19,18 +20,20 @@ from ..generation.decode_options import (
     decode_config,
     load_options,
 )
-from ..machine import Machine, keep_float32_exact
+from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine, keep_float32_exact
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from rich.console import Console
 
-    from ..config import DecodeConfig
     from ..loading.load import StreamModel
-    from ..verify import Comparison
+    from ..prompts import Prompt
+    from ..verify import Comparison, Replayed
 
-DEFAULT_PROMPTS = 5
-DEFAULT_MAX_TOKENS = 40
+DEFAULT_PROMPTS = 4
+DEFAULT_MAX_TOKENS = 64
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,13 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="most tokens per answer (default: %(default)s)",
     )
-    # A fixed tree: `auto` would show plain decoding twice where speculation does not pay.
+    # A fixed tree, beside which `auto` is shown.
     add_decode_options(parser, tree=TreeSpec())
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Answer the prompts both ways and print what came of it."""
+    """Answer the prompts in every way and print what came of it."""
     arguments = build_parser().parse_args(argv)
     config = decode_config(arguments)
     keep_float32_exact()
@@ -71,26 +74,57 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from ..planner.identity import weight_bits
-    from ..prompts import built_in_prompts, encode_prompt
+    from ..prompts import encode_prompt
 
     console = Console(highlight=False)
     model, tokenizer = _load(arguments, console)
-    prompts = built_in_prompts()[: arguments.num_prompts]
-    comparisons = []
-    for number, prompt in enumerate(prompts):
-        console.print(f"\n[bold]{number + 1}. {_plain(prompt.title)}[/bold]")
+    auto = replace(config, tree=DecodeConfig().tree)
+    configs = [auto] if config == auto else [config, auto]
+    prompts = demo_prompts(arguments.num_prompts)
+    _get_ready(model, tokenizer, encode_prompt(tokenizer, prompts[0][1]), auto, console)
+    found: list[list[Comparison]] = []
+    for number, (kind, prompt) in enumerate(prompts):
+        title = prompt.title if len(prompt.title) <= 60 else f"{prompt.title[:59]}…"
+        console.print(f"\n[bold]{number + 1}. {kind}: {_plain(title)}[/bold]")
         ids = encode_prompt(tokenizer, prompt)
-        comparison = answer_both_ways(
-            model, tokenizer, ids, arguments.max_tokens, config, plain_first=number % 2 == 0
-        )
-        comparisons.append(comparison)
-        console.print(_mark(comparison), soft_wrap=True)
-    _print_table(console, comparisons)
-    bits = weight_bits(model.model)
-    console.print(f"\n{verdict(comparisons, config, bits)}", soft_wrap=True)
+        runs = answer_in_turn(model, tokenizer, ids, arguments.max_tokens, configs, number)
+        found.append(runs)
+        for way, comparison in zip(configs, runs, strict=True):
+            console.print(_mark(way, comparison))
+    kinds = [kind for kind, _ in prompts]
+    _print_table(console, kinds, configs, found)
     _print_next(console, arguments.model)
-    return 1 if any(c.verdict == "mismatch" for c in comparisons) else 0
+    _print_larger(console)
+    console.print(f"\n[bold]{verdict(kinds, configs, found)}[/bold]")
+    return 1 if any(c.verdict == "mismatch" for runs in found for c in runs) else 0
+
+
+def demo_prompts(count: int) -> list[tuple[str, Prompt]]:
+    """Return prompts, each with its kind: what speculation is good at, what not, then ordinary chat."""
+    from ..prompts import built_in_prompts
+    from ..prompts.read import DEMO, prompt_of, read_records
+
+    shown = []
+    for record, where in read_records(DEMO):
+        assert isinstance(record, dict)
+        shown.append((str(record["kind"]), prompt_of(record, where)))
+    return [*shown, *(("chat", prompt) for prompt in built_in_prompts())][:count]
+
+
+def _get_ready(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    config: DecodeConfig,
+    console: Console,
+) -> None:
+    """Answer a little both ways, so that no prompt pays for what is done once, costs measured included."""
+    from ..verify import replay
+
+    started = time.perf_counter()
+    for way in (config, None):
+        replay(model, tokenizer, prompt, 8, way)
+    console.print(f"Warmed up, the costs of steps known: {time.perf_counter() - started:.1f} s.")
 
 
 def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel, TokenizerWrapper]:
@@ -115,36 +149,37 @@ def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel,
         f"{config.num_msa_layers} of {model.backbone.num_layers} layers, loaded in "
         f"{time.perf_counter() - started:.1f} s. Every prompt is answered plainly and "
         "speculatively, greedily.",
-        soft_wrap=True,
     )
     return model, tokenizer
 
 
-def answer_both_ways(
+def answer_in_turn(
     model: StreamModel,
     tokenizer: TokenizerWrapper,
     prompt: list[int],
     max_tokens: int,
-    config: DecodeConfig,
-    *,
-    plain_first: bool,
-) -> Comparison:
-    """Answer one prompt both ways, printing the text of the way that goes first, and compare."""
+    configs: Sequence[DecodeConfig],
+    first: int,
+) -> list[Comparison]:
+    """Answer one prompt plainly and with every config, the `first`-th way first, which is printed.
+
+    Returns the comparison of every config's answer with the plain one.
+    """
     from ..verify import compare, replay
 
-    runs = {}
-    for count, plain in enumerate((plain_first, not plain_first)):
+    ways = [None, *configs]
+    runs: dict[int, Replayed] = {}
+    for count in range(len(ways)):
+        way = (first + count) % len(ways)
         on_token = _print_text if count == 0 else _silent
-        runs[plain] = replay(
-            model, tokenizer, prompt, max_tokens, None if plain else config, on_token
-        )
+        runs[way] = replay(model, tokenizer, prompt, max_tokens, ways[way], on_token)
         if count == 0:
             print(flush=True)
-    return compare(model, tokenizer, prompt, runs[True], runs[False])
+    return [compare(model, tokenizer, prompt, runs[0], runs[1 + i]) for i in range(len(configs))]
 
 
-def _mark(comparison: Comparison) -> str:
-    """Return the line under a text: whether the other way gave the same, and in what."""
+def _mark(config: DecodeConfig, comparison: Comparison) -> str:
+    """Return the line under a text: whether this way gave the same as plain decoding, and in what."""
     plain, ours = comparison.plain, comparison.speculative
     marks = {
         "identical": "[green]✓ identical[/green]",
@@ -152,92 +187,107 @@ def _mark(comparison: Comparison) -> str:
         "mismatch": "[red]✗ DIFFERENT[/red]",
     }
     line = (
-        f"   {marks[comparison.verdict]} both ways · {plain.stats.passes} → {ours.stats.passes} "
-        f"passes · {ours.stats.tokens_per_step:.2f} tokens per pass · "
-        f"{plain.seconds:.1f} s → {ours.seconds:.1f} s"
+        f"   {marks[comparison.verdict]} with --tree {config.tree} · {plain.stats.passes} → "
+        f"{ours.stats.passes} passes · {plain.seconds:.1f} → {ours.seconds:.1f} s"
     )
     return line if comparison.divergence is None else f"{line}\n   {comparison.divergence}"
 
 
-def _print_table(console: Console, comparisons: list[Comparison]) -> None:
-    """Print passes, tokens per pass and seconds of all prompts, and their sums."""
+def _print_table(
+    console: Console,
+    kinds: Sequence[str],
+    configs: Sequence[DecodeConfig],
+    found: Sequence[Sequence[Comparison]],
+) -> None:
+    """Print tokens, plain seconds, and for every config tokens per pass, seconds and speed-up."""
     from rich.table import Table
 
-    from ..speculation.statistics import SpeculationStats
-
-    table = Table(title="\nPlain decoding → Speculative Streaming", title_justify="left")
-    for name in ("prompt", "text", "tokens", "passes", "tokens per pass", "seconds"):
-        table.add_column(name, justify="left" if name in ("prompt", "text") else "right")
-    for number, comparison in enumerate(comparisons, start=1):
-        plain, ours = comparison.plain, comparison.speculative
-        table.add_row(
-            str(number),
-            comparison.verdict,
-            str(ours.stats.tokens),
-            f"{plain.stats.passes} → {ours.stats.passes}",
-            f"{ours.stats.tokens_per_step:.2f}",
-            f"{plain.seconds:.1f} → {ours.seconds:.1f}",
-        )
-    table.add_section()
-    plain_stats = sum((c.plain.stats for c in comparisons), SpeculationStats())
-    stats = sum((c.speculative.stats for c in comparisons), SpeculationStats())
-    before, after = seconds(comparisons)
-    table.add_row(
-        "all",
-        "",
-        str(stats.tokens),
-        f"{plain_stats.passes} → {stats.passes}",
-        f"{stats.tokens_per_step:.2f}",
-        f"{before:.1f} → {after:.1f}",
-    )
+    table = Table(title="\nPlain and speculative decoding", title_justify="left")
+    table.add_column("prompt")
+    for name in ("tokens", "plain"):
+        table.add_column(name, justify="right")
+    for config in configs:
+        table.add_column(f"tree {config.tree}", justify="right")
+    rows = [*zip(kinds, ([c] for c in zip(*found_by(found), strict=True)), strict=True)]
+    for name, group in [*rows, ("all", list(zip(*found_by(found), strict=True)))]:
+        if name == "all":
+            table.add_section()
+        columns = list(zip(*group, strict=True))
+        tokens = sum(c.speculative.stats.tokens for c in columns[0])
+        cells = []
+        for comparisons in columns:
+            before, after = seconds(comparisons)
+            per_pass = sum(c.speculative.stats.tokens for c in comparisons) / max(
+                1, sum(c.speculative.stats.passes for c in comparisons)
+            )
+            cells.append(f"{per_pass:.1f}/pass {after:.1f} s {before / after:.2f}x")
+        table.add_row(name, str(tokens), f"{seconds(columns[0])[0]:.1f} s", *cells)
     console.print(table)
-    console.print("seconds: from the first token to the last, without reading the prompt")
+    console.print("Seconds from the first token to the last, without reading the prompt.")
 
 
-def seconds(comparisons: list[Comparison]) -> tuple[float, float]:
+def found_by(found: Sequence[Sequence[Comparison]]) -> list[list[Comparison]]:
+    """Return the comparisons by config, in the order of prompts."""
+    return [list(runs) for runs in zip(*found, strict=True)]
+
+
+def seconds(comparisons: Sequence[Comparison]) -> tuple[float, float]:
     """Return the seconds that plain and speculative decoding took for all prompts."""
     plain = sum(comparison.plain.seconds for comparison in comparisons)
     return plain, sum(comparison.speculative.seconds for comparison in comparisons)
 
 
-def verdict(comparisons: list[Comparison], config: DecodeConfig, bits: int) -> str:
-    """Return one honest line: does speculation pay on this machine, and why.
+def verdict(
+    kinds: Sequence[str], configs: Sequence[DecodeConfig], found: Sequence[Sequence[Comparison]]
+) -> str:
+    """Return one honest line: what speculation gains on this machine, and why.
 
-    A pass is timed from the answers themselves: seconds over passes, both ways. bits: of the weights.
+    A pass is timed from the answers themselves: seconds over passes, both ways..
     """
+    by_config = found_by(found)
+    before, after = seconds(by_config[-1])
+    gains = ", ".join(
+        f"{kind} {plain / ours:.2f}x"
+        for kind, (plain, ours) in zip(kinds, map(_pair, by_config[-1]), strict=True)
+    )
+    line = f"--tree auto: {_gain(before / after)} ({gains})."
+    if len(configs) > 1:
+        before, after = seconds(by_config[0])
+        line += f" Always with the tree '{configs[0].tree}': {_gain(before / after)}; "
+        line += _price(by_config[0])
+    machine = Machine.read()
+    line = f"On this machine ({machine.summary}), {line}"
+    if machine.blas == REFERENCE_BLAS:
+        line += f" MLX computes with the slow reference BLAS here: {BLAS_ADVICE}."
+    return line
+
+
+def _pair(comparison: Comparison) -> tuple[float, float]:
+    return comparison.plain.seconds, comparison.speculative.seconds
+
+
+def _gain(ratio: float) -> str:
+    if ratio >= 1.05:
+        return f"{ratio:.2f}x as fast as plain decoding"
+    return "no gain in time" if ratio > 0.95 else f"slower than plain decoding ({ratio:.2f}x)"
+
+
+def _price(comparisons: Sequence[Comparison]) -> str:
+    """Say what a pass with the tree yields and costs."""
     from ..speculation.statistics import SpeculationStats
 
     plain = sum((c.plain.stats for c in comparisons), SpeculationStats())
     ours = sum((c.speculative.stats for c in comparisons), SpeculationStats())
     before, after = seconds(comparisons)
-    cost = (after / ours.passes) / (before / plain.passes)
-    fewer = f"{ours.tokens_per_step:.2f} tokens per pass"
-    price = f"a pass with the tree '{config.tree}' costs {cost:.2f} plain passes"
-    ratio = before / after
-    place = Machine.read().summary
-    if ratio >= 1.05:
-        return f"On this machine ({place}) it is {ratio:.2f}x as fast: {fewer}, and {price}."
-    gain = "gains nothing in time" if ratio > 0.95 else f"is slower ({ratio:.2f}x)"
-    return f"On this machine ({place}) it {gain}: {fewer}, but {price}. {_why(bits)}"
+    cost = (after / max(1, ours.passes)) / (before / max(1, plain.passes))
+    return f"its passes yield {ours.tokens_per_step:.2f} tokens and cost {cost:.2f} plain ones."
 
 
-def _why(bits: int) -> str:
-    """Say why a pass over several rows costs what it does here, and where it does not."""
-    if Machine.read().backend in ("metal", "cuda"):
-        if bits >= 32:
-            return (
-                "This model is a GPU's worst case: it is so small that starting kernels takes as long "
-                "as reading its weights, and in float32 no kernel shares a reading among few rows, so "
-                "that wide trees cost little more than narrow ones: try --tree 16. Larger models in "
-                "16 or 4 bits gain more."
-            )
-        tree = "'16'" if bits >= 16 else "'chain2'"
-        return f"Try another --tree: {tree} suits {bits}-bit weights."
-    return (
-        "On this CPU a pass costs more with every row it verifies; on a Mac's GPU, which waits for "
-        "memory, the rows of a small tree cost little: `specstream demo` there tells. Outside this "
-        "demo the default is --tree auto, which decodes plainly where no tree pays."
-    )
+def _print_larger(console: Console) -> None:
+    """Print what larger models are expected to gain on this chip, where that is known."""
+    from .doctor import expectations, show_expected
+
+    show_expected(console, expectations(Machine.read(), None))
 
 
 def _print_next(console: Console, model: str) -> None:
@@ -245,7 +295,7 @@ def _print_next(console: Console, model: str) -> None:
         "Try next:",
         f'  specstream generate --model {model} --prompt "Why is the sky blue?"',
         f"  specstream verify --model {model} --tree chain --tree 16",
-        f"  specstream demo --model {model} --tree 16     (a wide tree: fewer passes, dearer ones)",
+        f"  specstream demo --model {model} --tree chain2",
     ]
     console.print("\n" + "\n".join(lines), soft_wrap=True)
 

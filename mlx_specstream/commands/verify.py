@@ -131,9 +131,9 @@ def _compared(
 
     from ..verify import compare, replay
 
-    # Where nobody watches, a line a minute still tells a log that it lives.
-    total, pace = len(prompts) * (1 + len(configs)), 0.1 if sys.stderr.isatty() else 60.0
-    with tqdm(total=total, unit="answer", mininterval=pace, dynamic_ncols=True) as bar:
+    # In a pipe the lines of text alone tell how far it is: a bar would run into them.
+    total = len(prompts) * (1 + len(configs))
+    with tqdm(total=total, unit="answer", dynamic_ncols=True, disable=None) as bar:
         for prompt in prompts:
             plain = replay(model, tokenizer, prompt, max_tokens, None)
             bar.update()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..machine import REFERENCE_BLAS, TF32, Machine
+from ..machine import BLAS_ADVICE, REFERENCE_BLAS, TF32, Machine
 from . import mac
 from .finding import Finding, advice, fact, older, problem
 
@@ -76,8 +76,14 @@ def _linux(m: Machine) -> Iterator[Finding]:
             yield advice(
                 "MLX computes with the reference BLAS, the slow one",
                 "every row costs the full price, so that speculation cannot gain",
-                "install libopenblas0-pthread and start with LD_PRELOAD=/usr/lib/"
-                "x86_64-linux-gnu/openblas-pthread/libblas.so.3",
+                BLAS_ADVICE,
+            )
+        if m.blas_error:
+            yield advice(
+                m.blas_error,
+                f"MLX computes with {m.blas or 'its own library'} instead",
+                "name a file with cblas_sgemm and 32-bit sizes, such as libopenblas.so.0, in "
+                "SPECSTREAM_BLAS, or leave that unset",
             )
         yield fact(
             "16-bit and quantised weights are slow on the CPU, in proportion to rows",

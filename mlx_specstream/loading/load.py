@@ -60,6 +60,19 @@ class StreamModel:
         check_backbone(backbone)
         return cls(model, backbone)
 
+    def __call__(self, tokens: mx.array, *arguments: Any, **options: Any) -> mx.array:
+        """Return the base model's logits (B, L, V) for tokens (B, L), as mlx-lm's models do."""
+        logits: mx.array = self.model(tokens, *arguments, **options)
+        return logits
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return the base model's own attribute, for code written for mlx-lm's models."""
+            if name.startswith("__") or name == "model":
+                raise AttributeError(name)
+            return getattr(self.model, name)
+
     @property
     def layers(self) -> list[nn.Module]:
         """Return the decoder layers; lets mlx-lm's `make_prompt_cache` take this object."""

@@ -19,6 +19,7 @@ from ..errors import DataError
 from .lines import json_lines, text_lines
 
 BUILT_IN = Path(__file__).parent / "chat.jsonl"
+DEMO = Path(__file__).parent / "demo.jsonl"
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def test_plots(tmp_path: Path, ceilings: Ceilings) -> None:
 
 def test_warnings() -> None:
     slow = Machine(backend="cpu", blas="reference BLAS", cores=2)
-    assert "libopenblas0-pthread" in warnings_for(slow, 0.0)[0]
+    assert "pip install scipy-openblas32" in warnings_for(slow, 0.0)[0]
     assert "load 3.0" in warnings_for(Machine(backend="metal"), 3.0)[0]
     assert warnings_for(Machine(backend="metal"), 0.2) == []
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_specstream import machine
+from mlx_specstream.machine import describe as machine
 
 
 def round_to_10_bits(x: mx.array) -> mx.array:

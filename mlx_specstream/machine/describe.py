@@ -5,7 +5,6 @@ Every probe may fail on an odd machine; what cannot be found out is left empty, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -16,9 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-T = TypeVar("T")
+from . import blas
 
-REFERENCE_BLAS = "reference BLAS"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Machine:
     Rosetta. backend: `metal`, `cuda`, `cpu`, or empty if MLX cannot be imported (`mlx_error` says
     why). gpu: Metal's architecture, as `applegpu_g16s`, or the CUDA device's name.
     working_set_bytes: what Metal recommends to use of the memory, or the CUDA device's memory.
-    blas: matrix library of the CPU back end. nvidia: there is a driver for NVIDIA GPUs.
-    low_power: a Mac saves energy and is slower for it. tf32: MLX may take float32 factors at 10 bits
-    (its default), where the GPU can.
+    blas: matrix library of the CPU back end; blas_error: why it is not the one asked for.
+    nvidia: there is a driver for NVIDIA GPUs. low_power: a Mac saves energy and is slower for it.
+    tf32: MLX may take float32 factors at 10 bits (its default), where the GPU can.
     """
 
     system: str = ""
@@ -45,6 +44,7 @@ class Machine:
     gpu: str = ""
     working_set_bytes: int = 0
     blas: str = ""
+    blas_error: str = ""
     nvidia: bool = False
     low_power: bool = False
     tf32: bool = True
@@ -58,7 +58,7 @@ class Machine:
     @classmethod
     def read(cls) -> Machine:
         """Describe this machine."""
-        from . import __version__
+        from .. import __version__
 
         system = platform.system()
         mac = system == "Darwin"
@@ -76,6 +76,7 @@ class Machine:
             gpu=found.gpu,
             working_set_bytes=found.working_set_bytes,
             blas=_blas(mac) if found.backend == "cpu" else "",
+            blas_error=blas.state.problem if found.backend == "cpu" else "",
             nvidia=_try(lambda: Path("/proc/driver/nvidia/version").exists(), False),
             low_power=mac and bool(re.search(r"lowpowermode\s+1", _output("/usr/bin/pmset", "-g"))),
             tf32=_tf32(),
@@ -203,18 +204,8 @@ def _chip(mac: bool) -> str:
 
 
 def _blas(mac: bool) -> str:
-    """Name the matrix library that MLX's CPU build has loaded."""
-    if mac:
-        return "Accelerate"
-    maps = _try(lambda: Path("/proc/self/maps").read_text(encoding="utf-8").lower(), "")
-    if not maps:
-        return ""
-    # NumPy and SciPy bring an OpenBLAS of their own, which MLX does not use.
-    maps = "\n".join(line for line in maps.split("\n") if not re.search("numpy|scipy", line))
-    for name, shown in (("openblas", "OpenBLAS"), ("mkl", "MKL"), ("blis", "BLIS")):
-        if name in maps:
-            return shown
-    return REFERENCE_BLAS
+    """Name the matrix library that MLX's CPU build computes with."""
+    return "Accelerate" if mac else blas.state.name
 
 
 def _sysctl(name: str) -> str:
@@ -230,7 +221,9 @@ def _output(*words: str) -> str:
 
 
 def _version(package: str) -> str:
-    return _try(lambda: importlib.metadata.version(package), "")
+    from importlib import metadata
+
+    return _try(lambda: metadata.version(package), "")
 
 
 def _try(probe: Callable[[], T], otherwise: T) -> T:

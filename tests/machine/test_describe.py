@@ -8,8 +8,8 @@ import platform
 import mlx.core as mx
 import pytest
 
-from mlx_specstream import machine
 from mlx_specstream.machine import Machine
+from mlx_specstream.machine import describe as machine
 
 
 def test_this_machine() -> None:
@@ -50,19 +50,6 @@ def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.backend, found.gpu, found.gpu_generation) == ("metal", "applegpu_g16s", 16)
     assert found.working_set_bytes == 17 << 30
     assert found.summary == "macOS, Apple M4 Pro"
-
-
-@pytest.mark.parametrize(
-    ("maps", "name"),
-    [
-        ("7f /usr/lib/openblas-pthread/libblas.so.3", "OpenBLAS"),
-        ("7f /site-packages/numpy.libs/libopenblas64.so\n7f /mlx/lib/libblas.so", "reference BLAS"),
-        ("7f /opt/intel/libmkl_rt.so", "MKL"),
-    ],
-)
-def test_the_blas_that_mlx_uses(monkeypatch: pytest.MonkeyPatch, maps: str, name: str) -> None:
-    monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: maps)
-    assert machine._blas(mac=False) == name
 
 
 def test_unknown_fields_are_left_out() -> None:
