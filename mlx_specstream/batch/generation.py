@@ -146,8 +146,11 @@ def batch_generate(
     budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(budgets) != len(prompts):
         raise OptionError(f"max_tokens has {len(budgets)} entries for {len(prompts)} prompts.")
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed or ())
-    if seeds and len(seeds) != len(prompts):
+    if seed is None:
+        seeds: list[int | None] = [None] * len(prompts)
+    else:
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
         raise OptionError(f"seed has {len(seeds)} entries for {len(prompts)} prompts.")
     if any(isinstance(process, TreeProcessor) for process in logits_processors):
         raise OptionError(
@@ -174,7 +177,7 @@ def batch_generate(
                 needed_sampler(sampler),
                 tuple(logits_processors),
                 list(prompt),
-                seed=None if seed is None else seeds[index],
+                seed=seeds[index],
             ),
             stats=SpeculationStats(lossy=lossy),
         )

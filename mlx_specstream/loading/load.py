@@ -25,6 +25,7 @@ from ..weights.hub import fetch, refuse_revision
 from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME, resolve_demo
 from .gemma import GEMMA_NAME, resolve_gemma
+from .tokenizer import check_tokenizer_files, decode_by_vocabulary
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -146,6 +147,7 @@ def load(
     does. Code that a model brings along is never fetched or run.
 
     Args:
+        adapter_path: a folder of LoRA adapters, as mlx_lm.lora writes one.
         streams_revision: branch, tag or commit of streams on the hub.
         streams: `auto` (what the model's folder holds, else a shipped set for this base, else
             none), None (decode plainly), a folder, a hub id or the name of a shipped set.
@@ -155,7 +157,10 @@ def load(
             family, or does not compute the same through our view as in mlx-lm.
         StreamsError: the streams are missing, damaged, or of another base.
     """
+    if adapter_path is not None:
+        adapter_path = str(adapter_folder(adapter_path))
     folder = model_folder(path_or_hf_repo, revision)
+    check_tokenizer_files(folder, path_or_hf_repo)
     model, tokenizer, config = _load_mlx_lm(
         folder, path_or_hf_repo, tokenizer_config, model_config, adapter_path, lazy
     )
@@ -213,6 +218,28 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     return folder
 
 
+def adapter_folder(name: str | Path) -> Path:
+    """Return the folder of LoRA adapters, made sure to hold them.
+
+    Raises:
+        ModelError: there is no such folder, or it holds something else.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        kind = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(
+            f"the adapter folder {name} {kind}; name a folder that mlx_lm.lora wrote, or leave it out."
+        )
+    for file in ("adapter_config.json", "adapters.safetensors"):
+        if not (folder / file).is_file():
+            streams = (folder / STREAM_FILES[0]).is_file()
+            raise ModelError(
+                f"the adapter folder {name} holds no {file}, which mlx_lm.lora writes; "
+                + ("it holds streams: name it as such." if streams else "name another folder.")
+            )
+    return folder
+
+
 def _load_mlx_lm(
     folder: Path,
     name: str,
@@ -253,9 +280,10 @@ def _load_mlx_lm(
     except ModelError:
         raise
     except Exception as error:  # whatever mlx, mlx-lm, transformers and tokenizers raise
+        both = f" with the adapters {adapter_path}" if adapter_path else ""
         raise ModelError(
-            f"the model {name} cannot be loaded: {brief(error)}; its files are damaged or "
+            f"the model {name}{both} cannot be loaded: {brief(error)}; its files are damaged or "
             "incomplete, or this version of mlx-lm does not know it."
         ) from error
     model, tokenizer, config = loaded
-    return model, tokenizer, config
+    return model, decode_by_vocabulary(tokenizer), config

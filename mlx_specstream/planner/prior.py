@@ -179,6 +179,8 @@ def prior_curve(
     def cost(plan: Plan) -> float:
         T, kept, G = plan.rows(num_streams), plan.upper_rows(num_streams), num_streams
         share = lower * at(rows, T) + head * (at(rows, kept) + at(rows, G))
+        if plan.prune is not None:
+            share += head * at(rows, T)  # the early exit's
         if plan.schedule == "inline":
             share += upper * at(rows, kept + G * min(plan.stream_nodes or kept, kept))
         else:

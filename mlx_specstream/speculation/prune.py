@@ -4,8 +4,9 @@ After the lower layers, a rank-8 map and the model's own norm and head guess wha
 stream will choose: z = H(norm(o(M))) with o(M) = M + B·A·M. A child's probability given its
 parent, and the product of these along its path, say which nodes are worth the upper layers.
 
-Only the tree's own tokens are scored: their head rows are gathered, which is T rows instead of
-the whole vocabulary, and probabilities are relative to them. Pruning is exactly lossless: a node
+Probabilities are over the whole vocabulary, so that a threshold means the same in every tree: each
+parent's row goes through the full head. Among the tree's tokens alone they would depend on which
+others were drafted, and on how often. Pruning is exactly lossless: a node
 that is cut cannot be accepted, and acceptance asks nothing else of a tree.
 """
 
@@ -36,11 +37,11 @@ class Pruner:
         main: (1, T, h), the rows at the input of the first MSA layer.
         """
         exit_state = backbone.norm(main + (main @ self.lora_a) @ self.lora_b)[0]
-        products = exit_state @ backbone.head_rows(tree.tokens).T
-        scores = backbone.from_rows(products, tree.tokens).astype(mx.float32)
-        log_probs = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+        logits = backbone.head(exit_state[None])[0].astype(mx.float32)
+        totals = mx.logsumexp(logits, axis=-1)
+        log_probs = logits[tree.parents, tree.tokens] - mx.take(totals, tree.parents)
         nodes = mx.arange(tree.num_nodes, dtype=mx.int32)
-        return mx.where(nodes == 0, 0.0, log_probs[tree.parents, nodes])
+        return mx.where(nodes == 0, 0.0, log_probs)
 
 
 def prune(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import OptionError, SpecStreamError, brief
 
-_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+_ID = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
 
 def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -60,6 +60,11 @@ def fetch(
     from huggingface_hub import snapshot_download
 
     bare, revision = pinned(name, revision)
+    if not _ID.fullmatch(bare):
+        raise error(
+            f"the path {name} does not exist; name a {what} folder that does, or an id like "
+            "owner/name on the Hugging Face hub."
+        )
     try:
         return Path(snapshot_download(bare, revision=revision, allow_patterns=list(patterns)))
     except Exception as failure:  # its own, requests', httpx's and the system's errors alike

@@ -88,6 +88,8 @@ def test_what_cannot_be_used_is_refused(
     model = with_streams(tiny_llama)
     for options, message in (
         ({"max_tokens": [1, 2]}, "2 entries for 4"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 4"),
+        ({"seed": []}, "seed has 0 entries for 4"),
         ({"completion_batch_size": 0}, "completion_batch_size"),
         ({"max_tokens": 0}, "max_tokens"),
     ):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_specstream import DecodeConfig, batch_generate, generate, load
 from mlx_specstream.config import TreeSpec
+from mlx_specstream.speculation.streams import StreamLinear
 from tests.support import tiny
 from tests.support.scripted import save_random_streams
 
@@ -34,6 +37,12 @@ thread.start()
 thread.join()
 os._exit(0)  # MLX's own clean-up at exit may abort, whatever was computed
 """
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tiny.save_tiny_model(tmp_path_factory.mktemp("threads") / "shared", **HEADS)
+    return str(save_random_streams(path, tiny.tiny_model("llama", **HEADS), mode="shared"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,15 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("way", [*WAYS, "batch"])
 def test_a_fresh_thread_decodes_what_the_main_one_loaded(folder: str, way: str) -> None:
+    decodes_in_a_fresh_thread(folder, way)
+
+
+@pytest.mark.parametrize("way", ["chain", "inline", "auto"])
+def test_a_fresh_thread_decodes_in_shared_mode(shared_folder: str, way: str) -> None:
+    decodes_in_a_fresh_thread(shared_folder, way)
+
+
+def decodes_in_a_fresh_thread(folder: str, way: str) -> None:
     """In a process of its own, whose main thread has decoded nothing: MLX aborts it if it fails."""
     done = subprocess.run(
         [sys.executable, "-c", IN_A_THREAD, folder, way], capture_output=True, text=True
@@ -83,6 +101,38 @@ def test_threads_take_turns_with_one_model(folder: str) -> None:
     wanted = text_of(model, tokenizer, "plain")
     for way in ("tree", "inline", "tree"):
         assert in_thread(lambda way=way: text_of(model, tokenizer, way)) == wanted
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_threads_decode_with_one_model_at_the_same_moment(
+    folder: str, shared_folder: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread its own text, as if it were alone, also where each adapter lets others run."""
+    model, tokenizer = load(folder if mode == "lossless" else shared_folder)
+    ways = ["tree", "inline", "chain", "inline"]
+    if mode == "lossless":
+        ways += ["plain", "kv_bits"]
+    wanted = [text_of(model, tokenizer, way) for way in ways]
+    start = threading.Barrier(len(ways))
+    found: dict[int, list[list[int]]] = {}
+
+    def work(number: int) -> None:
+        start.wait()
+        found[number] = [text_of(model, tokenizer, ways[number]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(ways))]
+    apply = StreamLinear.__call__
+
+    def let_others_run(self: StreamLinear, x: mx.array) -> mx.array:
+        time.sleep(1e-5)
+        return apply(self, x)
+
+    monkeypatch.setattr(StreamLinear, "__call__", let_others_run)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found.get(number) for number in range(len(ways))] == [[text] * 3 for text in wanted]
 
 
 def test_where_streams_begin_is_each_threads_own(folder: str) -> None:

@@ -113,6 +113,22 @@ def stream_configs(draw: st.DrawFn, layers: int) -> StreamConfig:
     )
 
 
+@pytest.mark.parametrize("branching", [31, 33, 64])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_a_product_tree_has_all_its_candidates(branching: int, conditioned: bool) -> None:
+    """Also those beyond the ones that are conditioned on their parent where trees are narrow."""
+    fields = {} if conditioned else {"conditioner_rank": 0, "conditioner_hidden": 0}
+    streams = random_streams(small_model(layers=3, vocab=96), stream_config(**fields))
+    tree = TreeSpec("product", branching=branching, depth=1)
+    found = decode(stream_decoder(streams, DecodeConfig(tree), keep_drafts=True), [1, 2, 3], 8)
+    drafts = [step.draft for step in found.steps if step.drafted]
+    assert drafts
+    for draft in drafts:
+        assert draft is not None
+        assert len(set(draft.tokens[1:])) == len(draft.tokens) - 1 == branching
+    assert_same_text(found.tokens, plain(streams, [1, 2, 3], 12))
+
+
 @examples(60)
 @given(st.data())
 def test_greedy_text_is_that_of_plain_decoding(data: st.DataObject) -> None:

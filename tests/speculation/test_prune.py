@@ -92,9 +92,9 @@ def test_scores_are_the_early_exit_given_the_parent(tied: bool) -> None:
     found = np.array(Pruner(a, b).child_log_probs(backbone, tree, main))
     x, down, up = np.array(main[0]), np.array(a), np.array(b)
     exit_state = backbone.norm(mx.array(x + x @ down @ up)[None])
-    logits = np.array(backbone.head(exit_state)[0])[:, 10:16]  # of the tree's own tokens
+    logits = np.array(backbone.head(exit_state)[0])
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    wanted = [0.0] + [log_probs[[0, 0, 0, 1, 1, 3][n], n] for n in range(1, 6)]
+    wanted = [0.0] + [log_probs[[0, 0, 0, 1, 1, 3][n], 10 + n] for n in range(1, 6)]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
@@ -104,9 +104,25 @@ def test_a_pruner_of_zeros_is_the_plain_early_exit() -> None:
     main = mx.random.normal((1, 3, 32), key=mx.random.key(2))
     zero = Pruner(mx.zeros((32, 2)), mx.zeros((2, 32)))
     found = np.exp(np.array(zero.child_log_probs(backbone, tree, main)))
-    logits = np.array(backbone.logits(main))[:, 10:13]
+    logits = np.array(backbone.logits(main))
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(found, [1, share[0, 1], share[1, 2]], atol=1e-5)
+    np.testing.assert_allclose(found, [1, share[0, 11], share[1, 12]], atol=1e-5)
+
+
+def test_a_nodes_probability_does_not_depend_on_the_tree_around_it() -> None:
+    """Nor on how often a token stands in it: a threshold means the same everywhere."""
+    backbone = Backbone(small_model(layers=2, vocab=30))
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
+    pruner = Pruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
+    main = mx.random.normal((1, 6, 32), key=mx.random.key(2))
+    found = []
+    for others in ([], [12, 13], [11, 11, 11, 11]):
+        tokens = mx.array([10, 11, *others], dtype=mx.int32)
+        n = tokens.shape[0]
+        parents = mx.zeros((n,), dtype=mx.int32)
+        tree = DraftTree(tokens, parents, mx.minimum(mx.arange(n), 1), 1)
+        found.append(pruner.child_log_probs(backbone, tree, main[:, :n])[1].item())
+    np.testing.assert_allclose(found, found[0], atol=1e-5)
 
 
 def test_nothing_to_prune() -> None:
