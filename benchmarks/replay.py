@@ -25,7 +25,7 @@ from mlx_specstream.errors import StreamsError
 from mlx_specstream.exit_status import exit_status
 from mlx_specstream.planner.curve import CostCurve
 from mlx_specstream.planner.planner import Planner
-from mlx_specstream.planner.settings import Plan
+from mlx_specstream.planner.settings import StepSetting
 from mlx_specstream.planner.trace import AnswerTrace
 from mlx_specstream.speculation.result import StepResult
 
@@ -96,7 +96,7 @@ def replay(planner: Planner, answer: AnswerTrace, length: int) -> float:
 _NOTHING = mx.zeros((0, 1))
 
 
-def best_first(curve: CostCurve) -> list[Plan]:
+def best_first(curve: CostCurve) -> list[StepSetting]:
     """Return the curve's plans that can be replayed: best-first trees, unpruned, streams everywhere.
 
     Raises:
@@ -117,7 +117,7 @@ def best_first(curve: CostCurve) -> list[Plan]:
 
 def add(found: Replayed, planner: Planner, answer: AnswerTrace, length: int) -> None:
     """Replay an answer and take it into the tables."""
-    curve, always = planner.curve, Plan.parse(str(ROWS))
+    curve, always = planner.curve, StepSetting.parse(str(ROWS))
     entry = found.by_category.setdefault(answer.task, Replay())
     entry.tokens += len(answer.positions)
     entry.cost += replay(planner, answer, length)

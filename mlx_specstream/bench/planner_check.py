@@ -16,7 +16,7 @@ from ..planner.acceptance import AcceptanceProfile
 from ..planner.choose import chosen, forecasts
 from ..planner.curve import CostCurve
 from ..planner.record import positions_of
-from ..planner.settings import Plan
+from ..planner.settings import StepSetting
 from ..planner.trace import AnswerTrace
 from .measure import Answered, in_turns, ours
 
@@ -35,7 +35,7 @@ class Checked:
     measured, predicted: tokens per second. yielded, expected: tokens per step.
     """
 
-    plan: Plan | None
+    plan: StepSetting | None
     measured: float
     predicted: float
     yielded: float
@@ -53,7 +53,7 @@ class Verdict:
     """What was found. choice: the plan the planner takes for these prompts."""
 
     rows: list[Checked]
-    choice: Plan | None
+    choice: StepSetting | None
 
     @property
     def best(self) -> Checked:
@@ -67,7 +67,7 @@ class Verdict:
         return taken.measured / self.best.measured
 
 
-def small_trees(num_streams: int, most_rows: int, *, shared: bool) -> list[Plan]:
+def small_trees(num_streams: int, most_rows: int, *, shared: bool) -> list[StepSetting]:
     """Return every tree of up to `most_rows` rows that `TreeSpec` can describe.
 
     Chains, best-first trees of every size, and full products of two levels and more.
@@ -80,7 +80,7 @@ def small_trees(num_streams: int, most_rows: int, *, shared: bool) -> list[Plan]
             if sum(branching**level for level in range(depth + 1)) <= most_rows:
                 trees.append(tree)
     kept = [tree for tree in trees if tree.num_nodes(num_streams) <= most_rows]
-    return [Plan(tree, "inline" if shared else "deferred") for tree in kept]
+    return [StepSetting(tree, "inline" if shared else "deferred") for tree in kept]
 
 
 def check(
@@ -89,7 +89,7 @@ def check(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     curve: CostCurve,
-    plans: Sequence[Plan],
+    plans: Sequence[StepSetting],
     on_answer: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """Answer all prompts with all plans and compare with what the curve predicts.
@@ -97,8 +97,8 @@ def check(
     The planner's choice among `plans` is for these prompts' acceptance.
     """
     assert model.streams is not None
-    runs: dict[Plan | None, list[Answered]] = {plan: [] for plan in (None, *plans)}
-    same: dict[Plan | None, bool] = dict.fromkeys(runs, True)
+    runs: dict[StepSetting | None, list[Answered]] = {plan: [] for plan in (None, *plans)}
+    same: dict[StepSetting | None, bool] = dict.fromkeys(runs, True)
     traces = []
     for prompt in prompts:
         answers = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..planner.acceptance import AcceptanceProfile
 from ..planner.choose import MARGIN, Forecast, chosen
 from ..planner.curve import CostCurve
-from ..planner.settings import Plan
+from ..planner.settings import StepSetting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,5 +135,5 @@ def show_check(console: Console, found: Verdict) -> None:
     )
 
 
-def _name(plan: Plan | None) -> str:
+def _name(plan: StepSetting | None) -> str:
     return "plain" if plan is None else plan.name

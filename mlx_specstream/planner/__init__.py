@@ -15,7 +15,7 @@
 | `acceptance.py` | `acceptance`: what was recorded with the streams, tree by tree |
 | `trace.py` | one recorded answer |
 | `record.py` | recording it |
-| `pace.py` | what steps really cost, by the clock while decoding |
+| `correction.py` | what steps really cost, by the clock while decoding |
 """
 
 from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates
@@ -24,7 +24,7 @@ from .costs import acceptance, model_plans, planner_for, step_costs
 from .curve import CostCurve, Growth, StepCost
 from .measure import measure
 from .planner import Planner
-from .settings import FusedAttention, Plan, candidates
+from .settings import FusedAttention, StepSetting, candidates
 from .trace import AnswerTrace, Position
 
 __all__ = [
@@ -36,11 +36,11 @@ __all__ = [
     "Forecast",
     "FusedAttention",
     "Growth",
-    "Plan",
     "Planner",
     "Position",
     "Rates",
     "StepCost",
+    "StepSetting",
     "acceptance",
     "candidates",
     "chosen",

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..weights.files import atomic_file
 from ..weights.shipped import SHIPPED
-from .settings import Plan
+from .settings import StepSetting
 from .trace import AnswerTrace, read, written
 
 ACCEPTANCE_FILE = "acceptance.json"
@@ -98,15 +98,15 @@ class AcceptanceProfile:
             )
         return replace(self, answers=answers)
 
-    def walk(self, plan: Plan) -> list[int]:
+    def walk(self, plan: StepSetting) -> list[int]:
         """Return the accepted drafts of every step of every answer."""
         return [n for answer in self.answers for n in answer.walk(plan, self.num_streams)]
 
-    def rates(self, plan: Plan) -> Rates:
+    def rates(self, plan: StepSetting) -> Rates:
         """Return how often each depth of the plan's tree is accepted."""
         return _rates(self, plan)
 
-    def tokens_per_step(self, plan: Plan) -> float:
+    def tokens_per_step(self, plan: StepSetting) -> float:
         """Return the expected tokens per step; see `Rates.tokens_per_step`."""
         return self.rates(plan).tokens_per_step()
 
@@ -199,5 +199,5 @@ def assumed_profile(num_streams: int) -> AcceptanceProfile:
 
 
 @lru_cache(maxsize=1024)
-def _rates(profile: AcceptanceProfile, plan: Plan) -> Rates:
+def _rates(profile: AcceptanceProfile, plan: StepSetting) -> Rates:
     return Rates.of(profile.walk(plan), plan.depth(profile.num_streams))

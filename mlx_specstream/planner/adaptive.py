@@ -29,16 +29,18 @@ from ..speculation.result import StepResult
 from ..speculation.sampling import TokenSampler
 from ..speculation.step import Step, Stepper
 from ..speculation.streams import Streams
-from .settings import Plan
+from .settings import StepSetting
 
 
 class Governor(Protocol):
     """Decides between steps how to go on. None stands for plain decoding."""
 
-    def begin(self, length: int) -> Plan | None:
+    def begin(self, length: int) -> StepSetting | None:
         """Return the plan to begin an answer with, after `length` committed tokens."""
 
-    def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
+    def after(
+        self, result: StepResult, drafted_by: StepSetting | None, length: int
+    ) -> StepSetting | None:
         """Take in a step's result and return the plan to go on with.
 
         drafted_by: the plan whose tree was verified, None for a step without drafts.
@@ -71,11 +73,13 @@ class AutoDecoder(Decoder):
     governor: Governor
     keep_drafts: bool = False
     plain: PlainDecoder | StreamDecoder = field(init=False)
-    _steppers: dict[Plan, Stepper] = field(init=False, default_factory=dict)
+    _steppers: dict[StepSetting, Stepper] = field(init=False, default_factory=dict)
     _speculative: StreamDecoder = field(init=False)
-    _plan: Plan | None = field(init=False, default=None)  # to go on with
-    _made_by: Plan | None = field(init=False, default=None)  # of the step under way
-    _drafted_by: Plan | None = field(init=False, default=None)  # of the tree that it verifies
+    _plan: StepSetting | None = field(init=False, default=None)  # to go on with
+    _made_by: StepSetting | None = field(init=False, default=None)  # of the step under way
+    _drafted_by: StepSetting | None = field(
+        init=False, default=None
+    )  # of the tree that it verifies
 
     def __post_init__(self) -> None:
         self.plain = plain_decoder(self.streams.backbone, self.streams, self.token_sampler)
@@ -139,7 +143,7 @@ class AutoDecoder(Decoder):
         left = self.governor.plain_tokens_ahead()
         return left is None or left > 1
 
-    def _stepper(self, plan: Plan) -> Stepper:
+    def _stepper(self, plan: StepSetting) -> Stepper:
         if plan not in self._steppers:
             decoder = StreamDecoder(self.streams, plan.config(self.config), self.token_sampler)
             self._steppers[plan] = decoder.stepper

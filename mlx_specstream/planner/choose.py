@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .acceptance import AcceptanceProfile
 from .curve import CostCurve
-from .settings import Plan
+from .settings import StepSetting
 
 MARGIN = 0.03
 """Speculation must promise this much over plain decoding, for restarts and for what is unsure."""
@@ -17,7 +17,7 @@ MARGIN = 0.03
 class Forecast:
     """What a plan promises. plan: None is plain decoding. speedup: over plain decoding."""
 
-    plan: Plan | None
+    plan: StepSetting | None
     tokens_per_step: float
     seconds_per_step: float
     speedup: float
@@ -35,7 +35,7 @@ def forecasts(
     curve: CostCurve,
     profile: AcceptanceProfile,
     *,
-    plans: Iterable[Plan] | None = None,
+    plans: Iterable[StepSetting] | None = None,
     context: int | None = None,
 ) -> list[Forecast]:
     """Return a forecast for plain decoding and each plan, the fastest first.

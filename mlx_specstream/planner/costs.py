@@ -33,7 +33,7 @@ from .identity import identity, this_machine, weight_bits
 from .measure import BUDGET_S, measure
 from .planner import Planner
 from .prior import ModelSize, chip_of, prior_curve
-from .settings import FusedAttention, Plan, candidates
+from .settings import FusedAttention, StepSetting, candidates
 
 if TYPE_CHECKING:
     from ..loading.load import StreamModel
@@ -93,7 +93,7 @@ def acceptance(model: StreamModel) -> AcceptanceProfile:
     return found if found is not None and found.num_streams == G else assumed_profile(G)
 
 
-def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[Plan]:
+def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[StepSetting]:
     """Return the plans worth a look for a model, in the order in which to measure them."""
     assert model.streams is not None
     trained, schedule = model.streams.config, (config or DecodeConfig()).schedule
@@ -115,7 +115,9 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
     return sorted(plans, key=lambda p: first.index(p.name) if p.name in first else len(first))
 
 
-def published_costs(model: StreamModel, plans: Sequence[Plan] | None = None) -> CostCurve | None:
+def published_costs(
+    model: StreamModel, plans: Sequence[StepSetting] | None = None
+) -> CostCurve | None:
     """Return what `plans` (None: all) should cost on this chip, None if no figures are published.
 
     They are of dense models: experts are read by as many rows as ask for them.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from .settings import Plan
+from .settings import StepSetting
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class CostCurve:
     num_streams: int
     context: int
     plain: StepCost
-    steps: Mapping[Plan, StepCost]
+    steps: Mapping[StepSetting, StepCost]
     growth: Growth = Growth()
     restart_s: float = 0.0
     source: str = "measured"
     key: Mapping[str, object] = field(default_factory=dict)
     complete: bool = True
 
-    def seconds(self, plan: Plan | None, context: int | None = None) -> float:
+    def seconds(self, plan: StepSetting | None, context: int | None = None) -> float:
         """Return the seconds of a step (None: of one token of plain decoding) at a context."""
         more = 0 if context is None else context - self.context
         if plan is None:
@@ -87,7 +87,7 @@ class CostCurve:
         growth = self.growth.of(plan.rows(self.num_streams))
         return max(self._base(plan) + more * growth, 1e-9)
 
-    def relative(self, plan: Plan, context: int | None = None) -> float:
+    def relative(self, plan: StepSetting, context: int | None = None) -> float:
         """Return what a step costs in tokens of plain decoding."""
         return self.seconds(plan, context) / self.seconds(None, context)
 
@@ -101,7 +101,7 @@ class CostCurve:
         seconds = (self.restart_s or cheapest) + more * self.growth.of(1)
         return max(1.0, seconds / self.seconds(None, context))
 
-    def _base(self, plan: Plan) -> float:
+    def _base(self, plan: StepSetting) -> float:
         """Return the cost of a plan, between those of its neighbours if it was not measured."""
         if plan in self.steps:
             return self.steps[plan].seconds
@@ -151,7 +151,7 @@ class CostCurve:
             num_streams=int(_number(values["num_streams"])),
             context=int(_number(values["context"])),
             plain=_read_cost(values["plain"]),
-            steps={Plan.parse(str(name)): _read_cost(cost) for name, cost in steps.items()},
+            steps={StepSetting.parse(str(name)): _read_cost(cost) for name, cost in steps.items()},
             growth=Growth(*(_number(growth[name]) for name in ("plain_s", "step_s", "row_s"))),
             restart_s=_number(values.get("restart_s", 0.0)),
             source=str(values["source"]),
@@ -160,7 +160,7 @@ class CostCurve:
         )
 
 
-def _alike(known: Plan, plan: Plan, *, strictly: bool) -> bool:
+def _alike(known: StepSetting, plan: StepSetting, *, strictly: bool) -> bool:
     if (known.schedule, known.prune, known.stream_nodes) != (
         plan.schedule,
         plan.prune,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import ModelError
 from ..speculation.streams import Streams
 from .curve import CostCurve, Growth, StepCost
-from .settings import Plan
+from .settings import StepSetting
 from .timing import PlainTokens, Steps
 
 BUDGET_S = 10.0
@@ -30,12 +30,12 @@ GROUP = 3  # plans between two samples of plain decoding
 HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
 _EXPLORING = 0.5  # share of the budget in which plans are still begun
 
-Yield = Callable[[Plan], float]
+Yield = Callable[[StepSetting], float]
 
 
 def measure(
     streams: Streams,
-    plans: Sequence[Plan],
+    plans: Sequence[StepSetting],
     *,
     budget_s: float = BUDGET_S,
     tokens_per_step: Yield | None = None,
@@ -76,19 +76,19 @@ class _Session:
     until: float
     tokens_per_step: Yield | None
     plain: list[float] = field(default_factory=list)
-    ratios: dict[Plan, list[float]] = field(default_factory=dict)
-    dropped: dict[Plan, list[float]] = field(default_factory=dict)
-    steps: dict[Plan, Steps] = field(default_factory=dict)
+    ratios: dict[StepSetting, list[float]] = field(default_factory=dict)
+    dropped: dict[StepSetting, list[float]] = field(default_factory=dict)
+    steps: dict[StepSetting, Steps] = field(default_factory=dict)
     complete: bool = True
 
-    def explore(self, plans: Sequence[Plan], until: float) -> None:
+    def explore(self, plans: Sequence[StepSetting], until: float) -> None:
         """Take a first sample of each plan that could matter."""
         token = PlainTokens(self.streams, self.clock)
         token.sample(self.context)  # warms up
         self.token = token
         before = token.sample(self.context)
         self.plain.append(before)
-        waiting: list[Plan] = []
+        waiting: list[StepSetting] = []
         for plan in plans:
             if self.ratios and not self._matters(plan):
                 continue
@@ -143,7 +143,7 @@ class _Session:
         before = self.token.sample(self.context)
         self.token.sample(LONG_CONTEXT)  # warms up
         plain = [self.token.sample(LONG_CONTEXT)]
-        far: dict[Plan, float] = {}
+        far: dict[StepSetting, float] = {}
         for plan in dict.fromkeys((narrow, wide)):
             if far and self.clock() + 2 * (1 + STEPS) * near[plan] * token > self.until:
                 break
@@ -173,7 +173,7 @@ class _Session:
             complete=self.complete,
         )
 
-    def _sample(self, plans: Sequence[Plan], before: float, number: int = STEPS) -> float:
+    def _sample(self, plans: Sequence[StepSetting], before: float, number: int = STEPS) -> float:
         """Sample `number` steps of each plan, then plain decoding, whose seconds are returned."""
         times = [self.steps[plan].sample(self.context, number) for plan in plans]
         after = self.token.sample(self.context)
@@ -182,13 +182,13 @@ class _Session:
             self.ratios.setdefault(plan, []).append(seconds / (0.5 * (before + after)))
         return after
 
-    def _speed(self, plan: Plan, ratio: float) -> float:
+    def _speed(self, plan: StepSetting, ratio: float) -> float:
         return 0.0 if self.tokens_per_step is None else self.tokens_per_step(plan) / ratio
 
     def _best(self) -> float:
         return max(self._speed(plan, statistics.median(r)) for plan, r in self.ratios.items())
 
-    def _matters(self, plan: Plan) -> bool:
+    def _matters(self, plan: StepSetting) -> bool:
         """Tell whether a plan not begun could pay, and come near the best, going by its neighbours."""
         known = self.curve()
         guess, G = known.relative(plan), self.streams.num_streams

@@ -22,9 +22,9 @@ import mlx.core as mx
 from ..speculation.result import StepResult, to_float
 from .acceptance import AcceptanceProfile
 from .choose import MARGIN
+from .correction import TimingCorrection
 from .curve import CostCurve
-from .pace import Pace
-from .settings import Plan
+from .settings import StepSetting
 
 SMOOTHING = 0.3  # weight of the newest tree in the ease of the text
 KEPT = 0.3  # of the ease, when another answer begins
@@ -49,11 +49,11 @@ class Planner:
 
     curve: CostCurve
     profile: AcceptanceProfile
-    plans: Sequence[Plan] | None = None
+    plans: Sequence[StepSetting] | None = None
     margin: float = MARGIN
-    pace: Pace = field(default_factory=Pace)
+    correction: TimingCorrection = field(default_factory=TimingCorrection)
     clock: Callable[[], float] | None = None
-    plan: Plan | None = None
+    plan: StepSetting | None = None
     context: int = 0
     ease: float | None = None
     trust: float = 0.9  # accepted of expected drafts
@@ -66,11 +66,11 @@ class Planner:
     _then: float | None = None  # when the last step was done, None if this one is not to be timed
     _paused: float = 0.0  # when the caller took over
 
-    def begin(self, length: int) -> Plan | None:
+    def begin(self, length: int) -> StepSetting | None:
         """Return the plan for an answer that follows `length` committed tokens."""
         self.context, self.plan, self._tree, self._then = length, None, None, None
         self._until_probe, self._plain_tokens = None, 0
-        self.pace.fade()
+        self.correction.fade()
         if self.is_never_profitable:
             return None
         first = self._best(1.0)
@@ -84,7 +84,9 @@ class Planner:
         self._paid = False
         return self.plan
 
-    def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
+    def after(
+        self, result: StepResult, drafted_by: StepSetting | None, length: int
+    ) -> StepSetting | None:
         """Take in a step and return the plan to go on with."""
         self.context = length
         self._time(drafted_by)
@@ -127,19 +129,19 @@ class Planner:
             return True
         return 1 + self.ease * self._recorded(self.plan) >= cost
 
-    def _see(self, expected: float, plan: Plan) -> float:
+    def _see(self, expected: float, plan: StepSetting) -> float:
         """Take in what a tree of `plan` expects of itself; return it as far as it can be trusted."""
         assert self.ease is not None
         drafts = self.trust * expected
         self.ease += SMOOTHING * (drafts / self._recorded(plan) - self.ease)
         return drafts
 
-    def _best(self, ease: float) -> Plan:
+    def _best(self, ease: float) -> StepSetting:
         """Return the plan that yields most tokens per second in a text of this ease."""
         plans = self.curve.steps if self.plans is None else self.plans
         return max(plans, key=lambda p: (1 + ease * self._recorded(p)) / self._cost(p))
 
-    def _recorded(self, plan: Plan) -> float:
+    def _recorded(self, plan: StepSetting) -> float:
         """Return the drafts accepted per step in the records, never 0."""
         return max(self.profile.tokens_per_step(plan) - 1, 0.01)
 
@@ -161,9 +163,9 @@ class Planner:
         """Return the plain tokens between two probes that make probing as cheap as it may be."""
         return max(1.0, (self.curve.restart(self.context or None) - 1) / PROBE_SHARE)
 
-    def _cost(self, plan: Plan) -> float:
+    def _cost(self, plan: StepSetting) -> float:
         """Return a step's price in plain tokens."""
-        return self.pace.factor * self.curve.relative(plan, self.context or None)
+        return self.correction.factor * self.curve.relative(plan, self.context or None)
 
     def pause(self) -> None:
         """Note when the caller takes over."""
@@ -175,7 +177,7 @@ class Planner:
         if self.clock is not None and self.clock() - self._paused > LONG * self.curve.plain.seconds:
             self._then = None
 
-    def _time(self, drafted_by: Plan | None) -> None:
+    def _time(self, drafted_by: StepSetting | None) -> None:
         """Hold the seconds since the last step against what they should be, if it was of the same kind."""
         if self.clock is None:
             return
@@ -183,10 +185,10 @@ class Planner:
         expected = self.curve.seconds(drafted_by, self.context)
         if drafted_by is not None:
             if then is not None:
-                self.pace.step(self._then - then, expected)
+                self.correction.step(self._then - then, expected)
         elif self.plan is not None:  # a probe step, which has a price of its own
             return
         elif (
             then is not None and self._plain_tokens
         ):  # the first one waits for the pipeline to fill
-            self.pace.plain(self._then - then, expected)
+            self.correction.plain(self._then - then, expected)

@@ -36,7 +36,7 @@ from itertools import pairwise
 
 from ..machine import Machine
 from .curve import CostCurve, StepCost
-from .settings import Plan
+from .settings import StepSetting
 
 EFFICIENCY = 0.8
 HOST_S = 2e-3
@@ -167,7 +167,7 @@ def chip_of(machine: Machine) -> Chip | None:
 
 
 def prior_curve(
-    chip: Chip, bits: int, size: ModelSize, num_streams: int, plans: Sequence[Plan]
+    chip: Chip, bits: int, size: ModelSize, num_streams: int, plans: Sequence[StepSetting]
 ) -> CostCurve:
     """Return what steps with `plans` should cost on a chip, from the tables above."""
     token, rows = size.seconds(chip, bits), chip.rows(bits)
@@ -176,7 +176,7 @@ def prior_curve(
     lower = 1 - head - upper
     host = HOST_S + HOST_LAYER_S * size.layers
 
-    def cost(plan: Plan) -> float:
+    def cost(plan: StepSetting) -> float:
         T, kept, G = plan.rows(num_streams), plan.upper_rows(num_streams), num_streams
         share = lower * at(rows, T) + head * (at(rows, kept) + at(rows, G))
         if plan.prune is not None:

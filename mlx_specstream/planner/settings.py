@@ -1,4 +1,4 @@
-"""A plan: the tree a step verifies, when streams run, what is pruned. No plan means plain decoding."""
+"""A setting of a step: the tree a step verifies, when streams run, what is pruned. None means plain decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INLINE_NODES = ((8, 2), (8, 4), (16, 4))  # rows, and how many of them have stre
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSetting:
     """How to make steps. Hashable: plans are keys of cost curves and statistics.
 
     stream_nodes: of how many nodes the streams run inline, 0 for all.
@@ -69,7 +69,7 @@ class Plan:
         return str(DecodeConfig(self.tree, self.prune, schedule, stream_nodes=self.stream_nodes))
 
     @classmethod
-    def parse(cls, text: str) -> Plan:
+    def parse(cls, text: str) -> StepSetting:
         """Read the short form.
 
         Raises:
@@ -89,7 +89,7 @@ def candidates(
     ends_known: bool = False,
     attention: FusedAttention | None = None,
     max_rows: int = max(ROWS),
-) -> list[Plan]:
+) -> list[StepSetting]:
     """Return the plans worth a look, chains first.
 
     Args:
@@ -109,25 +109,25 @@ def candidates(
     ]
 
 
-def _candidates(num_streams: int, mode: Mode, schedule: str) -> Iterator[Plan]:
+def _candidates(num_streams: int, mode: Mode, schedule: str) -> Iterator[StepSetting]:
     schedules: list[RunSchedule] = ["inline"] if mode == "shared" else ["deferred", "inline"]
     for each in schedules:
         if schedule not in ("auto", each):
             continue
         for depth in range(1, num_streams + 1):
-            yield Plan(TreeSpec("chain", branching=1, depth=depth), each)
+            yield StepSetting(TreeSpec("chain", branching=1, depth=depth), each)
         wide = (
             ROWS if each == "deferred" or schedule == "inline" or mode == "shared" else INLINE_ROWS
         )
         for rows in wide:
             # Two rows are a chain of one draft.
             if rows > 2:
-                yield Plan(TreeSpec("best", rows=rows), each)
+                yield StepSetting(TreeSpec("best", rows=rows), each)
         for rows, keep in PRUNED if each == "deferred" else INLINE_PRUNED:
-            yield Plan(TreeSpec("best", rows=rows), each, PruneSpec(keep))
+            yield StepSetting(TreeSpec("best", rows=rows), each, PruneSpec(keep))
         # In shared mode every row sees its streams, so none can be without.
         for rows, nodes in INLINE_NODES if each == "inline" and mode == "lossless" else ():
-            yield Plan(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
+            yield StepSetting(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
 
 
 @dataclass(frozen=True)

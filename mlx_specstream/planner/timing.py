@@ -18,7 +18,7 @@ from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree, root_only
-from .settings import Plan
+from .settings import StepSetting
 
 MIN_TOKENS, MAX_TOKENS, SAMPLE_S = 3, 16, 0.1
 """A sample of plain decoding takes so many tokens, as fill so many seconds."""
@@ -64,7 +64,7 @@ class PlainTokens:
 class Steps:
     """Dependent steps with one plan at a fixed context."""
 
-    def __init__(self, streams: Streams, plan: Plan, clock: Callable[[], float]) -> None:
+    def __init__(self, streams: Streams, plan: StepSetting, clock: Callable[[], float]) -> None:
         self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenSampler())
         self.caches = _Caches(streams)
         self.clock = clock

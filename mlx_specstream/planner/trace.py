@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..config import TreeSpec
-from .settings import Plan
+from .settings import StepSetting
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Position:
         """Return how many drafts of the best-first tree of `rows` rows should be accepted."""
         return sum(self.chances[1:rows])
 
-    def accepted(self, plan: Plan, num_streams: int) -> int:
+    def accepted(self, plan: StepSetting, num_streams: int) -> int:
         """Return how many drafts a step with this plan accepts here."""
         tree, kept = plan.tree, 0
         deepest = min(tree.depth or num_streams, num_streams, len(self.orders))
@@ -59,7 +59,7 @@ class Position:
             kept += 1
         return kept
 
-    def drafts(self, plan: Plan, accepted: int) -> bool:
+    def drafts(self, plan: StepSetting, accepted: int) -> bool:
         """Tell whether streams are where a step ends that accepts so many drafts."""
         if not plan.stream_nodes:
             return True
@@ -81,7 +81,7 @@ class AnswerTrace:
     positions: tuple[Position, ...]
     task: str = "chat"
 
-    def walk(self, plan: Plan, num_streams: int) -> list[int]:
+    def walk(self, plan: StepSetting, num_streams: int) -> list[int]:
         """Return the accepted drafts of each step over the answer, as decoding takes them.
 
         A step that ends where no streams are is followed by one of the root alone.

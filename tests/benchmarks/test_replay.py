@@ -9,13 +9,13 @@ from mlx_specstream.planner import (
     AcceptanceProfile,
     AnswerTrace,
     CostCurve,
-    Plan,
     Position,
     StepCost,
+    StepSetting,
 )
 from mlx_specstream.planner.planner import Planner
 
-EIGHT = Plan.parse("8")
+EIGHT = StepSetting.parse("8")
 CURVE = CostCurve(4, 256, StepCost(0.01), {EIGHT: StepCost(0.02)})
 
 

@@ -12,7 +12,7 @@ from mlx_specstream.doctor import chips
 from mlx_specstream.doctor.chips import _curves, compare_steps, main, predict
 from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.machine import Machine
-from mlx_specstream.planner import CostCurve, Plan
+from mlx_specstream.planner import CostCurve, StepSetting
 from mlx_specstream.planner.acceptance import assumed_profile
 from mlx_specstream.planner.prior import CHIPS, SIZES, Chip, at, chip_named, chip_of, prior_curve
 from tests.planner.test_planner import curve
@@ -71,12 +71,12 @@ def test_rows_of_float32_share_no_reading_but_fill_a_matrix_product() -> None:
         assert at(chip.rows(32), 2) == at(chip.rows(32), 16) == 1.44
         assert at(chip.rows(32), 5) != at(chip.rows(16), 5)
     (found,) = predict(M4_PRO, 32, SIZES[0], assumed_profile(4).only("chat"))
-    assert Plan.parse(found.plan).rows(4) >= 10
+    assert StepSetting.parse(found.plan).rows(4) >= 10
 
 
 def test_a_step_costs_its_parts() -> None:
     """On a chip where rows are free, deferred streams cost their layers and the head once more."""
-    size, plans = SIZES[2], [Plan.parse("4"), Plan.parse("4 inline")]
+    size, plans = SIZES[2], [StepSetting.parse("4"), StepSetting.parse("4 inline")]
     costs = prior_curve(M1, 16, size, 4, plans)
     token, flat = costs.plain.seconds, 2.9
     head = size.head_params / (size.head_params + size.layer_params)
@@ -103,7 +103,7 @@ def test_streams_that_cannot_run_inline_are_not_predicted_to(
     asked: list[set[str]] = []
 
     def curve(
-        chip: Chip, bits: int, size: object, num_streams: int, plans: list[Plan]
+        chip: Chip, bits: int, size: object, num_streams: int, plans: list[StepSetting]
     ) -> CostCurve:
         asked.append({plan.schedule for plan in plans})
         return prior_curve(chip, bits, size, num_streams, plans)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_measured_costs_stand_beside_predicted(tmp_path: Path) -> None:
     assert 2.5 < rows[1].predicted < 6
     path = tmp_path / "result.json"
     path.write_text(json.dumps({"plans": {"s": {"curve": curve(r8=2.9).to_dict()}}}))
-    assert _curves(path)["s"].relative(Plan.parse("8")) == pytest.approx(2.9)
+    assert _curves(path)["s"].relative(StepSetting.parse("8")) == pytest.approx(2.9)
     for damage in ({}, {"plans": {"s": {}}}, {"plans": {"s": {"curve": {"steps": 1}}}}):
         path.write_text(json.dumps(damage))
         with pytest.raises(DataError, match="cost curve"):

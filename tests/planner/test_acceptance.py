@@ -17,7 +17,7 @@ from mlx_specstream.planner.acceptance import (
     profile_of,
 )
 from mlx_specstream.planner.record import looked_up, record_answer
-from mlx_specstream.planner.settings import FusedAttention, Plan, candidates
+from mlx_specstream.planner.settings import FusedAttention, StepSetting, candidates
 from mlx_specstream.planner.trace import AnswerTrace, Position
 from mlx_specstream.speculation.tree import DraftTree
 from tests.support.engine import decode, random_streams, small_model, stream_config, stream_decoder
@@ -28,11 +28,11 @@ THE_CAT_SAT = Position((1, 5), (1, 2))
 def test_a_position_tells_what_each_tree_holds() -> None:
     expected = {"chain": 1, "chain1": 1, "2": 1, "5": 1, "6": 2, "16": 2, "2^2": 2, "1^2": 1}
     for name, accepted in expected.items():
-        assert THE_CAT_SAT.accepted(Plan.parse(name), 4) == accepted, name
-    assert Position().accepted(Plan.parse("16"), 4) == 0
+        assert THE_CAT_SAT.accepted(StepSetting.parse(name), 4) == accepted, name
+    assert Position().accepted(StepSetting.parse("16"), 4) == 0
     pruned = Position((1, 5), (1, 2), {16: (1, 9)})
     for name, accepted in {"16:8": 1, "16:10": 2, "16:1": 0, "32:8": 0}.items():
-        assert pruned.accepted(Plan.parse(name), 4) == accepted, name
+        assert pruned.accepted(StepSetting.parse(name), 4) == accepted, name
 
 
 def test_the_true_path_is_looked_up_in_a_tree() -> None:
@@ -66,7 +66,7 @@ def test_walking_the_records_is_decoding(mode: str) -> None:
         names += ["32:8"] if mode != "shared" else []
         names += ["8 inline:2", "8 inline:4", "16 inline:4"] if mode == "lossless" else []
         for name in names:
-            plan = Plan.parse(f"{name} inline" if mode == "shared" else name)
+            plan = StepSetting.parse(f"{name} inline" if mode == "shared" else name)
             run = decode(stream_decoder(streams, plan.config(DecodeConfig())), prompt, 40)
             real = [step.accepted for step in run.steps[1:]]
             walked = trace.walk(plan, 3)
@@ -108,11 +108,16 @@ def test_profiles_survive_the_disk(tmp_path: Path) -> None:
 def test_a_step_that_ends_without_streams_is_followed_by_one_without_drafts() -> None:
     good = Position((1, 2), (1, 1), ends={8: (3, 0, 1)})
     trace = AnswerTrace((good,) * 9)
-    assert trace.walk(Plan.parse("8 inline"), 4) == [2, 2, 2]
+    assert trace.walk(StepSetting.parse("8 inline"), 4) == [2, 2, 2]
     # Two drafts accepted end at the node that comes second, none at the one that comes fourth.
-    assert trace.walk(Plan.parse("8 inline:2"), 4) == [2, 2, 2]
-    assert trace.walk(Plan.parse("8 inline:1"), 4) == [2, 0, 2, 0]
-    assert trace.walk(Plan.parse("16 inline:4"), 4) == [2, 0, 2, 0]  # nothing known of 16 rows
+    assert trace.walk(StepSetting.parse("8 inline:2"), 4) == [2, 2, 2]
+    assert trace.walk(StepSetting.parse("8 inline:1"), 4) == [2, 0, 2, 0]
+    assert trace.walk(StepSetting.parse("16 inline:4"), 4) == [
+        2,
+        0,
+        2,
+        0,
+    ]  # nothing known of 16 rows
 
 
 @pytest.mark.parametrize(
@@ -136,9 +141,9 @@ def test_shipped_records_are_plausible() -> None:
         if found is None:
             assert name != "demo-chat"  # what is assumed of streams without records
             continue
-        chain, wide = (found.tokens_per_step(Plan.parse(tree)) for tree in ("chain", "16"))
+        chain, wide = (found.tokens_per_step(StepSetting.parse(tree)) for tree in ("chain", "16"))
         assert 1.3 < chain < wide < found.num_streams + 1
-    assert assumed_profile(2).tokens_per_step(Plan.parse("16")) <= 3
+    assert assumed_profile(2).tokens_per_step(StepSetting.parse("16")) <= 3
 
 
 def test_candidates_keep_off_the_slow_rows() -> None:
@@ -153,7 +158,7 @@ def test_candidates_keep_off_the_slow_rows() -> None:
     assert "16:6 inline" in {plan.name for plan in shared}
     assert not any(plan.stream_nodes for plan in shared)
     every = candidates(4, "lossless", prunable=True, ends_known=True)
-    assert [Plan.parse(plan.name) for plan in every] == every
+    assert [StepSetting.parse(plan.name) for plan in every] == every
     assert {p.schedule for p in candidates(4, "shared")} == {"inline"}
     assert {p.schedule for p in candidates(4, "lossless", "inline")} == {"inline"}
 

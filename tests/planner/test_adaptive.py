@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.planner.adaptive import AutoDecoder
-from mlx_specstream.planner.settings import Plan
+from mlx_specstream.planner.settings import StepSetting
 from mlx_specstream.speculation.result import StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
@@ -41,7 +41,8 @@ from tests.support.engine import (
 )
 
 PLANS = [
-    Plan.parse(text) for text in ("chain1", "chain", "4", "9", "2^2", "4 inline", "chain inline")
+    StepSetting.parse(text)
+    for text in ("chain1", "chain", "4", "9", "2^2", "4 inline", "chain inline")
 ]
 INLINE = [plan for plan in PLANS if plan.schedule == "inline"]
 
@@ -50,16 +51,18 @@ INLINE = [plan for plan in PLANS if plan.schedule == "inline"]
 class Whims:
     """A governor that follows a list of plans, and notes what it was told."""
 
-    plans: Sequence[Plan | None]
+    plans: Sequence[StepSetting | None]
     foresees: bool = True
-    told: list[tuple[Plan | None, StepResult, int]] = field(default_factory=list)
+    told: list[tuple[StepSetting | None, StepResult, int]] = field(default_factory=list)
     at: int = 0
     paused: bool = False
 
-    def begin(self, length: int) -> Plan | None:
+    def begin(self, length: int) -> StepSetting | None:
         return self.plans[0]
 
-    def after(self, result: StepResult, drafted_by: Plan | None, length: int) -> Plan | None:
+    def after(
+        self, result: StepResult, drafted_by: StepSetting | None, length: int
+    ) -> StepSetting | None:
         self.told.append((drafted_by, result, length))
         self.at += 1
         return self.plans[self.at % len(self.plans)]
@@ -118,7 +121,7 @@ def test_any_sequence_of_plans_gives_the_plain_text(data: st.DataObject) -> None
 
 def test_the_governor_learns_who_drafted_what() -> None:
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
-    four, nine = Plan.parse("4"), Plan.parse("9")
+    four, nine = StepSetting.parse("4"), StepSetting.parse("9")
     # A restart drafts a tree; the plan that follows verifies it and builds the next.
     governor = Whims([None, None, four, four, nine, nine, None, None])
     run = decode(auto_decoder(streams, governor), [1, 2, 3], 60)  # type: ignore[arg-type]
@@ -148,7 +151,9 @@ def test_plain_decoding_schedules_nothing_that_is_thrown_away(
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
     for foresees, wasted in ((True, 0), (False, 3)):
         passes.clear()
-        plans = [None, None, None, Plan.parse("chain")] * 3 + [Plan.parse("chain")] * 50
+        plans = [None, None, None, StepSetting.parse("chain")] * 3 + [
+            StepSetting.parse("chain")
+        ] * 50
         governor = Whims(plans, foresees)
         decode(auto_decoder(streams, governor), [1, 2, 3], 30)  # type: ignore[arg-type]
         assert len(passes) == 9 + wasted
@@ -156,7 +161,7 @@ def test_plain_decoding_schedules_nothing_that_is_thrown_away(
 
 def test_drafts_are_kept_where_there_are_any() -> None:
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
-    decoder = auto_decoder(streams, Whims([None, Plan.parse("4"), Plan.parse("4")]))
+    decoder = auto_decoder(streams, Whims([None, StepSetting.parse("4"), StepSetting.parse("4")]))
     decoder.keep_drafts = True
     run = decode(decoder, [1, 2, 3], 20)  # type: ignore[arg-type]
     assert {len(step.draft.tokens) for step in run.steps if step.draft} == {1, 4}
@@ -172,7 +177,7 @@ def test_processors_see_the_right_history() -> None:
 
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
     wanted = plain(streams, [1, 2, 3], 24, token_sampler=TokenSampler(None, (ban,)))
-    governor = Whims([None, None, Plan.parse("6"), Plan.parse("chain2"), None])
+    governor = Whims([None, None, StepSetting.parse("6"), StepSetting.parse("chain2"), None])
     decoder = auto_decoder(streams, governor, TokenSampler(None, (ban,)))
     assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
 
@@ -184,7 +189,7 @@ def test_switching_does_not_change_what_a_seed_draws() -> None:
         return TokenSampler(make_sampler(temp=1.0, xtc_probability=0.5), seed=6)
 
     wanted = plain(streams, [1, 2, 3], 24, token_sampler=token_sampler())
-    for whims in ([None], [Plan.parse("6"), None, None, Plan.parse("chain2")]):
+    for whims in ([None], [StepSetting.parse("6"), None, None, StepSetting.parse("chain2")]):
         decoder = auto_decoder(streams, Whims(whims), token_sampler())
         assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
 
@@ -206,6 +211,6 @@ def test_switching_does_not_bias_what_is_drawn() -> None:
 
 
 def test_a_plan_reads_what_it_writes() -> None:
-    for plan in (*PLANS, Plan.parse("16:8"), Plan.parse("16:8 inline")):
-        assert Plan.parse(plan.name) == plan
-    assert Plan.parse("16:8").upper_rows(4) == 8
+    for plan in (*PLANS, StepSetting.parse("16:8"), StepSetting.parse("16:8 inline")):
+        assert StepSetting.parse(plan.name) == plan
+    assert StepSetting.parse("16:8").upper_rows(4) == 8

@@ -19,7 +19,7 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.machine import Machine
-from mlx_specstream.planner import CostCurve, Growth, Plan, StepCost, costs, planner_for
+from mlx_specstream.planner import CostCurve, Growth, StepCost, StepSetting, costs, planner_for
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.identity import _ENGINE, identity, weight_bits
 from mlx_specstream.planner.measure import CONTEXT, LONG_CONTEXT, measure
@@ -36,7 +36,7 @@ from tests.support.engine import (
 )
 from tests.support.tiny_models import tiny_random_model
 
-P = Plan.parse
+P = StepSetting.parse
 TREES = [P(name) for name in ("4", "8", "chain3", "chain1", "16", "4 inline")]
 COSTS = {"4": 1.5, "8": 2.0, "chain3": 1.4, "chain1": 1.2, "16": 4.0, "4 inline": 1.9}
 RESTART = 1.15
@@ -234,7 +234,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[CostCurve]
     """Turn measuring on, into an empty cache, with made-up results that are counted."""
     made: list[CostCurve] = []
 
-    def fake(streams: Streams, plans: list[Plan], **_: object) -> CostCurve:
+    def fake(streams: Streams, plans: list[StepSetting], **_: object) -> CostCurve:
         made.append(
             CostCurve(streams.num_streams, 256, StepCost(1.0), {P("4"): StepCost(1.5 + len(made))})
         )

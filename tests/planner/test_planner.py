@@ -13,18 +13,18 @@ from mlx_specstream.planner import (
     AnswerTrace,
     CostCurve,
     Growth,
-    Plan,
     Planner,
     Position,
     StepCost,
+    StepSetting,
     chosen,
     forecasts,
 )
-from mlx_specstream.planner.pace import Pace
+from mlx_specstream.planner.correction import TimingCorrection
 from mlx_specstream.planner.planner import FIRST_WAIT, LATE, PROBE_SHARE
 from mlx_specstream.speculation.result import StepResult
 
-P = Plan.parse
+P = StepSetting.parse
 NOTHING = mx.zeros((1, 1))
 
 
@@ -118,7 +118,7 @@ class Text:
         self.planner = planner
         self.seconds = 0.0
         self.tokens = 0
-        self.steps: list[Plan | None] = []
+        self.steps: list[StepSetting | None] = []
 
     def answer(self, records: AcceptanceProfile, tokens: int) -> None:
         planner, done, at = self.planner, 0, 0
@@ -270,7 +270,7 @@ def test_the_clock_corrects_a_curve_that_was_measured_wrongly() -> None:
         drafted = plan if plan is not None and following is not None else None
         steps.append(plan)
         plan = following
-    assert planner.pace.factor > 1.08
+    assert planner.correction.factor > 1.08
     assert steps[-150:].count(None) > 140
     trusting = Planner(curve(r8=2.0), profile(0.3))
     trusting.begin(10)
@@ -280,23 +280,23 @@ def test_the_clock_corrects_a_curve_that_was_measured_wrongly() -> None:
 def test_a_bad_moment_is_forgotten() -> None:
     """Steps that once looked half as dear again are looked at in every answer, and tried again."""
     planner = Planner(curve(r8=3.5), profile(0.6))
-    planner.pace.of_steps = 1.5
+    planner.correction.of_steps = 1.5
     assert not planner.is_never_profitable
     for _ in range(20):
         assert planner.begin(10) is not None or planner.plain_tokens_ahead() == LATE
-    assert planner.pace.factor == pytest.approx(1.06, abs=0.02)
+    assert planner.correction.factor == pytest.approx(1.06, abs=0.02)
 
 
 def test_a_pause_is_no_price() -> None:
-    pace = Pace()
+    correction = TimingCorrection()
     for _ in range(50):
-        pace.plain(0.01, 0.01)
-        pace.step(0.02, 0.02)
-    pace.step(60.0, 0.02)
-    assert pace.factor == pytest.approx(1.0, abs=0.11)
+        correction.plain(0.01, 0.01)
+        correction.step(0.02, 0.02)
+    correction.step(60.0, 0.02)
+    assert correction.factor == pytest.approx(1.0, abs=0.11)
     for _ in range(500):
-        pace.step(0.5, 0.02)
-    assert pace.factor <= 1.5
+        correction.step(0.5, 0.02)
+    assert correction.factor <= 1.5
 
 
 @pytest.mark.parametrize("reading", [0.0, 30.0])
@@ -312,21 +312,21 @@ def test_a_slow_reader_is_no_slow_step(reading: float) -> None:
         planner.pause()
         now += reading
         planner.resume()
-    assert planner.pace.factor == pytest.approx(1.0, abs=0.01)
+    assert planner.correction.factor == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_machine_that_slows_down_is_no_reason_to_stay_plain() -> None:
     """Steps look dear until plain tokens are timed again; later drift moves both."""
-    pace = Pace()
+    correction = TimingCorrection()
     for _ in range(50):
-        pace.step(0.026, 0.02)
-    assert pace.factor == pytest.approx(1.3, rel=0.02)
+        correction.step(0.026, 0.02)
+    assert correction.factor == pytest.approx(1.3, rel=0.02)
     for _ in range(20):
-        pace.plain(0.013, 0.01)
-    assert pace.factor == pytest.approx(1.0, rel=0.05)
+        correction.plain(0.013, 0.01)
+    assert correction.factor == pytest.approx(1.0, rel=0.05)
     for _ in range(200):
-        pace.plain(0.009, 0.01)
-    assert pace.factor == pytest.approx(1.0, rel=0.1)
+        correction.plain(0.009, 0.01)
+    assert correction.factor == pytest.approx(1.0, rel=0.1)
 
 
 def test_nothing_is_probed_where_nothing_can_pay() -> None:

@@ -1,4 +1,4 @@
-"""The pace: what steps really cost beside plain tokens, going by the clock while decoding.
+"""What steps really cost beside plain tokens, by the clock while decoding.
 
 Costs were measured once, in seconds, perhaps while something else was running. Here a step's price
 in plain tokens is held against that: one factor for all plans.
@@ -15,7 +15,7 @@ _STALE = 10  # plain tokens after which the last step's timing is of another tim
 
 
 @dataclass
-class Pace:
+class TimingCorrection:
     """Smoothed seconds of plain tokens and of steps, in units of what the curve says."""
 
     of_plain: float = 1.0
@@ -25,7 +25,7 @@ class Pace:
     def plain(self, seconds: float, expected: float) -> None:
         """Take in the seconds of a plain token.
 
-        The pace of steps that are long past moves along: what changes then is the machine's.
+        What steps cost, if they are long past, moves along: what changes then is the machine's.
         """
         before = self.of_plain
         self.of_plain += _SMOOTHING["plain"] * (min(seconds / expected, _LONGEST) - before)
@@ -36,7 +36,7 @@ class Pace:
     def step(self, seconds: float, expected: float) -> None:
         """Take in the seconds of a step that verified a tree.
 
-        If plain tokens are long past and it is the machine that has slowed down, parking will show it.
+        If plain tokens are long past and it is the machine that has slowed down, falling back to plain decoding will show it.
         """
         self.of_steps += _SMOOTHING["steps"] * (min(seconds / expected, _LONGEST) - self.of_steps)
         self._since_step = 0
