@@ -124,7 +124,7 @@ class Decoder(ABC):
         tokens: Sequence[int],
         cache: KVCache,
         on_progress: Callable[[int, int], None] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: ChunkSize = PREFILL_CHUNK,
     ) -> None:
         """Append all of `tokens` to the committed text; the last prompt token is not for here."""
         if tokens:
