@@ -29,6 +29,8 @@ MAX_PROGRAM_BYTES = 64 << 20
 MAX_ITEMS = 2_000_000
 """Instructions and items of containers: about 40 per tensor, so 50,000 tensors; a few seconds and
 some 150 MB where a program is made to waste them."""
+MAX_NAME = 1_000
+"""Characters of a name: one of megabytes would be put together anew by every two bytes."""
 MAX_EXPANDED = 1 << 26
 """Values of a tensor that repeats its storage's; others have no more values than their storage."""
 
@@ -98,7 +100,8 @@ def storage_info(identity: object) -> StorageInfo:
         raise Refused(
             f"it holds a storage of the kind {shown(kind_of(kind))}, which is not supported"
         )
-    if not isinstance(key, str | int) or not is_size(numel) or identity[5:] not in ((), (None,)):
+    plain = isinstance(key, str | int) and len(str(key)) <= MAX_NAME
+    if not plain or not is_size(numel) or identity[5:] not in ((), (None,)):
         raise Refused("a storage is described in a way that torch.save does not use")
     return StorageInfo(str(key), STORAGES[kind.name], numel)
 
@@ -206,8 +209,8 @@ _ARRAYS = ("_reconstruct", "_frombuffer", "ndarray", "Tensor", "Parameter")
 
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+_LITERALS = {  # no LONG4: a number of megabytes is hashed anew wherever it is a key
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
     "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8",
 }  # fmt: skip
 
@@ -338,6 +341,8 @@ class _Machine:
             name, module = self._pop(), self._pop()
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("its pickle mentions a name that is not text")
+        if len(module) + len(name) > MAX_NAME:
+            raise Refused(f"it mentions a name of more than {MAX_NAME:,} characters")
         found = GlobalName(module, name)
         is_storage = module == "torch" and name in STORAGES
         if str(found) not in APPLIED and not is_storage and not _BESIDE.fullmatch(str(found)):

@@ -253,12 +253,18 @@ def _unwrapped(value: dict[object, object], depth: int) -> dict[object, object] 
         for found in [_unwrapped(each, depth - 1)]
         if found is not None
     }
-    if len(inner) > 1 and any(each != next(iter(inner.values())) for each in inner.values()):
+    first, *others = map(_tensors, inner.values()) if inner else [{}]
+    if any(each != first for each in others):
         names = " and ".join(map(repr, inner))
         raise Refused(f"it holds different weights under {names}; save the ones to convert alone")
     if inner:
         return next(iter(inner.values()))
     return value if any(_is_array(each) for each in value.values()) else None
+
+
+def _tensors(value: dict[object, object]) -> dict[object, TensorInfo]:
+    """Return the tensors alone; to compare what else there is could take for ever."""
+    return {name: each for name, each in value.items() if isinstance(each, TensorInfo)}
 
 
 def _is_array(value: object) -> bool:

@@ -52,7 +52,7 @@ def conversation_tokens(
     if whole.startswith(prompt):
         answer = whole[len(prompt) :]
     else:
-        marked = render([*messages[:-1], {**messages[-1], "content": _MARK}])
+        marked = render([*messages[:-1], {**messages[-1], "content": _marked(messages[-1])}])
         at = marked.find(_MARK)
         if at < 0 or whole[:at] != marked[:at]:
             raise ValueError("it does not show the last answer")
@@ -62,6 +62,15 @@ def conversation_tokens(
     if together[: len(given)] == given:
         return given, together[len(given) :]
     return given, list(tokenizer.encode(answer, add_special_tokens=False))
+
+
+def _marked(message: Mapping[str, Any]) -> str:
+    """Return the message's content with the mark for its answer, behind a thought it may hold."""
+    content = str(message.get("content") or "")
+    for _, closes in THOUGHTS:
+        if closes in content:
+            return content.rpartition(closes)[0] + closes + _MARK
+    return _MARK
 
 
 def _rest_of_thought(prompt: str, message: Mapping[str, Any]) -> str:

@@ -40,7 +40,34 @@ def sizes(what):
     return b"\x80\x02" + name + items + b"h\x00\x85q\x03" + b"h\x02h\x03R" * 350_000 + b"."
 
 
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def twice(inner):
+    """Two wrappers with weights of two names, and something alike before each."""
+    storage = (
+        b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\2tQ"
+    )
+    weight = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\2\x85K\1\x85\x89NtR"
+
+    def one(name):
+        return b"}(" + text(b"beside") + inner + text(name) + weight + b"u"
+
+    return b"\x80\2}(" + text(b"model") + one(b"v") + text(b"state_dict") + one(b"w") + b"u."
+
+
+LONG_NAME = (
+    b"\x80\4(" + text(b"transformers") + b"r\1\0\0\0" + text(b"A" * (8 * MIB)) + b"r\2\0\0\0"
+)
 PROGRAMS = {
+    "a number of megabytes as a key": b"\x80\2(\x8b" + struct.pack("<i", 8 * MIB)
+    + b"\x7f" * (8 * MIB) + b"r\1\0\0\0}(" + b"j\1\0\0\0N" * 300_000 + b"ut.",
+    "a name of megabytes": LONG_NAME + b"j\1\0\0\0j\2\0\0\0\x93" * 300_000 + b"t.",
+    "objects of a name of megabytes": LONG_NAME + b"j\1\0\0\0j\2\0\0\0\x93r\3\0\0\0"
+    + b"j\3\0\0\0)R" * 300_000 + b"t.",
+    "tuples of pairs, compared": twice(b"N" + b"q\5h\5\x86" * 60),
+    "deep tuples, compared": twice(b")" + b"\x85" * 500_000),
     "tuples of a memoised list": sizes("torch.Size"),
     "dictionaries of a memoised list": sizes("collections.OrderedDict"),
     "counters of a dictionary": b"\x80\x02}q\x00("
@@ -60,6 +87,7 @@ def zipped(program):
     def write(path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/data.pkl", program)
+            archive.writestr("a/data/0", bytes(8))
 
     return write
 
@@ -120,6 +148,8 @@ def test_what_it_costs_to_refuse_is_bounded(tmp_path, name):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
     assert len(done.stdout.strip().splitlines()) == 1
+    if name.endswith("compared"):
+        assert "different weights" in done.stdout
     if "flood" in name or "memoised" in name or "counters" in name:
         assert "damaged" not in done.stdout, done.stdout
 

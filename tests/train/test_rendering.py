@@ -52,6 +52,13 @@ def tokenizer_of(thought: str, opening: str) -> TokenizerWrapper:
         # Gemma 4's kind appends an empty thought and renders none.
         ("", f"<|channel>thought\n{EMPTY}", {"content": "yes"}, "yes<eos>"),
         ("", f"<|channel>thought\n{EMPTY}", {"content": "<|chan"}, "<|chan<eos>"),
+        # The thought that its content holds is not what an empty one was opened for.
+        (
+            "{{ m.content.split('</think>')[0] if '</think>' in m.content else '<think>' }}</think>",
+            "<think></think>",
+            {"content": "<think>so</think>yes"},
+            "yes<eos>",
+        ),
         (
             OLD_THOUGHT,
             "<think>\n\n</think>\n\n",
