@@ -36,7 +36,8 @@ class TimingCorrection:
     def step(self, seconds: float, expected: float) -> None:
         """Take in the seconds of a step that verified a tree.
 
-        If plain tokens are long past and it is the machine that has slowed down, falling back to plain decoding will show it.
+        If plain tokens are long past and it is the machine that has slowed down, falling back to
+        plain decoding will show it.
         """
         self.of_steps += _SMOOTHING["steps"] * (min(seconds / expected, _LONGEST) - self.of_steps)
         self._since_step = 0
