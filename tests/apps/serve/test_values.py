@@ -247,8 +247,8 @@ def test_paths_without_v1(client: TestClient) -> None:
             '"nobody".',
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content.0.type must be 'text', 'refusal' or 'thinking', got \"image_url\".",
+            {"messages": [{"role": "user", "content": [{"type": "hologram"}]}]},
+            "messages.0.content.0.type must be 'text', 'refusal' or 'thinking', got \"hologram\".",
         ),
         (
             {"messages": [{"role": "user", "content": 3}]},
