@@ -6,9 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from .errors import ApiError, invalid
+from .refusals import is_media, no_media
 from .schema import Strict, Text, parsed
-
-_MEDIA = ("image", "audio", "video", "file", "document", "screenshot")
 
 
 class _TextPart(Strict):
@@ -54,11 +53,8 @@ def unreadable(kind: str, at: tuple[str | int, ...]) -> ApiError:
     """Return the error of a part or a tool that this server does not know."""
     if not kind:
         return wrong(at, "its type is missing.")
-    if any(word in kind for word in _MEDIA):
-        return wrong(
-            at,
-            f"{kind[:100]!r} cannot be read: the model reads text alone; send text in its place.",
-        )
+    if is_media(kind):
+        return wrong(at, no_media(kind))
     return wrong(at, f"{kind[:100]!r} is not supported by this server; leave it out.")
 
 

@@ -17,6 +17,7 @@ from .errors import ApiError, invalid
 
 Json = dict[str, Any]
 Place = tuple[str | int, ...]
+_MEDIA = ("image", "audio", "video", "file", "document", "screenshot")
 _LARGE = 2**20  # limits beyond it are not worth telling
 
 
@@ -38,6 +39,9 @@ def explained(
         name = ".".join(map(str, (*at, *place[:-1])))
         return invalid(f"{name}: {place[-1]!r} is no token id, written as text.", param)
     if worst["type"].startswith("union_tag"):
+        kind_given = worst["ctx"].get("tag", "")
+        if is_media(kind_given):
+            return invalid(f"{'.'.join(map(str, (*at, *place)))}: {no_media(kind_given)}", param)
         place = (*place, worst["ctx"]["discriminator"].strip("'"))
     value, missing = _value(place, values)
     allowed = _words(_options(kind, place))
@@ -45,6 +49,16 @@ def explained(
     if missing:
         return invalid(f"{name} is missing; it must be {allowed}.", param)
     return invalid(f"{name} must be {allowed}, got {_shown(value)}.", param)
+
+
+def is_media(kind: str) -> bool:
+    """Tell whether a part of this type holds something else than text."""
+    return any(word in kind for word in _MEDIA)
+
+
+def no_media(kind: str) -> str:
+    """Return why a part of this type is refused."""
+    return f"{kind[:100]!r} cannot be read: the model reads text alone; send text in its place."
 
 
 def _place(loc: Place, values: Any) -> Place:

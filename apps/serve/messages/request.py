@@ -138,6 +138,9 @@ def parsed_message(values: Json, *, counting: bool = False) -> ChatRequest:
     for place, turn in enumerate(fields.messages):
         messages += _messages(turn, ("messages", place))
     body["messages"] = messages
+    last = messages[-1]
+    if last["role"] == "assistant" and last["content"] and not last.get("tool_calls"):
+        body["continue_final_message"] = True  # as Anthropic's API has it
     body |= _tools(fields)
     if fields.stop_sequences:
         body["stop"] = fields.stop_sequences

@@ -212,3 +212,27 @@ def test_all_errors_have_anthropics_form(make_service: MakeService) -> None:
     assert client.post(MESSAGES, json=ask(), headers=bearer).status_code == 200
     # The other paths keep OpenAI's form.
     assert set(client.get("/v1/models").json()) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("last", "continues"),
+    [
+        ({"role": "assistant", "content": "Let me"}, True),
+        ({"role": "assistant", "content": [{"type": "text", "text": "Let me"}]}, True),
+        ({"role": "assistant", "content": ""}, None),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "a", "name": "add", "input": {}}],
+            },
+            None,
+        ),
+        ({"role": "user", "content": "and?"}, None),
+    ],
+)
+def test_an_answer_goes_on_where_the_last_turn_is_the_assistants(
+    last: dict[str, Any], continues: bool | None
+) -> None:
+    turns = [{"role": "user", "content": "hello"}, last]
+    wanted = parsed_message({"max_tokens": 8, "messages": turns})
+    assert wanted.continue_final_message is continues

@@ -247,8 +247,8 @@ def test_paths_without_v1(client: TestClient) -> None:
             '"nobody".',
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content.0.type must be 'text', 'refusal' or 'thinking', got \"image_url\".",
+            {"messages": [{"role": "user", "content": [{"type": "hologram"}]}]},
+            "messages.0.content.0.type must be 'text', 'refusal' or 'thinking', got \"hologram\".",
         ),
         (
             {"messages": [{"role": "user", "content": 3}]},
@@ -286,3 +286,18 @@ def test_a_prompt_of_no_kind_is_explained(client: TestClient) -> None:
         message = response.json()["error"]["message"]
         assert message.startswith("prompt")
         assert "Input" not in message
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_a_chat_part_that_is_no_text_is_refused_as_the_other_apis_refuse_it(
+    client: TestClient, kind: str
+) -> None:
+    content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {}}]
+    answer = client.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        f"messages.0.content.1: {kind!r} cannot be read: the model reads text alone; "
+        "send text in its place."
+    )
