@@ -69,7 +69,7 @@ class MaxTokens:
         """Take in a step's tokens; those behind the end are not kept."""
         for token in result.tokens:
             self.tokens.append(token)
-            if token in self.stop or len(self.tokens) == self.max_tokens:
+            if token in self.stop or 0 <= self.max_tokens <= len(self.tokens):
                 return False
         return True
 

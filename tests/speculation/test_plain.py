@@ -11,7 +11,7 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
-from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from tests.support.engine import (
     decode,
@@ -103,3 +103,9 @@ def test_an_interrupt_leaves_the_cache_at_the_text(monkeypatch: pytest.MonkeyPat
             text += result.tokens
     assert len(text) == 2
     assert cache.length == 2
+
+
+def test_a_limit_that_is_reached_before_the_first_token_stops_after_it() -> None:
+    criteria = MaxTokens(0)
+    assert not criteria.should_continue(StepResult([1], 0, mx.zeros((1, 4))))
+    assert MaxTokens(-1).should_continue(StepResult([1], 0, mx.zeros((1, 4))))
