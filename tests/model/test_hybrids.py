@@ -110,7 +110,7 @@ def test_streams_continue_from_the_accepted_row_and_leave_nothing() -> None:
         cache.advance(len(text))
         verified = stepper.verify(chain(mx.array(drafts)), cache)
         before = arrays_in(cache, len(text) + 1)
-        found = np.array(stepper.stream_states(verified, mx.array(node), cache))
+        found = np.array(stepper.stream_states(verified, mx.array(node), mx.array(0), cache))
         for old, new in zip(before, arrays_in(cache, len(text) + 1), strict=True):
             np.testing.assert_array_equal(old, new)
         return found
