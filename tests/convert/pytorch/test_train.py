@@ -20,8 +20,8 @@ from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
 from mlx_specstream.convert.pytorch.states import state_files  # noqa: E402
 from mlx_specstream.errors import DataError, OptionError  # noqa: E402
-from mlx_specstream.weights import shipped  # noqa: E402
 from mlx_specstream.weights.files import refuse_same_file  # noqa: E402
+from mlx_specstream.weights.shipped import SHIPPED  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -241,7 +241,7 @@ def test_the_recipe_runs_as_written(work, monkeypatch):
 
 
 def test_recipes_of_cards_name_no_file_twice():
-    cards = Path(shipped.__file__).parent.glob("shipped/*/README.md")
+    cards = SHIPPED.glob("*/README.md")
     found = [words for card in cards for words in recipe(card.read_text()) if words[0] == "distill"]
     assert len(found) > 1
     for words in found:
