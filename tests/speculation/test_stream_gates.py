@@ -68,7 +68,7 @@ def test_a_gate_stays_on_the_streams_where_a_rotating_cache_keeps_rows_behind_th
 ) -> None:
     """A pass's rows stand before the committed rows that its window has yet to drop."""
     closed = gated(-1e9, adapters=0.0)
-    prompt = [*range(3, 23)]
+    prompt = [(7 * n + 3) % closed.backbone.vocab_size for n in range(20)]
     caching = CacheConfig(max_kv_size=12)
 
     def tokens(streams: Streams, config: DecodeConfig | None) -> list[int]:
