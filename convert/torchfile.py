@@ -22,16 +22,8 @@ import numpy as np
 
 from ..errors import CheckpointError, shown
 from ..weights.tensorfile import NUMPY_TYPES, open_file, read_exactly
-from .pickles import (
-    MAX_PROGRAM_BYTES,
-    Placeholder,
-    Refused,
-    StorageInfo,
-    TensorInfo,
-    kind_of,
-    storage_info,
-    unpickle,
-)
+from .pickled import Placeholder, Refused, StorageInfo, TensorInfo, kind_of, storage_info
+from .pickles import MAX_PROGRAM_BYTES, unpickle
 from .tensors import Tensor
 
 MAX_ZIP_MEMBERS = 200_000

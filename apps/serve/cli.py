@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Load the model and serve it until told to stop."""
     arguments = build_parser().parse_args(argv)
-    sampling_config(arguments)  # refuses what is out of range before a model is loaded
+    defaults = sampling_config(arguments)
     config = decode_config(arguments)
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     caching = cache_config(arguments)
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
     try:
         from .app import create_app
         from .run import check_access, listen, serve, url_of
-        from .service import Defaults, start_service
+        from .service import start_service
     except ModuleNotFoundError as error:
         raise OptionError(
             f"the server needs {error.name}, which is not installed; run: "
@@ -141,9 +141,6 @@ def main(argv: list[str]) -> int:
         return load(arguments.model, **load_options(arguments))
 
     print(f"loading {arguments.model} ...", flush=True)
-    defaults = Defaults(
-        arguments.temp, arguments.top_p, arguments.top_k, arguments.min_p, arguments.seed
-    )
     service = start_service(
         loaded,
         limits,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from ...generation.grammar import lark_mark, schema_text
 from .errors import invalid
-from .schema import ChatRequest, FunctionChoice, FunctionDescription, PlainFormat
+from .messages_schema import FunctionChoice, FunctionDescription, PlainFormat
+from .schema import ChatRequest
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...prompts.control import ControlTokens
-from .schema import Message, ToolCall
+from .messages_schema import Message, ToolCall
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

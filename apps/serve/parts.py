@@ -6,8 +6,9 @@ from collections.abc import Collection
 from typing import Any
 
 from .errors import ApiError, invalid
+from .messages_schema import Strict, Text
 from .refusals import is_media, no_media
-from .schema import Strict, Text, parsed
+from .schema import parsed
 
 
 class _TextPart(Strict):

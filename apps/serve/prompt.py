@@ -20,7 +20,8 @@ from ..thinking import ThoughtMarks
 from .errors import CONTEXT_EXCEEDED, ApiError, invalid
 from .forced_calls import forced_calls
 from .history import History
-from .schema import ChatRequest, CompletionRequest, PlainFormat, SchemaFormat
+from .messages_schema import PlainFormat, SchemaFormat
+from .schema import ChatRequest, CompletionRequest
 from .thought_rules import behind_thought
 from .tool_calls import ToolFormat
 

@@ -45,7 +45,7 @@ class RequestState(GenerationRun):
             settings.sampler(model.backbone.vocab_size, tokenizer),
             settings.processors(request.prompt[:-1], tokenizer.eos_token_ids),
             request.prompt[-1:],
-            seed=settings.seed,
+            seed=settings.sampling.seed,
             before=len(request.prompt) - 1,
         )
         for process in token_sampler.processors:

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from ... import DecodeConfig, StreamModel
-from ...config import CacheConfig
+from ...config import CacheConfig, SamplingConfig
+from ...config.sampling import PENALTY_CONTEXT
 from ...generation.grammar import Grammar
 from ...model.cache.kinds import check_quantised
 from .disconnect import until_gone
@@ -41,17 +42,6 @@ READING = 64  # requests that may be read and encoded at once, beside those that
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a request that does not say gets; mlx-lm's defaults."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-
-
 @dataclass
 class Service:
     """One served model with everything around it."""
@@ -62,7 +52,7 @@ class Service:
     num_streams: int
     context_length: int | None
     limits: Limits
-    defaults: Defaults
+    defaults: SamplingConfig
     engine: Engine
     encoder: PromptEncoder
     metrics: Metrics
@@ -119,24 +109,26 @@ class Service:
             )
         return Settings(
             max_tokens=most,
-            temperature=_given(request.temperature, defaults.temperature),
-            top_p=_given(request.top_p, defaults.top_p),
-            top_k=max(_given(request.top_k, defaults.top_k), 0),
-            min_p=_given(request.min_p, defaults.min_p),
-            xtc_probability=_given(request.xtc_probability, 0.0),
-            xtc_threshold=_given(request.xtc_threshold, 0.1),
-            seed=(seed + choice) % 2**64,
+            sampling=SamplingConfig(
+                temp=_given(request.temperature, defaults.temp),
+                top_p=_given(request.top_p, defaults.top_p),
+                top_k=max(_given(request.top_k, defaults.top_k), 0),
+                min_p=_given(request.min_p, defaults.min_p),
+                xtc_probability=_given(request.xtc_probability, 0.0),
+                xtc_threshold=_given(request.xtc_threshold, 0.1),
+                seed=(seed + choice) % 2**64,
+                repetition_penalty=request.repetition_penalty or 1.0,
+                repetition_context_size=_given(request.repetition_context_size, PENALTY_CONTEXT),
+                presence_penalty=_given(request.presence_penalty, 0.0),
+                presence_context_size=_given(request.presence_context_size, PENALTY_CONTEXT),
+                frequency_penalty=_given(request.frequency_penalty, 0.0),
+                frequency_context_size=_given(request.frequency_context_size, PENALTY_CONTEXT),
+                logit_bias=self._logit_bias(request),
+            ),
             stop=tuple(string for string in stop if string),
             stop_token_ids=frozenset(self._known(request.stop_token_ids or (), "stop_token_ids")),
             min_tokens=min(request.min_tokens or 0, most),
             ignore_eos=bool(request.ignore_eos),
-            repetition_penalty=request.repetition_penalty or 1.0,
-            repetition_context_size=_given(request.repetition_context_size, 20),
-            presence_penalty=_given(request.presence_penalty, 0.0),
-            presence_context_size=_given(request.presence_context_size, 20),
-            frequency_penalty=_given(request.frequency_penalty, 0.0),
-            frequency_context_size=_given(request.frequency_context_size, 20),
-            logit_bias=self._logit_bias(request),
             logprobs=request.alternatives,
             grammar=grammar,
         )
@@ -191,7 +183,7 @@ class Service:
 def start_service(
     load: Callable[[], tuple[StreamModel, TokenizerWrapper]],
     limits: Limits,
-    defaults: Defaults | None = None,
+    defaults: SamplingConfig | None = None,
     *,
     config: DecodeConfig | None = None,
     speculative: bool = True,
@@ -251,7 +243,7 @@ def start_service(
         num_streams=0 if streams is None or not speculative else streams.num_streams,
         context_length=context,
         limits=limits,
-        defaults=defaults or Defaults(),
+        defaults=defaults or SamplingConfig(),
         engine=engine,
         encoder=PromptEncoder(
             tokenizer,

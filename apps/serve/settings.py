@@ -1,21 +1,20 @@
-"""How one answer's tokens are drawn: mlx-lm's samplers and logits processors."""
+"""What a request asks of its answer: how tokens are drawn, and what ends it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from ...config import SamplingConfig
 from ...generation.grammar import Grammar
 from ...speculation.sampling import LogitsProcessor, Sampler
 from ..thinking import ContentStops, ThoughtMarks
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-GREEDY_BELOW = 1e-3  # temperatures below this overflow when logits are divided by them
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,11 @@ class Settings:
     """
 
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
-    seed: int | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-    repetition_context_size: int = 20
-    presence_penalty: float = 0.0
-    presence_context_size: int = 20
-    frequency_penalty: float = 0.0
-    frequency_context_size: int = 20
-    logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     grammar: Grammar | None = None
     thoughts: ThoughtMarks | None = None
@@ -60,27 +46,11 @@ class Settings:
         return ContentStops(self.stop, self.thoughts, inside=self.thoughts.left_open(prompt))
 
     def sampler(self, vocab_size: int, tokenizer: TokenizerWrapper) -> Sampler | None:
-        """Return what draws tokens; None takes the likeliest.
-
-        Like mlx-lm's server, XTC spares line breaks and the tokens that end an answer.
-        """
-        if self.temperature < GREEDY_BELOW or self.top_p <= 0 or self.top_k == 1:
-            return None
-        from mlx_lm.sample_utils import make_sampler
-
-        top_k = self.top_k if self.top_k < vocab_size else 0
-        spared: list[int] = []
-        if self.xtc_probability:
-            spared = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
-        sampler: Sampler = make_sampler(
-            self.temperature,
-            self.top_p,
-            self.min_p,
-            top_k=top_k,
-            xtc_probability=self.xtc_probability,
-            xtc_threshold=self.xtc_threshold,
-            xtc_special_tokens=spared,
-        )
+        """Return what draws tokens; None takes the likeliest."""
+        sampling = self.sampling
+        if sampling.top_k >= vocab_size:  # more than there are: all
+            sampling = replace(sampling, top_k=0)
+        sampler: Sampler | None = sampling.sampler(vocab_size, tokenizer)
         return sampler
 
     def ends(self, eos_token_ids: Collection[int]) -> frozenset[int]:
@@ -95,17 +65,7 @@ class Settings:
         So that penalties do not depend on how much of the prompt a KV cache held. They are given
         the prompt's last token and the answer.
         """
-        from mlx_lm.sample_utils import make_logits_processors
-
-        made = make_logits_processors(
-            self.logit_bias,
-            self.repetition_penalty if self.repetition_penalty != 1 else None,
-            self.repetition_context_size,
-            self.presence_penalty,
-            self.presence_context_size,
-            self.frequency_penalty,
-            self.frequency_context_size,
-        )
+        made = self.sampling.processors()
         # The grammar comes last: what it forbids, no bias may allow. It sees the answer alone.
         last: list[LogitsProcessor] = [] if self.grammar is None else [self.grammar.processor()]
         if self.ignore_eos and eos_token_ids:

@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
 
 _PROBABILITY = Bounds(0, 1, "a probability")
 _PENALTY = Bounds(None, None, "a number (0: off)")
-_CONTEXT = Bounds(1, 2**31 - 1, "at least 1")
+_CONTEXT = Bounds(0, 2**31 - 1, "at least 0 (0: the whole text)")
 
 BOUNDS: dict[str, Bounds] = {
     "temp": Bounds(0, None, "a number of at least 0"),
@@ -124,14 +124,16 @@ class SamplingConfig:
             xtc_special_tokens=spared,
         )
 
-    def processors(self, vocab_size: int) -> list[Any]:
+    def processors(self, vocab_size: int | None = None) -> list[Any]:
         """Return mlx-lm's logits processors: (tokens (n,), logits (1, V)) to logits (1, V).
+
+        vocab_size: of the model; None where the ids of `logit_bias` are known to be there.
 
         Raises:
             OptionError: the logit bias names a token that is not there.
         """
         for token in self.logit_bias:
-            if not 0 <= token < vocab_size:
+            if vocab_size is not None and not 0 <= token < vocab_size:
                 raise OptionError(
                     f"logit-bias names the token id {token}, but the model's ids are 0 to "
                     f"{vocab_size - 1}."

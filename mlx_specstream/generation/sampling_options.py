@@ -72,7 +72,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--penalty-context-size",
         type=int,
         default=PENALTY_CONTEXT,
-        help="how many tokens back the penalties look (default: %(default)s)",
+        help="how many tokens back the penalties look, 0 for all (default: %(default)s)",
     )
     add("--logit-bias", metavar="JSON", help="add to tokens' logits: '{\"TOKEN_ID\": BIAS}'")
 

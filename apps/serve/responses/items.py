@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from ..messages_schema import Strict, Text
 from ..parts import text_of, type_of, unreadable
-from ..schema import Strict, Text, parsed
+from ..schema import parsed
 
 Json = dict[str, Any]
 _READABLE = frozenset({"text", "input_text", "output_text", "refusal"})

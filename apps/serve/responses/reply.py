@@ -16,11 +16,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ....config import SamplingConfig
 from ..blocks import Block, Blocks, Step
 from ..errors import ApiError
+from ..messages_schema import Strict
 from ..replies import Choice, Delta, Json, Reply, logprobs_of
-from ..schema import Strict
-from ..service import Defaults
 from .request import Asked
 from .store import ResponseStore
 
@@ -47,7 +47,7 @@ class ResponseReply(Reply):
 
     asked: Asked
     store: ResponseStore
-    defaults: Defaults
+    defaults: SamplingConfig
     blocks: Blocks = field(default_factory=Blocks)
     sent: int = 0  # events
 
@@ -176,7 +176,7 @@ class ResponseReply(Reply):
             "reasoning": _dumped(fields.reasoning) or {"effort": None, "summary": None},
             "service_tier": "default",
             "store": fields.store is not False,
-            "temperature": _given(fields.temperature, self.defaults.temperature),
+            "temperature": _given(fields.temperature, self.defaults.temp),
             "text": _dumped(fields.text) or {"format": {"type": "text"}},
             "tool_choice": fields.tool_choice or "auto",
             "tools": fields.tools or [],

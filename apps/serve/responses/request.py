@@ -14,8 +14,9 @@ from pydantic import Field
 
 from ..errors import ApiError, invalid
 from ..limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
+from ..messages_schema import Count, Strict, Text
 from ..parts import type_of, unreadable
-from ..schema import ChatRequest, Count, Strict, Text, parsed, parsed_chat
+from ..schema import ChatRequest, parsed, parsed_chat
 from .items import Json, conversation
 from .store import ResponseStore
 

@@ -14,8 +14,8 @@ from mlx_specstream.apps.serve.request import Alternative, Piece
 from mlx_specstream.apps.serve.responses.reply import ResponseReply
 from mlx_specstream.apps.serve.responses.request import parsed_response
 from mlx_specstream.apps.serve.responses.store import ResponseStore
-from mlx_specstream.apps.serve.service import Defaults
 from mlx_specstream.apps.serve.tool_calls import Call
+from mlx_specstream.config import SamplingConfig
 
 ADD = Call("add", '{"a": 1}', "call_1")
 PING = Call("ping", "{}", "call_2")
@@ -83,7 +83,7 @@ def response(**fields: Any) -> ResponseReply:
     asked = parsed_response({"input": "hello", **fields}, store)
     choices = [Choice(0, 3)]
     reply = ResponseReply(
-        model="m", choices=choices, asked=asked, store=store, defaults=Defaults(), id="x"
+        model="m", choices=choices, asked=asked, store=store, defaults=SamplingConfig(), id="x"
     )
     assert [event["type"] for event in reply.first_chunks()] == [
         "response.created",

@@ -15,7 +15,7 @@ from mlx_specstream.apps.serve import scheduler as scheduler_module
 from mlx_specstream.apps.serve.request import Failure, Request
 from mlx_specstream.apps.serve.scheduler import Scheduler
 from mlx_specstream.apps.serve.settings import Settings
-from mlx_specstream.config import CacheConfig
+from mlx_specstream.config import CacheConfig, SamplingConfig
 from mlx_specstream.errors import ModelError
 from tests.apps.serve.conftest import TREE
 from tests.support.engine import examples
@@ -24,8 +24,8 @@ from tests.support.tiny import byte_tokenizer, tiny_model
 
 KINDS = (
     Settings(12),
-    Settings(20, temperature=1.0, top_p=0.95, seed=3),
-    Settings(9, repetition_penalty=1.3, logit_bias={100: 2.0}),
+    Settings(20, SamplingConfig(temp=1.0, top_p=0.95, seed=3)),
+    Settings(9, SamplingConfig(repetition_penalty=1.3, logit_bias={100: 2.0})),
     Settings(15, stop=("zz", "\x03")),
 )
 
