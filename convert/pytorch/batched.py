@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .states import States
 
 SORT_WINDOW = 2048
@@ -42,7 +42,7 @@ class Prompt:
         return {"source": self.source, "index": self.index, **ids, "messages": messages}
 
 
-def greedy(backbone: Backbone, hidden: Tensor) -> Tensor:
+def greedy(backbone: TorchBackbone, hidden: Tensor) -> Tensor:
     """Return the best token of each row of `hidden` (B, h), normed.
 
     A 16-bit product cannot tell close logits apart, so every candidate within its error of the best is computed again
@@ -59,12 +59,12 @@ def greedy(backbone: Backbone, hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape[0], dtype=torch.long).scatter(0, rows[winners], tokens[winners])
 
 
-class Decoder:
+class SlotDecoder:
     """Greedy decoding of many sequences in slots; keeps base states of the top `num_msa_layers` layers if asked to."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         batch_size: int,
         max_length: int,
         max_new_tokens: int,
@@ -190,18 +190,18 @@ class Decoder:
 
 
 def answer(
-    backbone: Backbone,
+    backbone: TorchBackbone,
     prompts: list[Prompt],
     *,
     batch_size: int,
     max_new_tokens: int,
     eos: set[int],
     num_msa_layers: int = 0,
-    make: Callable[..., Decoder] = Decoder,
+    make: Callable[..., SlotDecoder] = SlotDecoder,
 ) -> Iterator[Prompt]:
     """Yield each prompt once its greedy answer is complete, in order of completion.
 
-    make: makes the decoder, with `Decoder`'s arguments.
+    make: makes the decoder, with `SlotDecoder`'s arguments.
     """
     if not prompts:
         return

@@ -26,7 +26,7 @@ from ...exit_status import exit_status
 from ...prompts import prompt_of
 from ...prompts.lines import json_lines
 from ...weights.files import refuse_same_file
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .batched import Prompt, answer
 from .states import StateShape, StateWriter, state_files
 
@@ -83,7 +83,7 @@ def distill(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+    backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
     output = Path(args.output)
     done = read_done(output)
     writer = None

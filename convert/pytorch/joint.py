@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...train.batches import alike
 from ...train.data import Example
 from .adapters import StreamAdapters
-from .backbone import Backbone, attend
-from .data import alike
+from .backbone import TorchBackbone, attend
 from .merged import MergedLayers
 from .model import rotate_values
 
@@ -88,7 +88,7 @@ class JointOutput:
 class JointStreams:
     """Main and streams of one model, batched; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters, streams: bool = True) -> None:
+    def __init__(self, backbone: TorchBackbone, adapters: StreamAdapters, streams: bool = True) -> None:
         """`streams=False` leaves the streams out: a plain LoRA model."""
         self.backbone, self.adapters, self.with_streams = backbone, adapters, streams
         self.rows = MergedLayers(backbone, adapters)

@@ -1,4 +1,4 @@
-"""Decoder layers over rows of many texts in one matrix (R, h), without padding, LoRA merged for the length of a step.
+"""SlotDecoder layers over rows of many texts in one matrix (R, h), without padding, LoRA merged for the length of a step.
 
 Modules that read the same input (q, k, v; gate, up) are one product, W' = W + s·B·A with a block-diagonal B
 (`kernels.py`). Who attends to whom is the caller's business.
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, DecoderLayer, Rotation
+from .backbone import TorchBackbone, DecoderLayer, Rotation
 from .kernels import GatedSiLU, MergedLinear, RMSNorm, Rotate
 
 
 class MergedLayers:
     """One model's layers with its adapters; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters) -> None:
+    def __init__(self, backbone: TorchBackbone, adapters: StreamAdapters) -> None:
         self.backbone, self.adapters = backbone, adapters
 
     def rotation(self, positions: Tensor) -> Rotation:

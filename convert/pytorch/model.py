@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, Linear, attend
+from .backbone import TorchBackbone, Linear, attend
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SpeculativeModel:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         adapters: StreamAdapters,
         gates: Mapping[int, Tensor] | None = None,
     ) -> None:

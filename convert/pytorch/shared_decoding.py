@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, DecoderLayer, Rotation, attend
-from .batched import Decoder, Prompt, greedy
+from .backbone import TorchBackbone, DecoderLayer, Rotation, attend
+from .batched import SlotDecoder, Prompt, greedy
 from .model import rotate_values
 
 
-def merge_lora(backbone: Backbone, adapters: StreamAdapters) -> None:
+def merge_lora(backbone: TorchBackbone, adapters: StreamAdapters) -> None:
     """Add s·B·A to the backbone's own weights, in place."""
     with torch.no_grad():
         for index, layer in enumerate(backbone.layers):
@@ -26,12 +26,12 @@ def merge_lora(backbone: Backbone, adapters: StreamAdapters) -> None:
                     module.weight.add_(change.to(module.weight.dtype))
 
 
-class SharedDecoder(Decoder):
-    """A `Decoder` whose rows carry streams from the last prompt token on; `backbone` holds the merged weights."""
+class SharedDecoder(SlotDecoder):
+    """A `SlotDecoder` whose rows carry streams from the last prompt token on; `backbone` holds the merged weights."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         batch_size: int,
         max_length: int,
         max_new_tokens: int,

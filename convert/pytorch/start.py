@@ -9,18 +9,18 @@ import torch
 from ...config import StreamConfig
 from ...errors import OptionError
 from .adapters import StreamAdapters, grow
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .checkpoint import load_checkpoint
 from .objectives import (
     Common,
-    LosslessObjective,
+    TorchLossless,
     Objective,
-    PrunerObjective,
-    SharedObjective,
+    TorchPruner,
+    TorchShared,
 )
 
 
-def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapters:
+def make_adapters(args: argparse.Namespace, backbone: TorchBackbone) -> StreamAdapters:
     """Make new adapters, or take those of `--start-from` and give them what they lack.
 
     Raises:
@@ -65,16 +65,16 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
 def make_objective(args: argparse.Namespace, common: Common) -> Objective:
     """Return what is minimised."""
     if args.train == "pruner":
-        return PrunerObjective(common)
+        return TorchPruner(common)
     if args.mode == "shared":
-        return SharedObjective(
+        return TorchShared(
             common,
             args.main_weight,
             args.stream_weight,
             gate_start=args.gate_start,
             streams=args.train != "plain",
         )
-    return LosslessObjective(common)
+    return TorchLossless(common)
 
 
 def parameter_groups(args: argparse.Namespace, adapters: StreamAdapters) -> list[dict[str, object]]:

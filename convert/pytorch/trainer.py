@@ -17,7 +17,7 @@ from ...train.data import Example, split_held_out
 from ...train.next_token import NUM_TEXTS, fit_next_token
 from ...weights.files import atomic_file
 from . import workers
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .checkpoint import save_checkpoint
 from .data import (
     epoch_batches,
@@ -52,7 +52,7 @@ class Trainer:
         self.output = Path(args.output)
         self.work = self.output.with_name(self.output.name + ".partial-train")
         self.work.mkdir(parents=True, exist_ok=True)
-        self.backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+        self.backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
         self.adapters = make_adapters(args, self.backbone)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(args, self.adapters), betas=(0.9, args.beta2), weight_decay=0.0

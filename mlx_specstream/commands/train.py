@@ -23,7 +23,6 @@ from ..loading.load import StreamModel, load
 from ..model.backbone import Backbone
 from ..train.batches import select
 from ..train.data import Example, read_records, split_held_out, tokenize
-from ..train.head import VocabularySampler
 from ..train.initialise import hidden_rms, untrained, with_next_token
 from ..train.loop import DivergenceError, Trainer
 from ..train.objective import LosslessObjective
@@ -32,6 +31,7 @@ from ..train.pruner import PrunerObjective
 from ..train.shared import SharedObjective
 from ..train.state import SavedState, resumable
 from ..train.task import Task
+from ..train.vocabulary import VocabularySampler
 from ..train.warm_start import warm_start
 from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from ..weights.fingerprint import base_dims
@@ -268,7 +268,7 @@ def make_objective(task: Task) -> LosslessObjective:
     if size < 0:
         size = CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
     texts = (example.tokens[example.prompt_length :] for example in task.train)
-    sampler = VocabularySampler(task.backbone, texts, size)
+    sampler = VocabularySampler.of_size(task.backbone.vocab_size, texts, size)
     objective: type[LosslessObjective] = LosslessObjective
     if options.part == "pruner":
         objective = PrunerObjective

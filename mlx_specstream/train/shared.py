@@ -29,7 +29,7 @@ from .loss import PassLoss, Tensors, conditioner_of, recompute_layers, stream_lo
 from .measure import Ranks, rank
 from .objective import BatchResult, LosslessObjective
 from .segments import SegmentMask, Segments
-from .targets import Rows, rows_of
+from .targets import TargetRows, rows_of
 
 
 class JointRows(KeptRows):
@@ -163,7 +163,7 @@ class SharedObjective(LosslessObjective):
         self,
         tensors: Tensors,
         batch: Sequence[Selection],
-        rows: Rows,
+        rows: TargetRows,
         weights: np.ndarray,
         head: Head,
     ) -> tuple[PassLoss, mx.array]:

@@ -9,7 +9,7 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train import loop
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.early_exit import exit_rows
-from mlx_specstream.train.head import VocabularySampler
+from mlx_specstream.train.vocabulary import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.record import read_log
@@ -22,7 +22,7 @@ def test_its_gradients_are_the_plain_ones_and_streams_do_not_notice() -> None:
     backbone = Backbone(small_model(layers=3))
     config = stream_config()
     tensors = random_tensors(backbone, config)
-    sampler = VocabularySampler(backbone, [], 0)
+    sampler = VocabularySampler.of_size(backbone.vocab_size, [], 0)
     options = TrainOptions(**QUICK)
     objective = LosslessObjective(backbone, config, options, sampler)
     batch = everything(some_texts())

@@ -14,7 +14,8 @@ from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train import loop
-from mlx_specstream.train.head import Head, VocabularySampler
+from mlx_specstream.train.head import Head
+from mlx_specstream.train.vocabulary import VocabularySampler
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
@@ -62,7 +63,7 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
     config = stream_config(mode="shared", pruner_rank=0)
     tensors = shared_tensors(backbone, config)
     options = TrainOptions(**{**QUICK, "mode": "shared"})
-    objective = SharedObjective(backbone, config, options, VocabularySampler(backbone, [], 0))
+    objective = SharedObjective(backbone, config, options, VocabularySampler.of_size(backbone.vocab_size, [], 0))
     batch = everything(some_texts())
     weights = objective.weights([batch])
     head = Head(backbone)
@@ -86,7 +87,7 @@ def test_recomputing_layers_changes_nothing() -> None:
     backbone = Backbone(small_model("llama", layers=3))
     config = stream_config(mode="shared", pruner_rank=0)
     tensors, batch = shared_tensors(backbone, config), everything(some_texts())
-    sampler, found = VocabularySampler(backbone, [], 0), []
+    sampler, found = VocabularySampler.of_size(backbone.vocab_size, [], 0), []
     for again in (False, True):
         options = TrainOptions(**{**QUICK, "mode": "shared", "grad_checkpoint": again})
         objective = SharedObjective(backbone, config, options, sampler)

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from mlx_specstream.convert.pytorch.kernels import GatedSiLU, RMSNorm  # noqa: E402
 from mlx_specstream.convert.pytorch.loss import VocabularySampler  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
-from mlx_specstream.convert.pytorch.objectives import Common, LosslessObjective  # noqa: E402
+from mlx_specstream.convert.pytorch.objectives import Common, TorchLossless  # noqa: E402
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
@@ -112,7 +112,7 @@ def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
     common = Common(
         backbone, adapters, sampler, lambda e: compute_states(backbone, e.prompt, e.answer, 2)
     )
-    objective = LosslessObjective(common)
+    objective = TorchLossless(common)
     optimizer, losses = torch.optim.Adam(adapters.parameters(), lr=0.02), []
     for step in range(60):
         optimizer.zero_grad()

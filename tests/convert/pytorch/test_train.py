@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mlx_specstream.convert.pytorch import distill, evaluate, task, train, trainer  # noqa: E402
-from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import TorchBackbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
 from mlx_specstream.convert.pytorch.states import state_files  # noqa: E402
 from mlx_specstream.errors import DataError, OptionError  # noqa: E402
@@ -124,7 +124,7 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     assert not (work / "halves").exists()
     log = run(work, "halves", "--steps", "12", "--save-seconds", "0")
     assert [record["step"] for record in log if "conditioned_loss" in record] == list(range(1, 13))
-    backbone = Backbone.load(work / "model")
+    backbone = TorchBackbone.load(work / "model")
     whole, halves = (load_checkpoint(work / name, backbone) for name in ("whole", "halves"))
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, halves.get_parameter(name)), name
@@ -164,7 +164,7 @@ def test_shared_mode_trains_main_too(work):
     log = run(work, "shared", *options)
     assert "main_loss" in log[0]
     assert 0 <= log[-1]["held_out"]["main_top1"] <= 1
-    adapters = load_checkpoint(work / "shared", Backbone.load(work / "model"))
+    adapters = load_checkpoint(work / "shared", TorchBackbone.load(work / "model"))
     assert adapters.delta(0, "self_attn.q_proj").lora_B.weight.abs().max() > 0
 
 
