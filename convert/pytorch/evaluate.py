@@ -62,7 +62,9 @@ class WantedTokens:
     def of(cls, text: Example, num_streams: int) -> WantedTokens:
         """Return what follows the last prompt token and every answer token but the last."""
         first = text.prompt_length - 1
-        rows = rows_of_batch([Selection(text, tuple(range(first, len(text.tokens) - 1)))], num_streams)
+        rows = rows_of_batch(
+            [Selection(text, tuple(range(first, len(text.tokens) - 1)))], num_streams
+        )
         targets = np.full(len(text.answer) * num_streams, NO_TARGET)
         targets[rows.index] = rows.target
         table = torch.from_numpy(targets).view(-1, num_streams)
@@ -81,7 +83,11 @@ def candidates(packed: PackedStreams, hidden: Tensor) -> StreamCandidates:
 
 
 def conditioned_log_probs(
-    packed: PackedStreams, found: StreamCandidates, level: int, parents: Tensor, grandparents: Tensor
+    packed: PackedStreams,
+    found: StreamCandidates,
+    level: int,
+    parents: Tensor,
+    grandparents: Tensor,
 ) -> Tensor:
     """Return log-probabilities (N, W, C) of stream `level`'s candidates given each of the parents (N, W)."""
     conditioner = packed.adapters.conditioner
@@ -96,7 +102,11 @@ def conditioned_log_probs(
 
 
 def accepted_in_tree(
-    packed: PackedStreams, found: StreamCandidates, wanted: WantedTokens, rows: int, conditioned: bool
+    packed: PackedStreams,
+    found: StreamCandidates,
+    wanted: WantedTokens,
+    rows: int,
+    conditioned: bool,
 ) -> Tensor:
     """Return how many drafts of a best-first tree with `rows` rows (root included) the text accepts, (N,).
 

@@ -88,7 +88,9 @@ class JointOutput:
 class JointStreams:
     """Main and streams of one model, batched; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: TorchBackbone, adapters: StreamAdapters, streams: bool = True) -> None:
+    def __init__(
+        self, backbone: TorchBackbone, adapters: StreamAdapters, streams: bool = True
+    ) -> None:
         """`streams=False` leaves the streams out: a plain LoRA model."""
         self.backbone, self.adapters, self.with_streams = backbone, adapters, streams
         self.rows = MergedLayers(backbone, adapters)

@@ -36,7 +36,9 @@ class TorchHead:
         self, hidden: Tensor, targets: np.ndarray, weights: np.ndarray
     ) -> tuple[Tensor, np.ndarray]:
         """Return Σ weights · losses of rows (R, h) and, for the record, their losses (R,)."""
-        places = torch.from_numpy(np.asarray(targets if self.place is None else self.place[targets]))
+        places = torch.from_numpy(
+            np.asarray(targets if self.place is None else self.place[targets])
+        )
         shares = torch.from_numpy(weights)
         total, losses = HeadCrossEntropy.apply(hidden, self.rows, self.bias, places.long(), shares)
         return total, losses.detach().numpy()

@@ -1,4 +1,4 @@
-"""SlotDecoder layers over rows of many texts in one matrix (R, h), without padding, LoRA merged for the length of a step.
+"""Decoder layers over rows of many texts in one matrix (R, h), without padding, LoRA merged for the length of a step.
 
 Modules that read the same input (q, k, v; gate, up) are one product, W' = W + s·B·A with a block-diagonal B
 (`kernels.py`). Who attends to whom is the caller's business.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import TorchBackbone, DecoderLayer, Rotation
+from .backbone import DecoderLayer, Rotation, TorchBackbone
 from .kernels import GatedSiLU, MergedLinear, RMSNorm, Rotate
 
 

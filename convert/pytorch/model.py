@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import TorchBackbone, Linear, attend
+from .backbone import Linear, TorchBackbone, attend
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Common:
         figures: Figures = {"loss": mean_per_stream(losses, rows.stream, G)}
         if self.adapters.conditioner is not None:
             parents, before = (
-                self.backbone.embed(torch.from_numpy(ids)) for ids in (rows.parent, rows.grandparent)
+                self.backbone.embed(torch.from_numpy(ids))
+                for ids in (rows.parent, rows.grandparent)
             )
             corrected = self.adapters.conditioner(parents, hidden, before)
             extra, losses = head.cross_entropy(corrected, rows.target, row_weights)
@@ -126,7 +127,9 @@ class TorchLossless:
         for part in _parts(held_out):
             with torch.inference_mode():
                 hidden = self.packed.forward(self.common.pack(part))
-                ranks.append(rank_targets(self.packed, hidden, rows_of_batch(part, hidden.shape[1])))
+                ranks.append(
+                    rank_targets(self.packed, hidden, rows_of_batch(part, hidden.shape[1]))
+                )
         return summarize(workers.gather(ranks))
 
 

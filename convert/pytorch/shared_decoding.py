@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .adapters import StreamAdapters
-from .backbone import TorchBackbone, DecoderLayer, Rotation, attend
-from .batched import SlotDecoder, Prompt, greedy
+from .backbone import DecoderLayer, Rotation, TorchBackbone, attend
+from .batched import Prompt, SlotDecoder, greedy
 from .model import rotate_values
 
 

@@ -15,9 +15,9 @@ from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.head import Head, cross_entropy
-from mlx_specstream.train.vocabulary import VocabularySampler
 from mlx_specstream.train.segments import cut, stream_states
 from mlx_specstream.train.targets import stream_weights, target_counts
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.support.tiny import tiny_model
 from tests.train.plain import assert_close, everything, some_texts, whole_loss

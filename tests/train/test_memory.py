@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.train.vocabulary import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import everything, some_texts
 

@@ -13,12 +13,12 @@ from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
-from mlx_specstream.train import loop
+from mlx_specstream.train import trainer
 from mlx_specstream.train.head import Head
-from mlx_specstream.train.vocabulary import VocabularySampler
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
 from tests.train.tiny_run import QUICK, run_tiny
@@ -63,7 +63,9 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
     config = stream_config(mode="shared", pruner_rank=0)
     tensors = shared_tensors(backbone, config)
     options = TrainOptions(**{**QUICK, "mode": "shared"})
-    objective = SharedObjective(backbone, config, options, VocabularySampler.of_size(backbone.vocab_size, [], 0))
+    objective = SharedObjective(
+        backbone, config, options, VocabularySampler.of_size(backbone.vocab_size, [], 0)
+    )
     batch = everything(some_texts())
     weights = objective.weights([batch])
     head = Head(backbone)
@@ -98,7 +100,7 @@ def test_recomputing_layers_changes_nothing() -> None:
 
 
 def test_both_losses_fall(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
     run_tiny(
         tmp_path / "out", mode="shared", iters=30, valid=[], steps_per_eval=0, sampled_vocab=0,
         save_every=30, alpha_decay=1.0,

@@ -17,10 +17,10 @@ from mlx_specstream.commands.train import make_objective
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.initialise import hidden_rms, untrained
-from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.state import resumable
 from mlx_specstream.train.task import Task
+from mlx_specstream.train.trainer import Trainer
 from mlx_specstream.weights.fingerprint import base_dims
 from tests.support.engine import small_model
 

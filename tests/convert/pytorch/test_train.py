@@ -108,19 +108,19 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     class StopError(Exception):
         pass
 
-    original = trainer.Trainer.step
+    original = trainer.TorchTrainer.step
 
     def step(self, batch):
-        if self.progress.step == 7:
+        if self.progress.update == 7:
             raise StopError
         return original(self, batch)
 
-    trainer.Trainer.step = step
+    trainer.TorchTrainer.step = step
     try:
         with pytest.raises(StopError):
             run(work, "halves", "--steps", "12", "--save-seconds", "0")
     finally:
-        trainer.Trainer.step = original
+        trainer.TorchTrainer.step = original
     assert not (work / "halves").exists()
     log = run(work, "halves", "--steps", "12", "--save-seconds", "0")
     assert [record["step"] for record in log if "conditioned_loss" in record] == list(range(1, 13))
