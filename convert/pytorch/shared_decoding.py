@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapters import StreamAdapters
 from .backbone import DecoderLayer, Rotation, TorchBackbone, attend
-from .batched import Prompt, SlotDecoder, greedy
+from .batched import PromptInSlot, SlotDecoder, greedy
 from .model import rotate_values
 
 
@@ -47,15 +47,15 @@ class SharedDecoder(SlotDecoder):
         positions = torch.arange(max_length + adapters.config.num_streams)[None]
         self.rotations = backbone.rotation(positions)
 
-    def fill(self, slots: list[int], prompts: list[Prompt]) -> list[Prompt]:
+    def fill(self, slots: list[int], prompts: list[PromptInSlot]) -> list[PromptInSlot]:
         """Prefill all but the last prompt token, which has streams and so takes the next step."""
-        self._prefill(slots, [p.ids[:-1] for p in prompts])
-        self._occupy(slots, prompts, [len(p.ids) - 1 for p in prompts])
+        self._prefill(slots, [p.tokens[:-1] for p in prompts])
+        self._occupy(slots, prompts, [len(p.tokens) - 1 for p in prompts])
         for slot, prompt in zip(slots, prompts, strict=True):
-            self.last[slot] = prompt.ids[-1]
+            self.last[slot] = prompt.tokens[-1]
         return []
 
-    def step(self) -> list[Prompt]:
+    def step(self) -> list[PromptInSlot]:
         """Decode one token in every slot; return the prompts that are finished."""
         slots = [slot for slot, prompt in enumerate(self.prompts) if prompt is not None]
         S = int(self.lengths[slots].max()) + 1

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         verdict = judge(gold["prompt"].split(QUESTION)[0], gold["completion"], reply)
         for name in counts:
             counts[name] += getattr(verdict, name)
-        records.append(prompt.record(tokenizer))
+        records.append(prompt.record(prompt.answer, tokenizer))
     with atomic_file(args.output, if_exists="replace") as path:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         path.write_text(text, encoding="utf-8")

@@ -4,8 +4,9 @@ data ──► batches ──► base states (once, no gradient) ──► segme
 │
 adapter folder ◄── checkpoint ◄── optimizer ◄── gradients of the stream weights ◄─────┘
 
-`data`, `rendering`, `hub_data`, `batches`, `targets`, `vocabulary`, `figures`, `progress`, `record`, `curve`,
-`options`, `loop` and `next_token` know no framework: the PyTorch trainer in `convert/pytorch/` has the same ones.
+Data (`data`, `distilled`, `rendering`, `hub_data`), what a step trains on (`batches`, `targets`, `vocabulary`), figures
+(`figures`, `next_token`) and the run itself (`options`, `progress`, `loop`, `record`, `curve`) know no framework: the
+PyTorch trainer in `convert/pytorch/` uses the same.
 
 | file | the idea it holds |
 |---|---|
@@ -17,6 +18,7 @@ adapter folder ◄── checkpoint ◄── optimizer ◄── gradients of t
 | `curve.py` | the learning curve of a run as a picture, from its log |
 | `data.py` | training texts as token ids, from mlx-lm's data formats: chat, completions, tools, text |
 | `decode_eval.py` | what training gave, in the currency of decoding: tokens per step over held-out prompts |
+| `distilled.py` | self-distillation's data: prompts to answer, and answers that a stopped run continues |
 | `early_exit.py` | training the early-exit pruner: next-token loss where the streams join [SS §3.1.3, §4.1] |
 | `estimate.py` | what a run will take, said before it starts: memory by arithmetic, memory and time by a trial |
 | `figures.py` | how good drafts are, teacher-forced over held-out texts, with the whole vocabulary |
