@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -162,8 +163,8 @@ def entered(words: list[str]) -> set[str]:
     files: set[str] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        # A module's body runs at import, not on a token's way.
-        if event == "call" and frame.f_code.co_name != "<module>":
+        # The bodies of modules and classes run at import, not on a token's way: their names are no locals.
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             files.add(frame.f_code.co_filename)
 
     with contextlib.redirect_stdout(io.StringIO()):

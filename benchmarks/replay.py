@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record, replay and print."""
     from tqdm import tqdm
 
-    from mlx_specstream.bench.competitors import open_contest
+    from mlx_specstream.bench.competitors import open_competitors
     from mlx_specstream.planner.costs import acceptance, step_costs
     from mlx_specstream.planner.record import record_answer
     from mlx_specstream.prompts import encode_prompt
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases: list[Case] = chosen_cases([args.prompts], (), args.num_prompts, in_turns=True)
     categories = list(dict.fromkeys(case.category for case in cases))
     method = Method("streams", tree="auto", streams=args.streams)
-    competitors = open_contest(args.model, None, {"auto": method}, categories, None)
+    competitors = open_competitors(args.model, None, {"auto": method}, categories, None)
     planners: dict[str, Planner] = {}
     found = Replayed()
     for case in tqdm(cases, desc="recording", unit="answer"):

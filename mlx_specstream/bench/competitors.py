@@ -75,7 +75,7 @@ class Competitors:
         raise OptionError("trees can only be compared with streams; leave out --streams none.")
 
 
-def open_contest(
+def open_competitors(
     model_name: str,
     adapter_path: str | None,
     methods: dict[str, Method],

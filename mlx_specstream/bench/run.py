@@ -23,7 +23,7 @@ from .cases import Case
 from .competitors import Competitors
 from .measure import Answered, in_turns
 from .methods import MLX_LM
-from .result import AskedPrompt, Result, MethodRun
+from .result import AskedPrompt, MethodRun, Result
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -56,7 +56,7 @@ class Bench:
         if not fits:
             raise DataError(
                 "no prompt fits into the model's context of "
-                f"{self.contest.model.context_length} tokens with its answer; lower --max-tokens."
+                f"{self.competitors.model.context_length} tokens with its answer; lower --max-tokens."
             )
         if len(fits) < len(self.cases):
             self.result.left_out.append(

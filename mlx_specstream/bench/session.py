@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine
 from .cases import Case, names
-from .competitors import described_model, open_contest
+from .competitors import described_model, open_competitors
 from .methods import MLX_LM
-from .result import AskedPrompt, Result, MethodRun
+from .result import AskedPrompt, MethodRun, Result
 from .roofline import measure_ceilings
 from .run import Bench, now
 from .trees import CHECKED_PROMPTS, MEASURE_S, exhaustive, num_answers, plan_costs
@@ -40,7 +40,7 @@ def measured(
         console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=not console.is_terminal)
     result.notes += [note for note in notes if note not in result.notes]
     with console.status(f"Loading {settings.model}"):
-        competitors = open_contest(
+        competitors = open_competitors(
             settings.model,
             settings.adapter_path,
             result.named_methods,

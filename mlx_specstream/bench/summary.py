@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .methods import MLX_LM
-from .result import AskedPrompt, Result, MethodRun
+from .result import AskedPrompt, MethodRun, Result
 
 ALL = "all"
 

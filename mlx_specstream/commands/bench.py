@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..bench.cases import Case, chosen_cases
 from ..bench.options import build_parser, settings_of
-from ..bench.result import RESULT_FILE, Result, BenchSettings
+from ..bench.result import RESULT_FILE, BenchSettings, Result
 from ..errors import DataError, OptionError, OutputError
 from ..machine import Machine
 

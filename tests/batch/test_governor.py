@@ -91,13 +91,13 @@ def test_a_pause_and_others_prompts_do_not_count() -> None:
     for _ in range(50):
         now[0] += 60.0
         governor.after(4, 8, speculated=True, undisturbed=False)
-    contest = governor.comparisons[4]
-    assert contest.speculative.seconds == pytest.approx(1.5, rel=0.01)
+    comparison = governor.comparisons[4]
+    assert comparison.speculative.seconds == pytest.approx(1.5, rel=0.01)
     now[0] += 1.5
     governor.after(4, 8, speculated=True, undisturbed=True)
     now[0] += 3600
     governor.after(4, 8, speculated=True, undisturbed=True)
-    assert contest.speculative.seconds < 2.1
+    assert comparison.speculative.seconds < 2.1
 
 
 def test_who_names_a_tree_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from mlx_specstream.bench.lookup import LookUpDrafter, look_up
 from mlx_specstream.bench.methods import Method, parse_setting, parse_streams
 from mlx_specstream.bench.plot_style import MISSING, available
 from mlx_specstream.bench.plots import write_plots
-from mlx_specstream.bench.result import AskedPrompt, Result, MethodRun
+from mlx_specstream.bench.result import AskedPrompt, MethodRun, Result
 from mlx_specstream.bench.roofline import Ceilings, measure_ceilings, points
 from mlx_specstream.bench.session import duration, warnings_for
 from mlx_specstream.bench.summary import ALL, Spread, summarised
