@@ -156,16 +156,22 @@ def page_with_map() -> str:
     return _MAP.sub(lambda found: f"{found[1]}\n{folder_map()}\n{found[2]}", page)
 
 
-def entered(words: list[str]) -> set[str]:
-    """Return the package's own files in which a function is called while `specstream` runs `words`."""
+def entered(words: list[str]) -> tuple[set[str], set[str]]:
+    """Return the package's own files in which a function is called while `specstream` runs `words`.
+
+    The second set: from the call of `stream_generate` on, when model and prompt have been read.
+    """
     from mlx_specstream import cli
 
     files: set[str] = set()
+    answering: set[str] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         # The bodies of modules and classes run at import, not on a token's way: their names are no locals.
         if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             files.add(frame.f_code.co_filename)
+            if answering or frame.f_code.co_name == "stream_generate":
+                answering.add(frame.f_code.co_filename)
 
     with contextlib.redirect_stdout(io.StringIO()):
         sys.setprofile(note)
@@ -174,7 +180,10 @@ def entered(words: list[str]) -> set[str]:
         finally:
             sys.setprofile(None)
     own = {str(path.resolve()) for path in modules().values()}
-    return {name for file in files if (name := str(Path(file).resolve())) in own}
+    whole, part = (
+        {str(Path(file).resolve()) for file in found} & own for found in (files, answering)
+    )
+    return whole, part
 
 
 def main(argv: list[str]) -> int:
@@ -189,9 +198,13 @@ def main(argv: list[str]) -> int:
     if options.entered:
         for tree in ("16", "auto"):
             words = ["generate", "--model", "demo", "--prompt", "Hi", "-m", "24", "--tree", tree]
-            files = entered(words)
-            print(f"files entered by specstream generate -m 24 --tree {tree}: {len(files)}")
-            print(*(f"  {Path(file).relative_to(ROOT)}" for file in sorted(files)), sep="\n")
+            files, answering = entered(words)
+            print(
+                f"files entered by specstream generate -m 24 --tree {tree}: {len(files)}, of which "
+                f"{len(answering)} from prompt tokens to text (marked *)"
+            )
+            for file in sorted(files):
+                print(f"{'*' if file in answering else ' '} {Path(file).relative_to(ROOT)}")
         return 0
     found = arrows()
     pairs = top_level_pairs(found)
