@@ -137,6 +137,11 @@ FOLDERS = (
     *("speculation", "model", "generation", "planner", "batch", "config", "weights", "loading"),
     *("prompts", "train", "bench", "doctor", "machine", "commands"),
 )
+# Folders inside these, and those at the repository's top: what their files open with is their table.
+INNER = (
+    *("model/cache", "model/families", "weights/tensorfile", "apps", "apps/chat", "apps/serve"),
+    *("convert", "convert/gguf", "convert/pytorch"),
+)
 
 
 def folder_map() -> str:
@@ -147,7 +152,27 @@ def folder_map() -> str:
         purpose, *rest = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")
         table = next(part for part in rest if part.startswith("| file |"))
         parts.append(f"### `{name}/`\n\n{' '.join(purpose.split())}\n\n{table}\n")
+    for name in INNER:
+        folder = ROOT / (name if name.split("/")[0] in LINKED else f"{PACKAGE}/{name}")
+        parts.append(
+            f"### `{name}/`\n\n{opening(folder / '__init__.py')}\n\n{opening_table(folder)}\n"
+        )
     return "\n".join(parts)
+
+
+def opening(path: Path) -> str:
+    """Return the first line that a file says of itself."""
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+
+
+def opening_table(folder: Path) -> str:
+    """Return a table of a folder's files, each with its opening words."""
+    rows = [
+        f"| `{path.name}` | {opening(path).rstrip('.:')} |"
+        for path in sorted(folder.glob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    return "\n".join(["| file | in its own words |", "|---|---|", *rows])
 
 
 def page_with_map() -> str:

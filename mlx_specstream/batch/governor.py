@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TRIAL = 6  # passes of a kind, before it is judged or tried again
 FIRST_PAUSE = 64  # passes until the slower way is tried again,
-LONGEST_PAUSE = 1024  # twice as many after every trial in vain
+LONGEST_PAUSE = 1024  # twice as many after every trial that changed nothing
 MARGIN = 1.03  # by which speculation must be faster
 _SMOOTHING = 0.15  # weight of the newest pass
 _LONGEST = 3.0  # a pass that took this much longer than usual was interrupted
@@ -108,8 +108,8 @@ class BatchGovernor:
 
     clock: Callable[[], float] = time.perf_counter
     comparisons: dict[int, SpeedComparison] = field(default_factory=dict)
-    _then: float | None = None
-    _before: tuple[int, bool] | None = None
+    _last_pass_at: float | None = None
+    _last_kind: tuple[int, bool] | None = None
 
     def speculates(self, requests: int) -> bool:
         """Tell whether the next pass of so many requests drafts."""
@@ -121,12 +121,12 @@ class BatchGovernor:
         speculated: it verified drafts. undisturbed: nobody joined, left or was read in meanwhile.
         Passes count if the one before was of the same kind, so that a whole period is timed.
         """
-        then, self._then = self._then, self.clock()
+        last, self._last_pass_at = self._last_pass_at, self.clock()
         kind = (requests, speculated)
-        alike, self._before = self._before == kind, kind if undisturbed else None
-        if then is not None and alike and undisturbed:
+        alike, self._last_kind = self._last_kind == kind, kind if undisturbed else None
+        if last is not None and alike and undisturbed:
             comparison = self.comparisons.setdefault(requests, SpeedComparison())
-            comparison.take(self._then - then, tokens, speculated=speculated)
+            comparison.take(self._last_pass_at - last, tokens, speculated=speculated)
 
 
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:
