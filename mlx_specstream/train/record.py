@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from ..prompts.lines import json_lines
-
 LOG_FILE = "train_log.jsonl"
 
 
@@ -35,11 +33,3 @@ class Log:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-
-
-def read_log(folder: Path) -> list[dict[str, object]]:
-    """Return the records of a run's log."""
-    path = folder / LOG_FILE
-    if not path.exists():
-        return []
-    return [record for record, _ in json_lines(path) if isinstance(record, dict)]

@@ -21,7 +21,7 @@ from mlx_specstream.planner import (
     forecasts,
 )
 from mlx_specstream.planner.correction import TimingCorrection
-from mlx_specstream.planner.planner import FIRST_INTERVAL, FIRST_PROBE, PROBE_SHARE
+from mlx_specstream.planner.planner import FIRST, FIRST_PROBE, PROBE_SHARE
 from mlx_specstream.speculation.result import StepResult
 
 P = StepSetting.parse
@@ -226,7 +226,7 @@ def test_probes_that_grow_dear_with_the_context_are_rarer(context: int, look: fl
     assert planner.after(poor, None, context) is None
     wait = planner.plain_tokens_ahead()
     assert wait is not None
-    assert wait == pytest.approx(FIRST_INTERVAL * (look - 1) / PROBE_SHARE, abs=1)
+    assert wait == pytest.approx(FIRST * (look - 1) / PROBE_SHARE, abs=1)
 
 
 def test_in_good_text_nobody_waits_for_the_next_tree() -> None:

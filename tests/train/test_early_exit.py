@@ -11,11 +11,10 @@ from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.early_exit import exit_rows
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
-from mlx_specstream.train.record import read_log
 from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
-from tests.train.tiny_run import QUICK, run_tiny
+from tests.train.tiny_run import QUICK, read_log, run_tiny
 
 
 def test_its_gradients_are_the_plain_ones_and_streams_do_not_notice() -> None:

@@ -20,13 +20,12 @@ from mlx.utils import tree_flatten
 from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import trainer
-from mlx_specstream.train.record import read_log
 from mlx_specstream.train.state import STATE_FILE, load_state
 from mlx_specstream.train.trainer import DivergenceError
 from mlx_specstream.weights.checkpoint import load_streams
 from tests.support.engine import small_model
 from tests.support.tiny import tiny_model
-from tests.train.tiny_run import VOCAB, own_texts, run_tiny, tiny_task
+from tests.train.tiny_run import VOCAB, own_texts, read_log, run_tiny, tiny_task
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

@@ -16,12 +16,11 @@ from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train import trainer
 from mlx_specstream.train.head import Head
 from mlx_specstream.train.options import TrainOptions
-from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
 from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
-from tests.train.tiny_run import QUICK, run_tiny
+from tests.train.tiny_run import QUICK, read_log, run_tiny
 
 
 def shared_tensors(backbone: Backbone, config) -> dict[str, mx.array]:

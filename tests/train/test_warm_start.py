@@ -13,11 +13,10 @@ from mlx_specstream.errors import OptionError
 from mlx_specstream.train import trainer
 from mlx_specstream.train.compare import base_loss
 from mlx_specstream.train.initialise import with_next_token
-from mlx_specstream.train.record import read_log
 from mlx_specstream.train.trainer import Trainer
 from mlx_specstream.train.warm_start import PRUNER_RANK, warm_start
 from mlx_specstream.weights.checkpoint import load_streams
-from tests.train.tiny_run import run_tiny, tiny_task
+from tests.train.tiny_run import read_log, run_tiny, tiny_task
 
 
 @pytest.fixture(autouse=True)
