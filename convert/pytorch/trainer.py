@@ -294,7 +294,7 @@ class TorchTrainer(TrainingLoop):
 
 
 def _portable(name: str, value: object) -> object:
-    """Return an argument as it goes into the checkpoint: of a path its last part, which says nothing of the machine."""
+    """Return an argument as it goes into the checkpoint: of a path its last part alone."""
     if name in ("data", "states") and isinstance(value, list):
         return [Path(part).name for part in value]
     if name in ("model", "output", "start_from") and value:

@@ -170,7 +170,7 @@ def test_families_that_differ_from_llama(name: str) -> None:
 
 def test_layers_with_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(small_model())
-    calls = [dataclasses.replace(call, sequences=1) for call in model.backbone.calls]
+    calls = [dataclasses.replace(call, slots=1) for call in model.backbone.calls]
     monkeypatch.setattr(model.backbone, "calls", calls)
     with pytest.raises(ModelError, match=r"'llama' cannot be batched \(it has layers that keep"):
         batch_decoder(model)
