@@ -69,57 +69,33 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("shape")
     _add(group, "num_streams", "num_msa_layers", "lora_rank", "lora_alpha", "target_modules")
     _add(group, "conditioner_rank", "conditioner_hidden", "conditioner_tokens", "next_token_rank")
-    group.add_argument(
-        "--embedding-std", type=float, default=1.0, help="scale of the untrained stream embeddings"
-    )
-    group.add_argument(
-        "--resize-rank",
-        type=int,
-        default=0,
-        help="with --start-from: cut its adapters to this rank (singular values), or widen them",
-    )
+    _own(group, "--embedding-std", 1.0, "scale of the untrained stream embeddings")
+    text = "with --start-from: cut its adapters to this rank (singular values), or widen them"
+    _own(group, "--resize-rank", 0, text)
     _add(group, "start_scale")
     group = parser.add_argument_group("optimisation")
     _add(group, "iters")
-    group.add_argument(
-        "--max-minutes",
-        type=float,
-        default=0.0,
-        help="budget in minutes; the decay follows the clock",
-    )
-    group.add_argument("--positions", type=int, default=768, help="stream positions of a step")
+    _own(group, "--max-minutes", 0.0, "budget in minutes; the decay follows the clock")
+    _own(group, "--positions", 768, "stream positions of a step")
     _add(group, "position_fraction")
-    group.add_argument(
-        "--group-size",
-        type=int,
-        default=1,
-        help="shared mode: so many texts whose prompts begin alike stand together and share that beginning",
-    )
+    text = "shared mode: so many texts whose prompts begin alike stand together and share that beginning"
+    _own(group, "--group-size", 1, text)
     _add(group, "learning_rate", "embedding_learning_rate")
-    group.add_argument("--conditioner-lr", type=float, default=2e-3)
-    group.add_argument("--next-token-lr", type=float, default=2e-3)
+    _own(group, "--conditioner-lr", 2e-3, "of the conditioner")
+    _own(group, "--next-token-lr", 2e-3, "of the map of the next token")
     _add(group, "final_lr", "warmup", "beta2", "clip", "alpha_decay")
-    group.add_argument(
-        "--num-frequent", type=int, default=4096, help="tokens always in the head's subset"
-    )
-    group.add_argument(
-        "--num-random", type=int, default=1024, help="sampled others in the head's subset"
-    )
+    _own(group, "--num-frequent", 4096, "tokens always in the head's subset")
+    _own(group, "--num-random", 1024, "sampled others in the head's subset")
     _add(group, "max_seq_length")
     group = parser.add_argument_group("running")
     _add(group, "held_out")
-    group.add_argument(
-        "--eval-fraction", type=float, default=0.25, help="share of their positions measured"
-    )
-    group.add_argument("--eval-seconds", type=float, default=300.0)
-    group.add_argument("--save-seconds", type=float, default=180.0)
-    group.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    group.add_argument(
-        "--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32")
-    )
-    group.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice"
-    )
+    _own(group, "--eval-fraction", 0.25, "share of their positions measured")
+    _own(group, "--eval-seconds", 300.0, "between measurements; 0: at the end alone")
+    _own(group, "--save-seconds", 180.0, "between checkpoints")
+    floats = ("bfloat16", "float16", "float32")
+    group.add_argument("--dtype", default="bfloat16", choices=floats[::2])
+    group.add_argument("--save-dtype", default="bfloat16", choices=floats)
+    _own(group, "--threads", 0, "CPU threads; 0 leaves PyTorch's choice")
     _add(group, "seed")
     return parser
 
@@ -141,6 +117,8 @@ HELP = {
     "embedding_learning_rate": "of the stream embeddings",
     "max_seq_length": "longer texts are left out",
     "pruner_rank": "with --train pruner",
+    "learning_rate": "of the adapters",
+    "held_out": "texts kept for measuring",
     "warmup": "steps of linear warm-up",
     "num_msa_layers": "upper layers N_s that run streams",
 }
@@ -152,6 +130,11 @@ def _add(parser: Adds, *names: str) -> None:
         own, text = NAMES.get(name, name), HELP.get(name, "")
         default = DEFAULTS.get(name, FIELDS[name].default)
         add_option(parser, name, flag_of(own), text=text, default=default)
+
+
+def _own(parser: Adds, flag: str, default: float, text: str) -> None:
+    """Add an option that only this trainer has."""
+    parser.add_argument(flag, type=type(default), default=default, help=f"{text} ({default})")
 
 
 def options_of(args: argparse.Namespace) -> TrainOptions:

@@ -279,3 +279,18 @@ def test_a_pruner_needs_streams(work):
 def test_a_budget_is_a_number_of_minutes(work):
     with pytest.raises(OptionError, match="--max-minutes"):
         train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--max-minutes", "nan"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lr", "-1"], "--lr must be at least 0"),
+        (["--fraction", "2"], "--fraction must be at most 1"),
+        (["--num-msa-layers", "4"], "leaves no layer below the streams"),
+        (["--held-out", "1000"], "no text to train on"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_this_trainers_words(work, words, message):
+    with pytest.raises((OptionError, DataError), match=message):
+        train.main([*paths(work, "own.jsonl", "none"), *SMALL, *words])
