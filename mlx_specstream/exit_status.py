@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from .errors import SpecStreamError, printable
+from .machine import ranks
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -35,5 +37,9 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
 
 
 def _complain(name: str, message: str, status: int) -> int:
+    if ranks.is_follower():
+        # What fails everywhere is told by the leader, whose end ends this process too.
+        time.sleep(ranks.FOLLOWER_PATIENCE)
+        name = f"{name}, process {ranks.rank()}"
     print(f"{name}: {printable(message)}", file=sys.stderr)
     return status

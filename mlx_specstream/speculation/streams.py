@@ -37,6 +37,7 @@ from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
 from .condition import unit
+from .sharded import INTO_PARTS, OUT_OF_PARTS, LocalLinear, Summed, part_of
 
 
 class RowSplit(threading.local):
@@ -154,7 +155,7 @@ class Streams:
                 )
             b = self.tensor(f"{name}.lora_b")
             scaled = (b.astype(mx.float32) * self.config.lora_scale).astype(b.dtype)
-            owner[leaf] = StreamLinear(owner[leaf], self.tensor(f"{name}.lora_a"), scaled, split)
+            owner[leaf] = _joined(owner[leaf], self.tensor(f"{name}.lora_a"), scaled, split)
         return layer
 
     @property
@@ -223,17 +224,20 @@ class Streams:
         """
         angles = self._value_angles(hidden.shape[1] - num_main, num_main)
         self.split.num_main = num_main
-        for index in layers:
-            on_values = None if angles is None else lambda v: rotate_values(v, angles)
-            row = cache.view(index, start, offset, on_values)
-            allowed = self.backbone.mask(index, mask, row.span)
-            gate = self.gates.get(index)
-            if gate is not None and num_main < hidden.shape[1]:
-                if isinstance(row, QuantizedPass):
-                    row.num_heads = gate.shape[0]
-                tail = 0 if row.span is None else row.span.tail
-                allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
-            hidden = self.layers[index](hidden, allowed, row)
+        stages = self.backbone.stages
+        for part, owner in stages.split(layers):
+            for index in part if owner == stages.rank else ():
+                on_values = None if angles is None else lambda v: rotate_values(v, angles)
+                row = cache.view(index, start, offset, on_values)
+                allowed = self.backbone.mask(index, mask, row.span)
+                gate = self.gates.get(index)
+                if gate is not None and num_main < hidden.shape[1]:
+                    if isinstance(row, QuantizedPass):
+                        row.num_heads = gate.shape[0]
+                    tail = 0 if row.span is None else row.span.tail
+                    allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
+                hidden = self.layers[index](hidden, allowed, row)
+            hidden = stages.shared(hidden, owner)
         return hidden
 
     def _gated(
@@ -267,6 +271,18 @@ class Streams:
         streams = mx.arange(1, self.num_streams + 1, dtype=mx.float32)
         streams = mx.tile(streams, num_stream_rows // self.num_streams)
         return self.config.value_rotation * mx.concatenate([mx.zeros((num_main,)), streams])
+
+
+def _joined(
+    base: nn.Module, a: mx.array, b: mx.array, split: RowSplit | None
+) -> StreamLinear | Summed:
+    """Return a linear layer with its adapter, also where processes hold a part of it each."""
+    if isinstance(base, INTO_PARTS):
+        return StreamLinear(base, a, part_of(b, 1, base.group), split)
+    if isinstance(base, OUT_OF_PARTS):
+        local = StreamLinear(LocalLinear(base), part_of(a, 0, base.group), b, split)
+        return Summed(local, base)
+    return StreamLinear(base, a, b, split)
 
 
 def rotate_values(values: mx.array, angles: mx.array) -> mx.array:
