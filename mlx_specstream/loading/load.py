@@ -21,14 +21,13 @@ from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
 from ..model.probe import check_backbone
-from ..model.stages import Stages
 from ..speculation.randomness import share_seed
 from ..speculation.streams import Streams
 from ..weights.hub import fetch, refuse_revision
 from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME, resolve_demo
 from .gemma import GEMMA_NAME, resolve_gemma
-from .parallel import check_stages, own_arrays, shard, shards
+from .parallel import divided, own_arrays
 from .tokenizer import check_tokenizer_files, decode_by_vocabulary
 
 if TYPE_CHECKING:
@@ -187,17 +186,11 @@ def load(
     )
     # Before the model is divided: then its sizes are no longer those that streams are made for.
     weights = find_streams(streams, model, folder, streams_revision)
-    divided = together is not None and not pipeline and shards(model, together.size())
-    if divided:
-        shard(model, path_or_hf_repo)
-    backbone = Backbone(model)
-    if together is not None and not divided:
-        check_stages(backbone)
-        backbone.stages = Stages.even(backbone.num_layers, together)
+    backbone = divided(model, pipeline=pipeline)
     if not lazy:
         if together is not None:
-            mx.eval(own_arrays(model, backbone))
-        if together is None or divided:
+            mx.eval(own_arrays(backbone))
+        if len(backbone.stages.own) == backbone.num_layers:
             check_backbone(backbone)
     joined = None
     if weights is not None:

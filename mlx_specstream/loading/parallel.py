@@ -15,39 +15,72 @@ from mlx.utils import tree_flatten
 from ..errors import ModelError, brief
 from ..machine import ranks
 from ..model.backbone import Backbone
+from ..model.stages import Stages
 from ..speculation.randomness import seeded
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
-def shards(model: nn.Module, processes: int) -> bool:
+def divided(model: nn.Module, *, pipeline: bool = False) -> Backbone:
+    """Return the view of `model` that computes this process's part of it, or all if there is one.
+
+    The layers are sharded where mlx-lm can and the heads can be divided, unless `pipeline`.
+
+    Raises:
+        ModelError: the family is not supported, or the model cannot be divided.
+    """
+    group = ranks.group()
+    if group is None:
+        return Backbone(model)
+    if not pipeline and _shards(model, group.size()):
+        _shard(model)
+        return Backbone(model)
+    backbone = Backbone(model)
+    _check_stages(backbone)
+    backbone.stages = Stages.even(backbone.num_layers, group)
+    return backbone
+
+
+def own_arrays(backbone: Backbone) -> list[mx.array]:
+    """Return the weights this process computes with; those of other layers are never read."""
+    elsewhere = set(range(backbone.num_layers)) - set(backbone.stages.own)
+    others = {
+        id(array)
+        for index in elsewhere
+        for _, array in tree_flatten(backbone.layers[index].parameters())
+    }
+    every: list[tuple[str, mx.array]] = tree_flatten(backbone.model.parameters())
+    return [array for _, array in every if id(array) not in others]
+
+
+def _shards(model: nn.Module, processes: int) -> bool:
     """Tell whether mlx-lm can divide every layer of `model` among so many processes."""
     if not callable(getattr(model, "shard", None)):
         return False
     arguments = getattr(model, "args", None)
-    sizes = getattr(arguments, "text_config", None)
-    numbers = sizes if isinstance(sizes, dict) else vars(arguments) if arguments else {}
-    heads = [numbers.get(name) or 0 for name in _HEADS]
+    inner = getattr(arguments, "text_config", None)
+    sizes = inner if isinstance(inner, dict) else vars(arguments) if arguments else {}
+    heads = [sizes.get(name) for name in _HEADS]
     return all(isinstance(number, int) and number % processes == 0 for number in heads)
 
 
-def shard(model: nn.Module, name: str) -> None:
-    """Keep this process's part of every layer of a model that `shards`.
+def _shard(model: nn.Module) -> None:
+    """Keep this process's part of every layer.
 
     Raises:
-        ModelError: its sizes cannot be divided.
+        ModelError: a size cannot be divided.
     """
     try:
         with seeded(0, 0):  # the new layers' first weights are drawn, and thrown away
             model.shard(ranks.group())
     except ValueError as error:
         raise ModelError(
-            f"the layers of {name} cannot be divided among {ranks.count()} processes: "
+            f"the layers of this model cannot be divided among {ranks.count()} processes: "
             f"{brief(error)}; give each process whole layers with --pipeline."
         ) from error
 
 
-def check_stages(backbone: Backbone) -> None:
+def _check_stages(backbone: Backbone) -> None:
     """Refuse what cannot be divided by layers.
 
     Raises:
@@ -63,14 +96,3 @@ def check_stages(backbone: Backbone) -> None:
             f"a model of {backbone.num_layers} layers cannot be divided among {ranks.count()} "
             "processes; start fewer."
         )
-
-
-def own_arrays(model: nn.Module, backbone: Backbone) -> list[mx.array]:
-    """Return the weights this process computes with; the other layers' are never read."""
-    elsewhere = set(range(backbone.num_layers)) - set(backbone.stages.own)
-    others = {
-        id(array)
-        for index in elsewhere
-        for _, array in tree_flatten(backbone.layers[index].parameters())
-    }
-    return [array for _, array in tree_flatten(model.parameters()) if id(array) not in others]

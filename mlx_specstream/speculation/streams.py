@@ -107,7 +107,7 @@ class Streams:
         self.split = RowSplit()
         self.overflowed = False  # whether streams were seen to spoil the rows beside them
         self.shared = config.mode == "shared"
-        gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
+        gates = {index: self._gate(index) for index in self.upper}
         self.gates = {index: gate for index, gate in gates.items() if gate is not None}
         adapted = range(N) if self.shared else self.upper
         self.layers = [
@@ -136,6 +136,12 @@ class Streams:
         ]
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
         return [*self.tensors.values(), *own]
+
+    def _gate(self, index: int) -> mx.array | None:
+        """Return layer `index`'s gates (H,), of this process's heads alone; None without."""
+        gate = self.tensors.get(f"layers.{index}.stream_gate")
+        parts = [m for m in self.backbone.layers[index].modules() if isinstance(m, OUT_OF_PARTS)]
+        return gate if gate is None or not parts else part_of(gate, 0, parts[0].group)
 
     def _adapted(self, index: int) -> nn.Module:
         """Return layer `index` with LoRA joined to its target modules where tensors exist."""
