@@ -23,6 +23,11 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
         return status
     except SpecStreamError as error:
         return _complain(name, str(error), EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if not ranks.is_launched() or not str(error).startswith("["):  # of a back end, by name
+            raise
+        message = f"another process was lost ({error}); start all of them again."
+        return _complain(name, message, EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _complain(name, "interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:

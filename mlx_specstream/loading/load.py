@@ -184,14 +184,13 @@ def load(
         adapter_path,
         lazy or together is not None,
     )
-    # Before the model is divided: then its sizes are no longer those that streams are made for.
-    weights = find_streams(streams, model, folder, streams_revision)
     backbone = divided(model, pipeline=pipeline)
     if not lazy:
         if together is not None:
             mx.eval(own_arrays(backbone))
         if len(backbone.stages.own) == backbone.num_layers:
             check_backbone(backbone)
+    weights = find_streams(streams, model, folder, streams_revision)
     joined = None
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)

@@ -8,6 +8,8 @@ process, and computes bit for bit what one process would.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -44,13 +46,13 @@ def divided(model: nn.Module, *, pipeline: bool = False) -> Backbone:
 def own_arrays(backbone: Backbone) -> list[mx.array]:
     """Return the weights this process computes with; those of other layers are never read."""
     elsewhere = set(range(backbone.num_layers)) - set(backbone.stages.own)
-    others = {
-        id(array)
-        for index in elsewhere
-        for _, array in tree_flatten(backbone.layers[index].parameters())
-    }
-    every: list[tuple[str, mx.array]] = tree_flatten(backbone.model.parameters())
-    return [array for _, array in every if id(array) not in others]
+    others = {id(array) for index in elsewhere for array in _arrays(backbone.layers[index])}
+    return [array for array in _arrays(backbone.model) if id(array) not in others]
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    named = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return [array for _, array in named]
 
 
 def _shards(model: nn.Module, processes: int) -> bool:

@@ -7,5 +7,7 @@
 | `cache/` | KV caches whose passes write more rows than they keep |
 | `masks.py` | who sees whom in one pass |
 | `prefill.py` | the prompt enters the cache in chunks |
+| `stages.py` | layers divided among processes |
+| `sharded.py` | linear layers of which every process holds a part |
 | `probe.py` | the view is compared with mlx-lm on a few tokens before it is used |
 """

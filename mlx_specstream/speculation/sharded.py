@@ -11,22 +11,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.layers.distributed import (
-    AllToShardedLinear,
-    QuantizedAllToShardedLinear,
-    QuantizedShardedToAllLinear,
-    ShardedToAllLinear,
-)
-
-from ..errors import StreamsError
-
-INTO_PARTS = (AllToShardedLinear, QuantizedAllToShardedLinear)
-OUT_OF_PARTS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
-
-
-def part_of(array: mx.array, axis: int, group: mx.distributed.Group) -> mx.array:
-    """Return this process's part of an array that is divided evenly along `axis`."""
-    return mx.contiguous(mx.split(array, group.size(), axis=axis)[group.rank()])
 
 
 class LocalLinear(nn.Module):
@@ -63,17 +47,3 @@ class Summed(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = mx.distributed.all_sum(self.local(x), group=self.base.group)
         return y + self.base.bias if "bias" in self.base else y
-
-
-def check_whole(base: nn.Module, lora_b: mx.array, path: str) -> None:
-    """Refuse a layer that is divided in a way of its own.
-
-    Raises:
-        StreamsError: its outputs are not those that the adapter is made for.
-    """
-    outputs = base.weight.shape[0]
-    if outputs != lora_b.shape[1]:
-        raise StreamsError(
-            f"the streams adapt {path!r}, which mlx-lm divides among processes in a way that "
-            "adapters cannot follow; give each process whole layers with --pipeline."
-        )
