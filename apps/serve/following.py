@@ -11,8 +11,8 @@ other, so that all run the same passes:
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+log = logging.getLogger("mlx_specstream")
 
 # What is told in another form than its own.
 _APART = ("sampling", "grammar", "thoughts", "stop", "stop_token_ids")
@@ -49,22 +51,22 @@ class Leading:
         """Take an answer on."""
         self._count += 1
         self.numbers[request] = self._count
-        _tell(begin=self._count, **_described(request))
+        _tell("begin", self._count, **_described(request))
         self.scheduler.begin(request)
 
     def end(self, request: Request) -> None:
         """Let go of an answer."""
-        _tell(end=self.numbers.pop(request))
+        _tell("end", self.numbers.pop(request))
         self.scheduler.end(request)
 
     def step(self) -> list[tuple[Request, Event]]:
         """Advance."""
-        _tell()
+        _tell("step")
         return self.scheduler.step()
 
     def stop(self) -> None:
         """Let the other processes end."""
-        _tell(stop=True)
+        _tell("stop")
 
 
 def follow(scheduler: Scheduler) -> None:
@@ -72,22 +74,24 @@ def follow(scheduler: Scheduler) -> None:
     requests: dict[int, Request] = {}
     while True:
         told: dict[str, Any] = json.loads(ranks.told())
-        if "stop" in told:
+        asked, number = told["asked"], told["number"]
+        if asked == "stop":
             return
-        # What fails here has failed for the leader too, which tells its client.
-        with suppress(Exception):
-            if "begin" in told:
+        try:
+            if asked == "begin":
                 request = _request(told, scheduler.tokenizer)
                 scheduler.begin(request)
-                requests[told["begin"]] = request
-            elif "end" in told:
-                scheduler.end(requests.pop(told["end"]))
+                requests[number] = request
+            elif asked == "end":
+                scheduler.end(requests.pop(number))
             else:
                 scheduler.step()
+        except Exception:  # it has failed for the leader too, which tells its client
+            log.debug("failed in process %d", ranks.rank(), exc_info=True)
 
 
-def _tell(**message: Any) -> None:
-    ranks.told(json.dumps(message).encode())
+def _tell(asked: str, number: int = 0, **rest: Any) -> None:
+    ranks.told(json.dumps({"asked": asked, "number": number, **rest}).encode())
 
 
 def _described(request: Request) -> dict[str, Any]:

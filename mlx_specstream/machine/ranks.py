@@ -9,6 +9,7 @@ Without a launcher there is one process, and nothing here costs anything.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import sys
@@ -93,6 +94,7 @@ def clock() -> float:
 
 
 def leave_talking_to_leader() -> None:
-    """Let followers print nothing but what ends them."""
+    """Let followers say nothing but what ends them."""
     if is_follower():
+        logging.getLogger("mlx_specstream").setLevel(logging.ERROR)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

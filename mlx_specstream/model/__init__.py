@@ -8,6 +8,5 @@
 | `masks.py` | who sees whom in one pass |
 | `prefill.py` | the prompt enters the cache in chunks |
 | `stages.py` | layers divided among processes |
-| `sharded.py` | linear layers of which every process holds a part |
 | `probe.py` | the view is compared with mlx-lm on a few tokens before it is used |
 """

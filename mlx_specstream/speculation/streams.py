@@ -36,7 +36,7 @@ from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
-from ..model.sharded import INTO_PARTS, OUT_OF_PARTS, part_of
+from ..weights.parts import INTO_PARTS, OUT_OF_PARTS, part_of
 from .condition import unit
 from .sharded import LocalLinear, Summed
 
