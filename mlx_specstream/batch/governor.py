@@ -129,13 +129,11 @@ class BatchGovernor:
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:
     """Return a model's governor, which lives as long as the model and remembers.
 
-    None where a tree was asked for, measuring is turned off, there is nothing to draft with, or
-    several processes must decide alike, whose times differ.
+    None where nothing is to be found out by timing, or there is nothing to draft with.
     """
-    from ..machine import ranks
     from ..planner.costs import is_planned
 
-    if model.streams is None or not is_planned(config) or ranks.group():
+    if model.streams is None or not is_planned(config):
         return None
     return _governors.setdefault(model.streams, BatchGovernor())
 

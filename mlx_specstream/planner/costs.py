@@ -84,8 +84,13 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
 
 
 def is_planned(config: DecodeConfig | None) -> bool:
-    """Tell whether what pays is to be found out: no tree was named, and measuring is not turned off."""
-    return (config is None or config.tree.kind == "auto") and _budget(BUDGET_S) > 0
+    """Tell whether what pays is to be found out by timing, as a batch does while it works.
+
+    Not where a tree was named or measuring is turned off, nor among processes: they must decide
+    alike, and their times differ.
+    """
+    asked = config is None or config.tree.kind == "auto"
+    return asked and _budget(BUDGET_S) > 0 and ranks.group() is None
 
 
 def acceptance(model: StreamModel) -> AcceptanceProfile:
