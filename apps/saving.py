@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from ..errors import DataError
+from ..machine import ranks
 from ..weights.files import IfExists, atomic_file
 from .conversation import Conversation, Exchange
 
@@ -45,6 +46,8 @@ def save_conversation(
         ],
         "forgotten": conversation.forgotten,
     }
+    if ranks.is_follower():  # the leader writes
+        return
     text = json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
     with atomic_file(path, if_exists=if_exists) as partial:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -18,7 +18,9 @@ from typing import NamedTuple, NoReturn, cast
 
 from . import __version__
 from .commands.words import check_flags, unknown_verb
+from .errors import OptionError
 from .exit_status import EXIT_USER_ERROR, exit_status
+from .machine import ranks
 
 
 class Verb(NamedTuple):
@@ -49,6 +51,9 @@ VERBS: dict[str, Verb] = {
     "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""
+
+TOGETHER = ("generate", "chat", "serve", "verify", "bench")
+"""Verbs that several processes can run as one, started by `mlx.launch`."""
 
 OTHER_NAMES = {
     "families": ("doctor", "--families"),
@@ -111,6 +116,13 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *words = list(OTHER_NAMES.get(verb, [verb])) + arguments[1:]
     if verb not in VERBS:
         raise unknown_verb(verb, [*VERBS, *OTHER_NAMES])
+    if ranks.is_launched():
+        if verb not in TOGETHER:
+            raise OptionError(
+                f"specstream {verb} runs in one process: start it without mlx.launch, which is "
+                f"for {', '.join(TOGETHER)}."
+            )
+        ranks.leave_talking_to_leader()
     module = importlib.import_module(VERBS[verb].module)
     if build := getattr(module, "build_parser", None):
         check_flags(verb, words, build())

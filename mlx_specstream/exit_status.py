@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from .errors import SpecStreamError, printable
+from .machine import ranks
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -21,6 +23,11 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
         return status
     except SpecStreamError as error:
         return _complain(name, str(error), EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if not ranks.is_launched() or not str(error).startswith("["):  # of a back end, by name
+            raise
+        message = f"another process was lost ({error}); start all of them again."
+        return _complain(name, message, EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _complain(name, "interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -35,5 +42,9 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
 
 
 def _complain(name: str, message: str, status: int) -> int:
+    if ranks.is_follower():
+        # What fails everywhere is told by the leader, whose end ends this process too.
+        time.sleep(ranks.FOLLOWER_PATIENCE)
+        name = f"{name}, process {ranks.rank()}"
     print(f"{name}: {printable(message)}", file=sys.stderr)
     return status

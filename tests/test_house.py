@@ -25,7 +25,7 @@ from benchmarks.house import (
 # From the ground up: a room imports from those before it. Parts of convert/ are rooms of their own:
 # the tensors it reads, GGUF files, which the demo model is loaded from, and the PyTorch trainer.
 ORDER = (
-    *("errors", "exit_status", "machine", "config", "weights", "convert.tensors"),
+    *("errors", "machine", "exit_status", "config", "weights", "convert.tensors"),
     *("convert.gguf", "model", "speculation", "loading", "utils", "sample_utils", "models"),
     *(
         "planner",

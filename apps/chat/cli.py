@@ -17,6 +17,7 @@ from ...generation.decode_options import (
     load_options,
 )
 from ...generation.sampling_options import add_sampling_options
+from ...machine import ranks
 from ..conversation import Conversation
 from ..saving import load_conversation
 from .interrupt import can_move_cursor, typing_ahead
@@ -94,11 +95,12 @@ def _plain_chat(
 ) -> int:
     """Chat over a pipe or a dumb terminal: lines in, text out, nothing written to disk."""
     from .app import run
-    from .reader import LineReader
+    from .reader import LineReader, SharedReader
     from .view import PlainView
 
     chat = _chat(arguments, settings, conversation, PlainView(), None, interactive=False)
-    return run(chat, LineReader(prompts=sys.stderr if sys.stdin.isatty() else None))
+    reader = LineReader(prompts=sys.stderr if sys.stdin.isatty() else None)
+    return run(chat, SharedReader(reader) if ranks.is_launched() else reader)
 
 
 def _live_chat(
@@ -176,7 +178,8 @@ def _resumed(arguments: argparse.Namespace) -> tuple[Path | None, Conversation]:
 
 def _can_edit_lines() -> bool:
     """Tell whether a person sits at a terminal that can move its cursor."""
-    return sys.stdin.isatty() and sys.stdout.isatty() and can_move_cursor()
+    here = sys.stdin.isatty() and sys.stdout.isatty() and not ranks.is_launched()
+    return here and can_move_cursor()
 
 
 def _history(view: View) -> Path | None:

@@ -20,6 +20,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
 from ...errors import DataError
+from ...machine import ranks
 
 STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "number": "bold"})
 
@@ -127,6 +128,25 @@ def _indented(width: int, line: int, wrapped: int) -> str:
     """Return what stands before the second and later lines of a text."""
     del line, wrapped
     return " " * width
+
+
+class SharedReader:
+    """The leader's lines, in every process that decodes together."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def read(self, prompt: str, default: str = "") -> str:
+        line = ""
+        if not ranks.is_follower():
+            try:
+                line = "=" + self.reader.read(prompt, default)
+            except (EOFError, KeyboardInterrupt):
+                line = "."
+        line = ranks.told(line.encode()).decode()
+        if line == ".":
+            raise EOFError
+        return line[1:]
 
 
 def _keys() -> KeyBindings:

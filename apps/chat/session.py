@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from ... import GenerationResponse, StreamModel, stream_generate
 from ...config import CacheConfig
+from ...machine import ranks
 from ...model.cache.kinds import check_quantised
-from ...model.prefill import PacedChunks
+from ...model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ...prompts import Prompt, encode_prompt
 from ...speculation.result import DraftRecord
 from ..conversation import Conversation, Message
@@ -110,7 +111,10 @@ class ChatSession:
     caching: CacheConfig = field(default_factory=CacheConfig)
     current: Reply | None = None
     reply: Reply | None = None
-    chunks: PacedChunks = field(default_factory=PacedChunks)
+    # Paced by the clock, unless processes with clocks of their own must run the same passes.
+    chunks: ChunkSize = field(
+        default_factory=lambda: PREFILL_CHUNK if ranks.is_launched() else PacedChunks()
+    )
     prefix: PrefixCache = field(init=False)
     marks: ThoughtMarks | None = field(init=False)
 

@@ -7,7 +7,6 @@ KV cache and with the random state put back: nothing of the conversation changes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ... import stream_generate
+from ...machine import ranks
 from .session import ChatSession, Reply
 
 ROUND_TOKENS = 32
@@ -56,15 +56,15 @@ def measure(
     tokens = {False: 0, True: 0}
     state: Any = mx.random.state
     high, low = state[0].tolist()  # the key that seed(high << 32 | low) makes
-    deadline = time.perf_counter() + budget_s
+    deadline = ranks.clock() + budget_s
     try:
         while not stopped():
             for speculative in ORDER:
-                share = (deadline - time.perf_counter()) / 2
+                share = (deadline - ranks.clock()) / 2
                 seconds, counted = _run(session, reply, speculative, share, stopped)
                 spent[speculative] += seconds
                 tokens[speculative] += counted
-            if time.perf_counter() > deadline or min(tokens.values()) >= 4 * ROUND_TOKENS:
+            if ranks.clock() > deadline or min(tokens.values()) >= 4 * ROUND_TOKENS:
                 break
     finally:
         mx.random.seed(high << 32 | low)
@@ -94,16 +94,16 @@ def _run(
         config=session.settings.decode,
         speculative=speculative,
     )
-    began, now, first, count, seen = time.perf_counter(), 0.0, 0, 0, 0
+    began, now, first, count, seen = ranks.clock(), 0.0, 0, 0, 0
     start = began
     for response in stream:
         if response.stats.passes == 1:  # its tokens are those of the first pass
-            start, first = time.perf_counter(), response.generation_tokens
+            start, first = ranks.clock(), response.generation_tokens
             now = start
         elif response.origin == 0 or response.finish_reason is not None:  # a pass is complete
-            now, count = time.perf_counter(), response.generation_tokens
+            now, count = ranks.clock(), response.generation_tokens
             seen += 1
-        if stopped() or (seen >= 2 and time.perf_counter() - began > budget_s):
+        if stopped() or (seen >= 2 and ranks.clock() - began > budget_s):
             break
     stream.close()  # type: ignore[attr-defined]
     return max(0.0, now - start), max(0, count - first)

@@ -14,6 +14,7 @@ theirs, `reply` makes their events of an answer's `blocks`.
 
 `forced_calls` is the grammar of answers that must call a tool. `app` puts it together, `run` starts
 and stops it, `connections` bounds its sockets, `refusals` says what is wrong with a request,
+`following` is what the leader of several processes tells those that decode along,
 `disconnect` ends what nobody waits for, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a
 conversation's KV cache is, is in `apps/`, as for the chat.
 """

@@ -17,6 +17,7 @@ from ...generation.decode_options import (
     load_options,
 )
 from ...generation.sampling_options import add_sampler_options, sampling_config
+from ...machine import ranks
 from ...prompts.encode import template_args
 from .limits import Access, Limits
 
@@ -126,20 +127,25 @@ def main(argv: list[str]) -> int:
     try:
         from .app import create_app
         from .run import check_access, listen, serve, url_of
-        from .service import start_service
+        from .service import decoding, start_service
     except ModuleNotFoundError as error:
         raise OptionError(
             f"the server needs {error.name}, which is not installed; run: "
             "pip install 'mlx-specstream[serve]'"
         ) from error
-    check_access(arguments.host, access)
-    listening = listen(arguments.host, arguments.port)
-
     from ... import load
 
     def loaded():  # type: ignore[no-untyped-def]
         return load(arguments.model, **load_options(arguments))
 
+    if ranks.is_follower():
+        from .following import follow
+
+        with decoding(loaded, limits, config, not arguments.no_speculation, caching) as scheduler:
+            follow(scheduler)
+        return 0
+    check_access(arguments.host, access)
+    listening = listen(arguments.host, arguments.port)
     print(f"loading {arguments.model} ...", flush=True)
     service = start_service(
         loaded,

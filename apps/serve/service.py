@@ -20,10 +20,12 @@ from ... import DecodeConfig, StreamModel
 from ...config import CacheConfig, SamplingConfig
 from ...config.sampling import PENALTY_CONTEXT
 from ...generation.grammar import Grammar
+from ...machine import ranks
 from ...model.cache.kinds import check_quantised
 from .disconnect import until_gone
 from .engine import Engine
 from .errors import ApiError, invalid
+from .following import Leading
 from .limits import Limits
 from .metrics import Metrics
 from .prefixes import PrefixStore
@@ -180,6 +182,40 @@ class Service:
             lane.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def decoding(
+    load: Callable[[], tuple[StreamModel, TokenizerWrapper]],
+    limits: Limits,
+    config: DecodeConfig | None,
+    speculative: bool,
+    caching: CacheConfig | None,
+) -> Iterator[Scheduler]:
+    """Load a model and give what decodes with it, ready for the first answer.
+
+    Raises:
+        SpecStreamError: it cannot be loaded.
+    """
+    from mlx_lm.generate import wired_limit
+
+    model, tokenizer = load()
+    backbone = model.backbone
+    check_quantised(backbone.forward, backbone.windows, caching or CacheConfig())
+    # Processes with some of the layers each would not agree on which caches fit.
+    whole = len(backbone.stages.own) == backbone.num_layers
+    with wired_limit(model.model):
+        scheduler = Scheduler(
+            model,
+            tokenizer,
+            prompt_cache_bytes=limits.prompt_cache_bytes if whole else 0,
+            config=config,
+            speculative=speculative,
+            prefill_step_size=limits.prefill_step_size,
+            caching=caching,
+        )
+        scheduler.warm_up()
+        yield scheduler
+
+
 def start_service(
     load: Callable[[], tuple[StreamModel, TokenizerWrapper]],
     limits: Limits,
@@ -204,24 +240,16 @@ def start_service(
 
     @contextmanager
     def making() -> Iterator[Decoding]:
-        from mlx_lm.generate import wired_limit
-
-        model, tokenizer = load()
-        backbone = model.backbone
-        check_quantised(backbone.forward, backbone.windows, caching or CacheConfig())
-        with wired_limit(model.model):
-            scheduler = Scheduler(
-                model,
-                tokenizer,
-                prompt_cache_bytes=limits.prompt_cache_bytes,
-                config=config,
-                speculative=speculative,
-                prefill_step_size=limits.prefill_step_size,
-                caching=caching,
-            )
-            scheduler.warm_up()
-            found.append((model, tokenizer, scheduler.prefixes))
-            yield scheduler
+        with decoding(load, limits, config, speculative, caching) as scheduler:
+            found.append((scheduler.model, scheduler.tokenizer, scheduler.prefixes))
+            if ranks.group() is None:
+                yield scheduler
+                return
+            leading = Leading(scheduler)
+            try:
+                yield leading
+            finally:
+                leading.stop()
 
     engine = Engine(
         making, decode_concurrency=limits.decode_concurrency, max_queue=limits.max_queue

@@ -33,6 +33,8 @@ def check_model(backbone: Backbone) -> None:
     """
     if backbone in _checked:
         return
+    if len(backbone.stages.own) < backbone.num_layers:
+        raise _refusal(backbone, "it is divided by layers among processes")
     kinds = {type(layer) for layer in backbone.new_cache().layers}
     if not kinds <= {LayerKV, RotatingLayer} or any(call.recurrent for call in backbone.calls):
         raise _refusal(backbone, "it has layers that keep a state in place of keys and values")

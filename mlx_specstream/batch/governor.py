@@ -132,7 +132,7 @@ class BatchGovernor:
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:
     """Return a model's governor, which lives as long as the model and remembers.
 
-    None where a tree was asked for, measuring is turned off, or there is nothing to draft with.
+    None where nothing is to be found out by timing, or there is nothing to draft with.
     """
     from ..planner.costs import is_planned
 

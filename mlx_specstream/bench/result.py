@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DataError
-from ..machine import Machine
+from ..machine import Machine, ranks
 from ..weights.files import atomic_file
 from .methods import Method
 
@@ -147,6 +147,8 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Write the JSON file, replacing what is there."""
+        if ranks.is_follower():  # the leader writes
+            return
         values = {"kind": KIND, "version": VERSION, **asdict(self)}
         text = json.dumps(values, ensure_ascii=False, indent=1)
         with atomic_file(path, if_exists="replace") as partial:

@@ -6,7 +6,6 @@ first answer is kept apart as cold: it pays for compiling and for first touches 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..errors import DataError
-from ..machine import rounds_float32
+from ..machine import ranks, rounds_float32
 from ..prompts import Prompt, encode_prompt
 from ..verify import first_difference, judge, reference_logits
 from .cases import Case
@@ -43,7 +42,7 @@ class Bench:
     path: Path
     on_step: Show = lambda _: None
     on_prompt: Callable[[Sequence[AskedPrompt]], None] = lambda _: None
-    clock: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] = ranks.clock
 
     def __post_init__(self) -> None:
         self.begun = self.clock()

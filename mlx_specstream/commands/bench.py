@@ -15,7 +15,7 @@ from ..bench.cases import Case, chosen_cases
 from ..bench.options import build_parser, settings_of
 from ..bench.result import RESULT_FILE, BenchSettings, Result
 from ..errors import DataError, OptionError, OutputError
-from ..machine import Machine
+from ..machine import Machine, ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,8 @@ def finish(result: Result, folder: Path, console: Console, *, plots: bool) -> in
 
     if not result.asked:
         raise DataError("the result holds no prompt yet; measure first.")
+    if ranks.is_follower():  # the leader writes
+        return 1 if result.failures else 0
     written: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     if plots and available():

@@ -26,6 +26,7 @@ from ..generation.sampling_options import (
     make_grammar_processors,
     sampling_config,
 )
+from ..machine import ranks
 from ..prompts.encode import template_args
 
 if TYPE_CHECKING:
@@ -254,7 +255,9 @@ def _chunks(wanted: int | None) -> ChunkSize:
 
     if wanted is not None:
         return wanted
-    return PacedChunks(PREFILL_CHUNK) if sys.stdout.isatty() else PREFILL_CHUNK
+    # By the clock, which differs between processes that must run the same passes.
+    paced = sys.stdout.isatty() and not ranks.is_launched()
+    return PacedChunks(PREFILL_CHUNK) if paced else PREFILL_CHUNK
 
 
 def prompt_text(option: str) -> str:

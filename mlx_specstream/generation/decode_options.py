@@ -24,6 +24,7 @@ class LoadOptions(TypedDict):
     revision: str | None
     streams: str | None
     streams_revision: str | None
+    pipeline: bool
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
@@ -37,6 +38,11 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         ),
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="among processes (mlx.launch) divide the model by layers, not each of its layers",
+    )
     parser.add_argument("--adapter-path", help="LoRA adapters of mlx-lm to load with the model")
     parser.add_argument(
         "--streams",
@@ -163,6 +169,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
         "revision": arguments.revision,
         "streams": streams_option(arguments),
         "streams_revision": arguments.streams_revision,
+        "pipeline": arguments.pipeline,
     }
 
 

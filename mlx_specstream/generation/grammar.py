@@ -52,7 +52,7 @@ class Grammar:
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, source: str, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size, self.source = vocab_size, source
         self.end_tokens = frozenset(int(token) for token in tokenizer.eos_token_ids)
         matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, vocab_size), source, log_level=0)
         if matcher.is_error():

@@ -8,4 +8,5 @@
 | `gemma.py` | Gemma 3 270M, a second real model without a model hub |
 | `wheel.py` | one wheel of the package index, alone and checked |
 | `model_cache.py` | models that are made once and kept, by one process at a time |
+| `parallel.py` | a model divided among processes, within its layers or by layers |
 """

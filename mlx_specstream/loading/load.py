@@ -16,15 +16,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError, OptionError, brief
+from ..machine import ranks
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
 from ..model.probe import check_backbone
+from ..speculation.randomness import share_seed
 from ..speculation.streams import Streams
 from ..weights.hub import fetch, refuse_revision
 from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME, resolve_demo
 from .gemma import GEMMA_NAME, resolve_gemma
+from .parallel import divided, own_arrays
 from .tokenizer import check_tokenizer_files, decode_by_vocabulary
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def load(
     *,
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
+    pipeline: bool = False,
 ) -> tuple[StreamModel, TokenizerWrapper]: ...
 
 
@@ -125,6 +129,7 @@ def load(
     revision: str | None = None,
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
+    pipeline: bool = False,
 ) -> tuple[StreamModel, TokenizerWrapper, dict[str, Any]]: ...
 
 
@@ -139,6 +144,7 @@ def load(
     *,
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
+    pipeline: bool = False,
 ) -> tuple[StreamModel, TokenizerWrapper] | tuple[StreamModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model, its tokenizer and its streams.
 
@@ -151,6 +157,8 @@ def load(
         streams_revision: branch, tag or commit of streams on the hub.
         streams: `auto` (what the model's folder holds, else a shipped set for this base, else
             none), None (decode plainly), a folder, a hub id or the name of a shipped set.
+        pipeline: among several processes (`mlx.launch`) divide the model by layers, even where each
+            layer could be divided.
 
     Raises:
         ModelError: the model is missing, damaged, needs code of its own, is of an unsupported
@@ -161,12 +169,27 @@ def load(
         adapter_path = str(adapter_folder(adapter_path))
     folder = model_folder(path_or_hf_repo, revision)
     check_tokenizer_files(folder, path_or_hf_repo)
+    together = ranks.group()
+    if together is not None and adapter_path is not None:
+        raise ModelError(
+            "adapters of mlx-lm cannot be divided among several processes; merge them into the "
+            "model first, with mlx_lm.fuse."
+        )
+    share_seed()
     model, tokenizer, config = _load_mlx_lm(
-        folder, path_or_hf_repo, tokenizer_config, model_config, adapter_path, lazy
+        folder,
+        path_or_hf_repo,
+        tokenizer_config,
+        model_config,
+        adapter_path,
+        lazy or together is not None,
     )
-    backbone = Backbone(model)
+    backbone = divided(model, pipeline=pipeline)
     if not lazy:
-        check_backbone(backbone)
+        if together is not None:
+            mx.eval(own_arrays(backbone))
+        if len(backbone.stages.own) == backbone.num_layers:
+            check_backbone(backbone)
     weights = find_streams(streams, model, folder, streams_revision)
     joined = None
     if weights is not None:

@@ -7,5 +7,6 @@
 | `cache/` | KV caches whose passes write more rows than they keep |
 | `masks.py` | who sees whom in one pass |
 | `prefill.py` | the prompt enters the cache in chunks |
+| `stages.py` | layers divided among processes |
 | `probe.py` | the view is compared with mlx-lm on a few tokens before it is used |
 """

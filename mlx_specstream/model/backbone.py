@@ -26,6 +26,7 @@ from ..errors import ModelError, OptionError
 from .cache import GROWTH, SLACK, KVCache, PassCache, Span, StateLayer, new_cache
 from .families import LayerCall, keep_states, refusal, take_apart, uniform
 from .masks import Mask, RowMask, causal_mask
+from .stages import Stages
 
 SMALL = 2.0**-10  # a logit that no soft-cap changes
 
@@ -68,6 +69,7 @@ class Backbone:
             self._view(layer, call) for layer, call in zip(parts.layers, parts.calls, strict=True)
         ]
         self.num_layers = len(self.layers)
+        self.stages = Stages.alone(self.num_layers)
         self.hidden_size = parts.embed_and_head.hidden_size
         self.vocab_size = parts.embed_and_head.vocab_size
         self.dtype = self.embed(mx.zeros((1,), dtype=mx.int32)).dtype
@@ -182,9 +184,11 @@ class Backbone:
         mask: RowMask,
     ) -> mx.array:
         """Run `layers` of the base model over rows (B, R, h), which go to the cache at `start`."""
-        for index in layers:
-            row = cache.view(index, start, offset)
-            hidden = self.layers[index](hidden, self.mask(index, mask, row.span), row)
+        for part, owner in self.stages.split(layers):
+            for index in part if owner == self.stages.rank else ():
+                row = cache.view(index, start, offset)
+                hidden = self.layers[index](hidden, self.mask(index, mask, row.span), row)
+            hidden = self.stages.shared(hidden, owner)
         return hidden
 
     def forward(self, tokens: mx.array, cache: KVCache, last_only: bool = True) -> mx.array:

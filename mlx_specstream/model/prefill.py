@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..machine import ranks
 from .cache import KVCache
 
 PREFILL_CHUNK = 2048
@@ -73,9 +74,10 @@ def prefill_chunks(
             rows = 1
         started = time.perf_counter()
         part = mx.array(list(tokens[done : done + rows]), dtype=mx.int32)
-        forward(part, cache)
+        hidden = forward(part, cache)
         cache.advance(part.shape[0])
-        mx.eval(cache.arrays)
+        # Among processes the hidden states are messages, which every process must see through.
+        mx.eval(cache.arrays, hidden if ranks.group() else [])
         if isinstance(chunk, PacedChunks) and part.shape[0] == rows:
             chunk.took(rows, time.perf_counter() - started)
         done += part.shape[0]

@@ -24,6 +24,7 @@ from mlx_lm.utils import get_total_parameters
 from ..config import DecodeConfig
 from ..errors import OptionError, OutputError
 from ..loading.model_cache import cache_folder
+from ..machine import ranks
 from ..speculation.streams import Streams
 from ..weights.files import atomic_file
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
@@ -76,13 +77,20 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
         plans = [plan for plan in curve.steps if plan in allowed]
         if not plans:
             return None
-        known[key] = Planner(curve, acceptance(model), plans, clock=time.perf_counter)
+        # Times differ between processes, and all must decide alike: there the curve is trusted.
+        clock = None if ranks.group() else time.perf_counter
+        known[key] = Planner(curve, acceptance(model), plans, clock=clock)
     return known[key]
 
 
 def is_planned(config: DecodeConfig | None) -> bool:
-    """Tell whether what pays is to be found out: no tree was named, and measuring is not turned off."""
-    return (config is None or config.tree.kind == "auto") and _budget(BUDGET_S) > 0
+    """Tell whether what pays is to be found out by timing, as a batch does while it works.
+
+    Not where a tree was named or measuring is turned off, nor among processes: they must decide
+    alike, and their times differ.
+    """
+    asked = config is None or config.tree.kind == "auto"
+    return asked and _budget(BUDGET_S) > 0 and ranks.group() is None
 
 
 def acceptance(model: StreamModel) -> AcceptanceProfile:
@@ -162,7 +170,7 @@ def step_costs(
     budget_s = _budget(BUDGET_S) if budget_s is None else budget_s
     key = identity(model)
     path = cached_at(key)
-    if not refresh and (known := read_curve(path, key)) is not None:
+    if (known := _told(None if refresh else read_curve(path, key))) is not None:
         return known
     if budget_s <= 0:
         return None
@@ -180,14 +188,25 @@ def step_costs(
             model_plans(model),
             budget_s=budget_s,
             tokens_per_step=profile.tokens_per_step,
+            clock=ranks.clock,
         )
     if curve is None:
         return None
     curve = replace(curve, key=key)
     # Of a machine that was too busy for more than one plan, nothing is kept.
+    if ranks.is_follower():
+        return curve
     if curve.complete or len(curve.steps) >= ENOUGH:
         write_curve(path, curve)
     return curve
+
+
+def _told(curve: CostCurve | None) -> CostCurve | None:
+    """Return the curve that the leading process knows; among several, all use that."""
+    if ranks.group() is None:
+        return curve
+    text = ranks.told(json.dumps(curve.to_dict()).encode() if curve else b"")
+    return CostCurve.from_dict(json.loads(text)) if text else None
 
 
 def cached_at(key: dict[str, object]) -> Path:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 from ..loading.load import StreamModel
-from ..machine import Machine
+from ..machine import Machine, ranks
 from ..weights.fingerprint import fingerprint
 
 # The folders a step is made of: when their sources change, so may its cost.
@@ -35,6 +35,7 @@ def identity(model: StreamModel) -> dict[str, object]:
         "blas": machine.blas,
         "mlx": machine.mlx,
         "threads": _threads(),
+        "processes": ranks.count(),
         "engine": _engine(),
         "model": _fingerprint(model.model),
         "bits": weight_bits(model.model),

@@ -13,6 +13,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..machine import ranks
 from .result import to_ints
 
 _MASK = 2**64 - 1
@@ -23,6 +24,12 @@ def take_seed() -> int:
     state = _state()
     mx.random.seed(mixed(state + 1))
     return mixed(state)
+
+
+def share_seed() -> None:
+    """Let MLX's global generator go on from the same state in all processes that decode together."""
+    if ranks.group() is not None:
+        mx.random.seed(int.from_bytes(ranks.told(_state().to_bytes(8, "little")), "little"))
 
 
 @contextmanager

@@ -36,7 +36,9 @@ from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, among_streams, causal_mask
+from ..weights.parts import INTO_PARTS, OUT_OF_PARTS, part_of
 from .condition import unit
+from .sharded import LocalLinear, Summed
 
 
 class RowSplit(threading.local):
@@ -106,7 +108,7 @@ class Streams:
         self.split = RowSplit()
         self.overflowed = False  # whether streams were seen to spoil the rows beside them
         self.shared = config.mode == "shared"
-        gates = {index: self.tensors.get(f"layers.{index}.stream_gate") for index in self.upper}
+        gates = {index: self._gate(index) for index in self.upper}
         self.gates = {index: gate for index, gate in gates.items() if gate is not None}
         adapted = range(N) if self.shared else self.upper
         self.layers = [
@@ -136,6 +138,12 @@ class Streams:
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
         return [*self.tensors.values(), *own]
 
+    def _gate(self, index: int) -> mx.array | None:
+        """Return layer `index`'s gates (H,), of this process's heads alone; None without."""
+        gate = self.tensors.get(f"layers.{index}.stream_gate")
+        parts = [m for m in self.backbone.layers[index].modules() if isinstance(m, OUT_OF_PARTS)]
+        return gate if gate is None or not parts else part_of(gate, 0, parts[0].group)
+
     def _adapted(self, index: int) -> nn.Module:
         """Return layer `index` with LoRA joined to its target modules where tensors exist."""
         layer = view_layer(self.backbone.layers[index])
@@ -154,7 +162,7 @@ class Streams:
                 )
             b = self.tensor(f"{name}.lora_b")
             scaled = (b.astype(mx.float32) * self.config.lora_scale).astype(b.dtype)
-            owner[leaf] = StreamLinear(owner[leaf], self.tensor(f"{name}.lora_a"), scaled, split)
+            owner[leaf] = _joined(owner[leaf], self.tensor(f"{name}.lora_a"), scaled, split)
         return layer
 
     @property
@@ -223,17 +231,20 @@ class Streams:
         """
         angles = self._value_angles(hidden.shape[1] - num_main, num_main)
         self.split.num_main = num_main
-        for index in layers:
-            on_values = None if angles is None else lambda v: rotate_values(v, angles)
-            row = cache.view(index, start, offset, on_values)
-            allowed = self.backbone.mask(index, mask, row.span)
-            gate = self.gates.get(index)
-            if gate is not None and num_main < hidden.shape[1]:
-                if isinstance(row, QuantizedPass):
-                    row.num_heads = gate.shape[0]
-                tail = 0 if row.span is None else row.span.tail
-                allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
-            hidden = self.layers[index](hidden, allowed, row)
+        stages = self.backbone.stages
+        for part, owner in stages.split(layers):
+            for index in part if owner == stages.rank else ():
+                on_values = None if angles is None else lambda v: rotate_values(v, angles)
+                row = cache.view(index, start, offset, on_values)
+                allowed = self.backbone.mask(index, mask, row.span)
+                gate = self.gates.get(index)
+                if gate is not None and num_main < hidden.shape[1]:
+                    if isinstance(row, QuantizedPass):
+                        row.num_heads = gate.shape[0]
+                    tail = 0 if row.span is None else row.span.tail
+                    allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
+                hidden = self.layers[index](hidden, allowed, row)
+            hidden = stages.shared(hidden, owner)
         return hidden
 
     def _gated(
@@ -267,6 +278,18 @@ class Streams:
         streams = mx.arange(1, self.num_streams + 1, dtype=mx.float32)
         streams = mx.tile(streams, num_stream_rows // self.num_streams)
         return self.config.value_rotation * mx.concatenate([mx.zeros((num_main,)), streams])
+
+
+def _joined(
+    base: nn.Module, a: mx.array, b: mx.array, split: RowSplit | None
+) -> StreamLinear | Summed:
+    """Return a linear layer with its adapter, also where processes hold a part of it each."""
+    if isinstance(base, INTO_PARTS):
+        return StreamLinear(base, a, part_of(b, 1, base.group), split)
+    if isinstance(base, OUT_OF_PARTS):
+        local = StreamLinear(LocalLinear(base), part_of(a, 0, base.group), b, split)
+        return Summed(local, base)
+    return StreamLinear(base, a, b, split)
 
 
 def rotate_values(values: mx.array, angles: mx.array) -> mx.array:

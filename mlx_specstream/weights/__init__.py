@@ -4,6 +4,7 @@
 |---|---|
 | `checkpoint.py` | `streams.safetensors` and `streams_config.json`, read and written |
 | `stream_tensors.py` | the tensors that streams consist of: names and shapes |
+| `parts.py` | linear layers of which every process holds a part |
 | `fingerprint.py` | know a base model again |
 | `shipped.py` | which streams to use: named, in the model's folder, or shipped here |
 | `tensorfile/` | safetensors files, read strictly and written as a stream |

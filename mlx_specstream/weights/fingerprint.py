@@ -25,6 +25,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
+from .parts import INTO_PARTS, OUT_OF_PARTS
 
 SKETCH_ROWS, SKETCH_COLUMNS = 8, 16
 MIN_COSINE = 0.7
@@ -93,11 +94,12 @@ def base_dims(model: nn.Module) -> BaseDims:
             attention, "num_heads", getattr(getattr(model, "args", None), "num_attention_heads", 1)
         ),
     )
+    parts = [m.group.size() for m in layer.modules() if isinstance(m, OUT_OF_PARTS)]
     width = _embedding(model)(mx.array([0])).shape[-1]
     return BaseDims(
         hidden_size=width,
         num_layers=len(layers),
-        num_heads=int(heads),
+        num_heads=int(heads) * (parts[0] if parts else 1),
         modules=modules,
         by_layer={number: found for number, found in each.items() if found != modules},
     )
@@ -184,14 +186,19 @@ def _linear_modules(layer: nn.Module) -> dict[str, tuple[int, int]]:
     found = {
         str(name): _linear_shape(module)
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear, *INTO_PARTS, *OUT_OF_PARTS))
         and not any(part.isdecimal() for part in str(name).split("."))
     }
     return dict(sorted(found.items()))
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the (inputs, outputs) of a layer, whole, also where a process holds a part of it."""
     outputs, inputs = module.weight.shape
-    return (
-        inputs * 32 // module.bits if isinstance(module, nn.QuantizedLinear) else inputs
-    ), outputs
+    if "scales" in module:
+        inputs = inputs * 32 // module.bits
+    if isinstance(module, INTO_PARTS):
+        outputs *= module.group.size()
+    elif isinstance(module, OUT_OF_PARTS):
+        inputs *= module.group.size()
+    return inputs, outputs

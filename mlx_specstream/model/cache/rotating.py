@@ -71,7 +71,12 @@ class RotatingLayer(LayerKV):
         """Note the text's new length; drop rows that are long out of sight."""
         super().follow(length)
         self.span = Span(self.size, self.keep, length)
+        # What `slack` rows fewer need: where the window first moves, it lets go of `keep` more.
+        first = Span(self.size, self.keep, max(length - self.slack, 0)).needed
         if self.keys is None or self.values is None:
+            # Another process may hold this layer's rows, and decides alike.
+            if first - self.dropped > self.drop:
+                self.dropped = first
             return
         if not self.span.wrapped:
             self.kept = None  # they are in the buffers, and may be rewound
@@ -80,8 +85,6 @@ class RotatingLayer(LayerKV):
             # it in place.
             stay = mx.arange(self.keep)
             self.kept = (mx.take(self.keys, stay, axis=2), mx.take(self.values, stay, axis=2))
-        # What `slack` rows fewer need: where the window first moves, it lets go of `keep` more.
-        first = Span(self.size, self.keep, max(length - self.slack, 0)).needed
         if first - self.dropped > self.drop:
             self._drop(first, length)
 
@@ -106,8 +109,8 @@ class RotatingLayer(LayerKV):
     def copy(self, length: int) -> RotatingLayer:
         """Return a layer of its own as this one is after `length` rows, if it can be rewound."""
         result = self.fresh()
+        result.dropped = max(self.dropped, Span(self.size, self.keep, length).needed)
         if length and self.keys is not None:  # a layer without attention has none
-            result.dropped = max(self.dropped, Span(self.size, self.keep, length).needed)
             result.write(result.dropped, *self.between(result.dropped, length))
             if self.kept is not None and Span(self.size, self.keep, length).wrapped:
                 result.kept = self.kept

@@ -1,0 +1,100 @@
+"""Dividing a model among the processes that `mlx.launch` has started: each layer, or by layers.
+
+*Sharded*, every process holds a part of every layer's heads and channels (`shard` of mlx-lm's
+model), and a pass costs two messages per layer. In a *pipeline* every process holds some of the
+layers (`model/stages.py`), which works for every family without states, costs one message per
+process, and computes bit for bit what one process would.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import ModelError, brief
+from ..machine import ranks
+from ..model.backbone import Backbone
+from ..model.stages import Stages
+from ..speculation.randomness import seeded
+
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def divided(model: nn.Module, *, pipeline: bool = False) -> Backbone:
+    """Return the view of `model` that computes this process's part of it, or all if there is one.
+
+    The layers are sharded where mlx-lm can and the heads can be divided, unless `pipeline`.
+
+    Raises:
+        ModelError: the family is not supported, or the model cannot be divided.
+    """
+    group = ranks.group()
+    if group is None:
+        return Backbone(model)
+    if not pipeline and _shards(model, group.size()):
+        _shard(model)
+        return Backbone(model)
+    backbone = Backbone(model)
+    _check_stages(backbone)
+    backbone.stages = Stages.even(backbone.num_layers, group)
+    return backbone
+
+
+def own_arrays(backbone: Backbone) -> list[mx.array]:
+    """Return the weights this process computes with; those of other layers are never read."""
+    elsewhere = set(range(backbone.num_layers)) - set(backbone.stages.own)
+    others = {id(array) for index in elsewhere for array in _arrays(backbone.layers[index])}
+    return [array for array in _arrays(backbone.model) if id(array) not in others]
+
+
+def _arrays(module: nn.Module) -> list[mx.array]:
+    named = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return [array for _, array in named]
+
+
+def _shards(model: nn.Module, processes: int) -> bool:
+    """Tell whether mlx-lm can divide every layer of `model` among so many processes."""
+    if not callable(getattr(model, "shard", None)):
+        return False
+    arguments = getattr(model, "args", None)
+    inner = getattr(arguments, "text_config", None)
+    sizes = inner if isinstance(inner, dict) else vars(arguments) if arguments else {}
+    heads = [sizes.get(name) for name in _HEADS]
+    return all(isinstance(number, int) and number % processes == 0 for number in heads)
+
+
+def _shard(model: nn.Module) -> None:
+    """Keep this process's part of every layer.
+
+    Raises:
+        ModelError: a size cannot be divided.
+    """
+    try:
+        with seeded(0, 0):  # the new layers' first weights are drawn, and thrown away
+            model.shard(ranks.group())
+    except ValueError as error:
+        raise ModelError(
+            f"the layers of this model cannot be divided among {ranks.count()} processes: "
+            f"{brief(error)}; give each process whole layers with --pipeline."
+        ) from error
+
+
+def _check_stages(backbone: Backbone) -> None:
+    """Refuse what cannot be divided by layers.
+
+    Raises:
+        ModelError: the model has states, or fewer layers than there are processes.
+    """
+    if backbone.is_recurrent:
+        raise ModelError(
+            f"a {backbone.family} model cannot be divided by layers among processes: some of its "
+            "layers keep a state; run it in one process."
+        )
+    if backbone.num_layers < ranks.count():
+        raise ModelError(
+            f"a model of {backbone.num_layers} layers cannot be divided among {ranks.count()} "
+            "processes; start fewer."
+        )
