@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from ..model.backbone import Backbone
 from ..speculation.drafters.lookup import Continuations
+from .costs import is_planned
 from .identity import this_machine
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows of a step
@@ -30,12 +31,13 @@ DEAR_ROWS = 0.12  # the same elsewhere
 class LookUpPlanner:
     """Chooses the rows of look-up steps for one model; lives across answers.
 
-    slope: what a row is thought to cost in plain tokens, until steps have been timed. plain_s:
+    slope: what a row is thought to cost in plain tokens, until steps have been timed. clock: seconds;
+    None times nothing. plain_s:
     smoothed seconds of a plain token, 0 before the first. ratios: what steps of each size cost.
     """
 
     slope: float = DEAR_ROWS
-    clock: Callable[[], float] = time.perf_counter
+    clock: Callable[[], float] | None = time.perf_counter
     plain_s: float = 0.0
     ratios: dict[int, float] = field(default_factory=dict)
     trust: float = 1.0
@@ -70,6 +72,8 @@ class LookUpPlanner:
 
     def after(self, kind: int | None) -> None:
         """Take in that a step is done: rows of look-up, 0 for a plain token, None for anything else."""
+        if self.clock is None:
+            return
         then, self._then = self._then, self.clock()
         if then is None or kind is None:
             return
@@ -93,11 +97,11 @@ class LookUpPlanner:
 
     def pause(self) -> None:
         """Note when the caller takes over."""
-        self._paused = self.clock()
+        self._paused = self.clock() if self.clock is not None else 0.0
 
     def resume(self) -> None:
         """Do not time the step under way if the caller was long."""
-        if self.clock() - self._paused > 0.5 * self.plain_s:
+        if self.clock is not None and self.clock() - self._paused > 0.5 * self.plain_s:
             self._then = None
 
 
@@ -105,7 +109,12 @@ _planners: weakref.WeakKeyDictionary[Backbone, LookUpPlanner] = weakref.WeakKeyD
 
 
 def lookup_planner(backbone: Backbone) -> LookUpPlanner:
-    """Return a model's planner of look-up steps, made at the first call."""
+    """Return a model's planner of look-up steps, made at the first call.
+
+    Where measuring is turned off, it times nothing.
+    """
     if backbone not in _planners:
-        _planners[backbone] = LookUpPlanner(SLOPE.get(this_machine().backend, DEAR_ROWS))
+        slope = SLOPE.get(this_machine().backend, DEAR_ROWS)
+        clock = time.perf_counter if is_planned(None) else None
+        _planners[backbone] = LookUpPlanner(slope, clock)
     return _planners[backbone]
