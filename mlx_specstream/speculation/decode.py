@@ -63,6 +63,8 @@ def decode(
     decoder.prefill(prompt[:-1], cache, on_progress, chunk)
     step = decoder.first_step(prompt[-1], cache)
     step.schedule()
+    if decoder.lookup is not None:
+        decoder.lookup.read()
     while True:
         # Plain decoding starts the next pass from a token that the host has not read yet.
         ahead = decoder.step_ahead(step, cache)

@@ -423,16 +423,20 @@ def test_a_conversation_remembers_what_was_said_and_forgets_what_was_taken_back(
     lookup.take([4, 5])
     cache.length = 4  # 1 2 3 4 are in it, 5 is the next prompt's first
     lookup.begin([5, 6, 1, 2], cache)
+    lookup.read()
     assert lookup.text.tokens == [1, 2, 3, 4, 5, 6, 1, 2]
     assert lookup.continuations(2, 2).tokens == [3, 4]
     cache.length = 1  # gone back
     lookup.begin([8, 1], cache)
+    lookup.read()
     assert lookup.text.tokens == [1, 8, 1]
     cache.length = 9  # some were computed by others
     lookup.begin([7, 7], cache)
+    lookup.read()
     assert (lookup.text.start, lookup.text.tokens) == (9, [7, 7])
     other = LookUp(known=[*range(9), 7, 7])
     other.begin([7, 7], cache)
+    other.read()
     assert (other.text.start, other.text.tokens) == (0, [*range(9), 7, 7])
 
 
