@@ -26,7 +26,7 @@ from ....config import TreeSpec
 from ...tree import LEVEL_COST, DraftTree, Proposer, best_rows, grow
 from .continuations import Continuations
 
-DOUBT = 0.25
+DOUBT = 0.15
 _NEVER = -1e30  # of a score: what ranks below is no draft
 
 
