@@ -134,6 +134,8 @@ class ChatSession:
     @property
     def mode(self) -> str:
         """Return lossless, shared, plain, or lossy (with typical acceptance)."""
+        if self.model.streams is None and self.settings.mode != "plain":
+            return "look-up" if self.settings.decode.looks_up else "plain"
         if self.model.streams is None or self.settings.mode == "plain":
             return "plain"
         mode = self.model.streams.config.mode
