@@ -5,6 +5,7 @@
 | `describe.py` | chip, memory, system, MLX with its back end, and versions |
 | `blas.py` | find a fast BLAS and have MLX use it, before or after MLX is imported |
 | `relink.py` | have a loaded library call another's functions |
+| `load.py` | whether other programs keep the machine busy |
 """
 
 from __future__ import annotations
