@@ -150,7 +150,7 @@ def evaluate(
     )
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
-    for text in tqdm(texts, desc="evaluate", unit="text"):
+    for text in tqdm(texts, desc="evaluate", unit="text", disable=None):
         selection = Selection(text, tuple(range(text.prompt_length - 1, len(text.tokens) - 1)))
         hidden = foresee(text)
         wanted = targets([selection], G)

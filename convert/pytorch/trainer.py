@@ -185,7 +185,7 @@ class Trainer:
             self._announce()
         last_save = last_eval = last = workers.first_s(time.monotonic())
         bar = tqdm(total=1000, desc="training", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}",
-                   disable=not first)  # fmt: skip
+                   disable=None if first else True)  # fmt: skip
         bar.update(int(1000 * self.fraction()))
         while self.fraction() < 1:
             if progress.epoch and not progress.batch:

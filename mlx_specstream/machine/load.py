@@ -49,16 +49,23 @@ class Watch:
     @property
     def is_busy(self) -> bool:
         """Tell whether that is enough to bend what is timed."""
-        return self.other_cores > max(BUSY_CORES, BUSY_SHARE * (os.cpu_count() or 1))
+        return is_busy(self.other_cores, os.cpu_count() or 1)
 
     def sentence(self) -> str:
         """Return the warning for a busy machine, empty for a quiet one."""
-        if not self.is_busy:
-            return ""
-        return (
-            f"other programs kept {self.other_cores:.1f} of {os.cpu_count() or 1} cores busy, so times "
-            "are uncertain."
-        )
+        return busy_sentence(self.other_cores, os.cpu_count() or 1)
+
+
+def is_busy(other_cores: float, cores: int) -> bool:
+    """Tell whether so many cores of `cores` in others' use bend what is timed."""
+    return other_cores > max(BUSY_CORES, BUSY_SHARE * cores)
+
+
+def busy_sentence(other_cores: float, cores: int) -> str:
+    """Return the warning for a busy machine, empty for a quiet one."""
+    if not is_busy(other_cores, cores):
+        return ""
+    return f"other programs kept {other_cores:.1f} of {cores} cores busy, so times are uncertain."
 
 
 def is_quiet() -> bool:
