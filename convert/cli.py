@@ -166,11 +166,11 @@ def describe(plan: ConversionPlan) -> str:
     ]
     lines = ["  ".join(row).rstrip() for row in table]
     if max(map(len, lines)) > WIDTH:
-        indent = {"initial_indent": "    ", "subsequent_indent": "      "}
         lines = []
         for row in table:
             what, how = ("  ".join(cell.rstrip() for cell in cells) for cells in (row[:4], row[4:]))
-            lines += [*textwrap.wrap(what, WIDTH), *textwrap.wrap(how, WIDTH, **indent)]
+            lines += textwrap.wrap(what, WIDTH)
+            lines += textwrap.wrap(how, WIDTH, initial_indent="    ", subsequent_indent="      ")
     files = f"files: {', '.join(sorted(plan.files)) or 'none'}"
     return "\n".join([*lines, files, f"{len(rows)} tensors, {plan.num_bytes():,} bytes"])
 
