@@ -28,7 +28,7 @@ def test_every_pass_is_drawn(
     found = re.search(r"12 tokens in (\d+) passes", capsys.readouterr().out)
     assert found
     passes = int(found[1])
-    svg = ElementTree.parse(path).getroot()  # noqa: S314
+    svg = ElementTree.parse(path).getroot()
     assert "a < b & c" in texts(svg, "s0")
     assert texts(svg, f"s{passes}").startswith(str(passes))
     assert texts(svg, f"t{passes - 1}").startswith(f"{passes} passes of the model: 12 tokens.")
@@ -42,7 +42,7 @@ def test_every_pass_is_drawn(
 def test_the_picture_of_the_readme_is_of_such_a_run() -> None:
     path = ROOT / "docs" / "images" / "draft.svg"
     text = path.read_text(encoding="utf-8")
-    svg = ElementTree.fromstring(text)  # noqa: S314
+    svg = ElementTree.fromstring(text)
     assert draft_picture.PROMPT in texts(svg, "s0")
     assert not re.search(r"<script|href|@import|url\(|<foreignObject|on\w+=", text)
     assert "docs/images/draft.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
