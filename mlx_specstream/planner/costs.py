@@ -27,7 +27,7 @@ from ..errors import OptionError, OutputError
 from ..loading.model_cache import cache_folder
 from ..machine.load import Watch, is_quiet
 from ..speculation.streams import Streams
-from ..weights.files import atomic_file
+from ..weights.files import atomic_file, without_folders
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
 from .choose import forecasts
 from .curve import BUDGET_S, CostCurve
@@ -173,7 +173,7 @@ def step_costs(
     if budget_s <= 0:
         return known
     profile = acceptance(model)
-    (announce or log.warning)(f"note: {_why(model.name, known, path, key, budget_s)}")
+    (announce or log.warning)(f"note: {_why(_called(model), known, path, key, budget_s)}")
     watch = Watch()
     from mlx_lm.generate import wired_limit
 
@@ -195,6 +195,12 @@ def step_costs(
         )
     write_curve(path, curve)
     return curve
+
+
+def _called(model: StreamModel) -> str:
+    """Name a model and its streams, as `demo with demo-sql`."""
+    streams = without_folders(model.streams_name)
+    return without_folders(model.name) + (f" with {streams}" if streams else "")
 
 
 def _why(
