@@ -29,14 +29,19 @@ def main() -> None:
     base = str(model_folder(options.model))
     run("--hf-path", theirs, "--base", base, "--mlx-path", ours, "--adapter-only")
 
-    before, after = (
-        mx.load(str(Path(folder) / "streams.safetensors")) for folder in (options.streams, ours)
-    )
+    before, after = tensors(options.streams), tensors(ours)
     same = before.keys() == after.keys() and all(
         mx.array_equal(tensor, after[name]) for name, tensor in before.items()
     )
     print(f"{len(before)} tensors, {'all the same' if same else 'NOT the same'} after both ways")
     raise SystemExit(0 if same else 1)
+
+
+def tensors(folder: str) -> dict[str, mx.array]:
+    """Return the streams of a folder by name."""
+    found = mx.load(str(Path(folder) / "streams.safetensors"))
+    assert isinstance(found, dict)
+    return found
 
 
 def run(*words: str) -> None:
