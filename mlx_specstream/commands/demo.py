@@ -176,7 +176,7 @@ def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel,
         f"{time.perf_counter() - started:.1f} s. Every prompt is answered plainly and "
         "speculatively, greedily.",
     )
-    return model, tokenizer
+    return replace(model, name=arguments.model), tokenizer
 
 
 def answer_in_turn(
