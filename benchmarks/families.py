@@ -28,6 +28,8 @@ PROMPT = [3, 7, 1, 9, 4, 2, 8]
 INTRODUCTION = """\
 # Families of mlx-lm
 
+For those who want to know whether their model can have streams.
+
 Made by `python -m benchmarks.families`, with mlx-lm {mlx_lm} and mlx {mlx}, on {date}.
 
 *Supported* means: a tiny random float32 model of the family, made by mlx-lm's own class, was

@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     competitors = open_competitors(args.model, None, {"auto": method}, categories, None)
     planners: dict[str, Planner] = {}
     found = Replayed()
-    for case in tqdm(cases, desc="recording", unit="answer"):
+    for case in tqdm(cases, desc="recording", unit="answer", disable=None):
         name = competitors.methods["auto"].streams_for(case.category)
         model: StreamModel = competitors.by_streams[name]
         assert model.streams is not None

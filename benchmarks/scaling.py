@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "studies": read_record(earlier)["studies"] if earlier.exists() else {},
     }
-    for note in warnings_for(machine, 0.0):
+    for note in warnings_for(machine):
         say(f"note: {note}")
     loader = _Loader(arguments)
     for study in studies(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from ..errors import OptionError, printable
@@ -11,6 +12,7 @@ from .base import DTYPES
 from .plan import ConversionPlan, Options
 from .quantise import Quantisation
 
+WIDTH = 80
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
@@ -146,7 +148,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def describe(plan: ConversionPlan) -> str:
-    """Return the plan as a table: tensor, type, shape, bytes, operations and origin."""
+    """Return the plan as a table: tensor, type, shape, bytes, operations and origin.
+
+    Where that is wider than a terminal, operations and origin have lines of their own.
+    """
     rows = [
         (spec.name, spec.dtype, "x".join(map(str, spec.shape)), f"{spec.nbytes:,}",
          ", ".join(tensor.operations) or "copy", printable(tensor.origin))
@@ -154,11 +159,18 @@ def describe(plan: ConversionPlan) -> str:
         for spec in tensor.outputs
     ]  # fmt: skip
     head = ("tensor", "type", "shape", "bytes", "operation", "from")
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(5)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]])
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(6)]
+    table = [
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         for row in [head, *rows]
     ]
+    lines = ["  ".join(row).rstrip() for row in table]
+    if max(map(len, lines)) > WIDTH:
+        lines = []
+        for row in table:
+            what, how = ("  ".join(cell.rstrip() for cell in cells) for cells in (row[:4], row[4:]))
+            lines += textwrap.wrap(what, WIDTH)
+            lines += textwrap.wrap(how, WIDTH, initial_indent="    ", subsequent_indent="      ")
     files = f"files: {', '.join(sorted(plan.files)) or 'none'}"
     return "\n".join([*lines, files, f"{len(rows)} tensors, {plan.num_bytes():,} bytes"])
 

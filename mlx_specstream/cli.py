@@ -125,7 +125,8 @@ def _dispatch(arguments: list[str]) -> int:
         ranks.leave_talking_to_leader()
     module = importlib.import_module(VERBS[verb].module)
     if build := getattr(module, "build_parser", None):
-        check_flags(verb, words, build())
+        # A verb may have options of their own behind one of its words.
+        check_flags(verb, words, getattr(module, "parser_for", lambda _: build())(words))
     run = cast(Callable[[list[str]], int], module.main)
     return run(words)
 

@@ -92,7 +92,7 @@ def distill(args: argparse.Namespace) -> None:
         stop["num_msa_layers"] = args.num_msa_layers if writer else 0
         with (
             output.open("a", encoding="utf-8") as file,
-            tqdm(total=len(prompts), desc=data.name, unit="prompt") as bar,
+            tqdm(total=len(prompts), desc=data.name, unit="prompt", disable=None) as bar,
         ):
             for prompt in answer(backbone, prompts, **stop):
                 if writer and prompt.states is not None:

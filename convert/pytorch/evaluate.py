@@ -160,7 +160,7 @@ def evaluate(
     )
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
-    for text in tqdm(texts, desc="evaluate", unit="text"):
+    for text in tqdm(texts, desc="evaluate", unit="text", disable=None):
         hidden, wanted = foresee(text), WantedTokens.of(text, G)
         accepted: dict[tuple[str, int], list[int]] = {key: [] for key in tallies}
         for start in range(0, len(hidden), POSITIONS):

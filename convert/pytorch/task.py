@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         answer(backbone, prompts, batch_size=args.batch_size, **stop),
         total=len(prompts),
         unit="prompt",
+        disable=None,
     ):
         reply = tokenizer.decode(prompt.answer, skip_special_tokens=True)
         gold = golds[prompt.index]

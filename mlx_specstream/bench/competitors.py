@@ -14,9 +14,8 @@ from ..config import DecodeConfig
 from ..errors import ModelError, OptionError, StreamsError
 from ..loading.load import StreamModel, load, model_folder
 from ..speculation.streams import Streams
-from ..weights.checkpoint import load_streams
 from ..weights.fingerprint import fingerprint
-from ..weights.shipped import AUTO, SHIPPED, find_streams, shipped_names
+from ..weights.shipped import AUTO, SHIPPED, find_streams, shipped_for
 from .lookup import LookUpDrafter
 from .measure import TimedAnswer, mlx_lms, ours
 from .methods import Method, parse_streams
@@ -151,15 +150,10 @@ def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) 
         return ",".join([str(weights.folder), *text.split(",")[1:]])
     words = [weights.folder.name, *text.split(",")[1:]]
     named = {word.partition("=")[0] for word in words[1:]}
-    for shipped in shipped_names():
-        category = shipped.rpartition("-")[2]
-        if category in categories and category not in named and shipped != words[0]:
-            config = load_streams(SHIPPED / shipped)
-            try:
-                config.check_base(model.model)
-            except StreamsError:
-                continue
-            words.append(f"{category}={shipped}")
+    for category in dict.fromkeys(categories):
+        found = None if category in named else shipped_for(category, model.model)
+        if found is not None and found.folder != weights.folder:
+            words.append(f"{category}={found.folder.name}")
     return ",".join(words)
 
 

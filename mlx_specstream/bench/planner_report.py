@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..planner.acceptance import AcceptanceProfile
 from ..planner.choose import MARGIN, Forecast, chosen
-from ..planner.curve import CostCurve
+from ..planner.curve import CostCurve, StepCost
 from ..planner.settings import StepSetting
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def show(
         table.add_row(
             forecast.name + mark,
             str(rows),
-            f"{1e3 * forecast.seconds_per_step:.1f} ± {100 * cost.spread:.0f} %",
+            f"{1e3 * forecast.seconds_per_step:.1f}{_spread(cost)}",
             f"{forecast.seconds_per_step / curve.seconds(None, curve.context):.2f}",
             f"{forecast.tokens_per_step:.2f}",
             f"{forecast.speedup:.2f}",
@@ -64,6 +64,11 @@ def show(
     console.print(reason(curve, profile, found), soft_wrap=True, highlight=False)
 
 
+def _spread(cost: StepCost) -> str:
+    """Return the uncertainty of a step's cost; one sample has none to tell."""
+    return f" ± {100 * cost.spread:.0f} %" if cost.samples > 1 else " (once)"
+
+
 def reason(curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]) -> str:
     """Say in a line or two what is chosen and why."""
     choice = chosen(found)
@@ -71,7 +76,8 @@ def reason(curve: CostCurve, profile: AcceptanceProfile, found: list[Forecast]) 
     price = best.seconds_per_step / plain_forecast(found).seconds_per_step
     facts = (
         f"a step costs {price:.2f} plain tokens and yields {best.tokens_per_step:.2f} "
-        f"(acceptance: {profile.source or 'recorded'}; costs: {curve.source})"
+        f"(acceptance: {profile.source or 'recorded'}; costs: {curve.source}"
+        f"{', while other programs ran: uncertain' if curve.busy else ''})"
     )
     if choice.plan is None:
         return (

@@ -48,6 +48,13 @@ def new_figure(width: float, height: float, title: str, below: str) -> tuple[Fig
     return figure, axes
 
 
+def whole_numbers(axes: Axes) -> None:
+    """Have the horizontal axis count in whole numbers: there is no half of a row."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def add_legend(figure: Figure, axes: Axes, count: int) -> None:
     """Put a legend below, in two columns if it has `count` > 1 entries."""
     handles: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .methods import MLX_LM
-from .plot_style import add_legend, look, new_figure, save_figure
+from .plot_style import add_legend, look, new_figure, save_figure, whole_numbers
 from .result import Result
 from .summary import ALL, summarised
 
@@ -39,7 +39,8 @@ def write_plots(result: Result, folder: Path) -> list[str]:
 def subtitle(result: Result) -> str:
     """Return what a plot was measured on, for the line under its title."""
     machine = result.machine
-    return f"{result.model['name']} · {machine.summary} · {machine.chip} · MLX {machine.mlx}"
+    facts = [result.model["name"], machine.summary, machine.chip, f"MLX {machine.mlx}"]
+    return " · ".join([*facts, "other programs ran: uncertain"][: 5 if result.busy else 4])
 
 
 def speedup(result: Result) -> Figure | None:
@@ -162,15 +163,18 @@ def roofline(result: Result) -> Figure | None:
         ha="right",
         color="#444444",
     )
-    for point in found:
+    for place, point in enumerate(found):
         color, marker = style(result, point.method)
         label = f"{point.method}: {point.rows:.1f} rows a pass"
+        # Hollow and each smaller than the one before: methods may lie on the same point.
         axes.plot(
             point.intensity,
             point.flop_s / 1e9,
             marker,
             color=color,
-            markersize=7,
+            markersize=max(5.0, 13 - 2.5 * place),
+            markerfacecolor="none",
+            markeredgewidth=1.5,
             linestyle="none",
             label=label,
         )
@@ -229,6 +233,7 @@ def cost(result: Result) -> Figure | None:
     )
     axes.axhline(1, color="#444444", linewidth=1)
     axes.set_ylim(bottom=0)
+    whole_numbers(axes)
     axes.set_xlabel("rows that a step verifies (it gains where the dotted line is above the solid)")
     axes.set_ylabel("plain tokens")
     add_legend(figure, axes, 2)
@@ -250,10 +255,11 @@ def trees(result: Result) -> Figure | None:
         ys = [row["predicted_tokens_per_s"] / base_s for row in found["rows"]]
         top = max(top, *xs, *ys)
         color, marker = look(index)
-        axes.plot(xs, ys, marker, color=color, markersize=4.5, label=category)
+        axes.plot(xs, ys, marker, color=color, markersize=4.5, alpha=0.7, label=category)
+        ring = 10 + 2.5 * index  # choices may lie on the same point
         for x, y, row in zip(xs, ys, found["rows"], strict=True):
             if row["plan"] == found["choice"]:
-                axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
+                axes.plot(x, y, "o", markersize=ring, markerfacecolor="none", markeredgecolor=color)
     top *= 1.1
     axes.plot([0, top], [0, top], color="#444444", linewidth=1)
     axes.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color="#444444", alpha=0.08)

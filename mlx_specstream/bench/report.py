@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine.load import busy_sentence
 from .methods import MLX_LM
 from .result import Result
-from .summary import ALL, Line, summarised
+from .summary import ALL, ENOUGH, Line, summarised
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,8 +108,14 @@ def show(result: Result, console: Console) -> None:
 
 
 def headline(result: Result) -> str:
-    """Return what came out, in a line: the best method overall, and where it loses."""
+    """Return what came out, in a line: the best method overall, and where it loses.
+
+    Fewer than `ENOUGH` prompts tell too little for that, and the line says so.
+    """
     lines = summarised(result)
+    prompts = max((line.prompts for line in _all(lines)), default=0)
+    if prompts < ENOUGH:
+        return f"{prompts} prompt{'s' * (prompts != 1)}: too few for a figure over all."
     ours = [line for line in _all(lines) if result.named_methods[line.method].kind == "streams"]
     if not ours:
         return ""
@@ -208,7 +215,8 @@ def _warnings(result: Result) -> list[str]:
         lines.append(
             f"{ties} answers part from mlx-lm's at a near-tie of two tokens, which is rounding."
         )
-    return [*lines, *(f"Note: {note}" for note in result.notes)]
+    busy = busy_sentence(result.other_cores, result.machine.cores)
+    return [*lines, *(f"Note: {note}" for note in [*result.notes, busy] if note)]
 
 
 def _row(line: Line) -> list[str]:
@@ -266,6 +274,9 @@ def _same(line: Line) -> str:
 
 
 def _half(line: Line) -> str:
+    """Return the middle half of the prompts, which a single one does not have."""
+    if line.prompts < 2:
+        return "–"
     return f"{line.speedup.low:.2f}–{line.speedup.high:.2f}"
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ..errors import DataError
 from ..machine import Machine, ranks
+from ..machine.load import is_busy
 from ..weights.files import atomic_file
 from .methods import Method
 
@@ -109,7 +110,8 @@ class Result:
     """A benchmark, complete or under way.
 
     model: what was loaded, its size and precision, and the streams by name. cold: each method's
-    very first answer. notes: what a reader must know before believing the figures. ceilings:
+    very first answer. notes: what a reader must know before believing the figures. other_cores:
+    that other programs kept busy meanwhile. ceilings:
     what the machine can do. plans: by streams, the planner's costs, forecasts and choice. trees:
     by category, every small tree as predicted and measured.
     """
@@ -127,6 +129,12 @@ class Result:
     ceilings: dict[str, Any] | None = None
     plans: dict[str, Any] = field(default_factory=dict)
     trees: dict[str, Any] = field(default_factory=dict)
+    other_cores: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether other programs bent the times."""
+        return is_busy(self.other_cores, self.machine.cores)
 
     @property
     def failures(self) -> list[tuple[AskedPrompt, MethodRun]]:
@@ -199,6 +207,7 @@ class Result:
                 ceilings=values["ceilings"],
                 plans=dict(values["plans"]),
                 trees=dict(values["trees"]),
+                other_cores=float(values.get("other_cores", 0.0)),
             )
             if missing := sorted(_MODEL_FIELDS - set(result.model)):
                 raise KeyError(missing[0])

@@ -23,6 +23,7 @@ from .competitors import Competitors
 from .measure import Answered, in_turns
 from .methods import MLX_LM
 from .result import AskedPrompt, MethodRun, Result
+from .summary import ENOUGH
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -105,6 +106,20 @@ class Bench:
         )
         return turns * settings.repeats * each
 
+    def shorten(self) -> None:
+        """Shorten answers if fewer than `ENOUGH` prompts would fit into what is left of the limit."""
+        settings = self.result.settings
+        if not settings.limit_s or self.result.asked:
+            return
+        left = settings.limit_s - (self.clock() - self.begun)
+        count = min(ENOUGH, len(self.cases)) * settings.repeats
+        reading = sum(run.prefill_s for run in self._warm)
+        token = sum(run.token_s or run.prefill_s for run in self._warm)
+        fits = 1 + int(max(0.0, left / count - reading) / token)
+        tokens = max(COLD_TOKENS, fits)
+        if tokens < settings.max_tokens:
+            self.result.settings = replace(settings, max_tokens=tokens)
+
     def measure(self) -> None:
         """Ask all prompts that have not been asked, or as many (one at least) as the limit allows."""
         done = {(asked.category, asked.sha256) for asked in self.result.asked}
@@ -113,7 +128,8 @@ class Bench:
         longest = 0.0
         for place, case in enumerate(left):
             started = self.clock()
-            if limit and self.result.asked and started - self.begun + longest > limit:
+            expected = max(longest, self._expected_s(case))
+            if limit and self.result.asked and started - self.begun + expected > limit:
                 skipped = len(left) - place
                 self.result.left_out.append(
                     f"{skipped} of {len(self.cases)} prompts: the time was up"
@@ -127,6 +143,16 @@ class Bench:
         self.result.complete = True
         self.result.finished = now()
         self.result.save(self.path)
+
+    def _expected_s(self, case: Case) -> float:
+        """Return the seconds that a prompt's reading takes at the speed of the first, and its answers."""
+        length = len(encode_prompt(self.competitors.tokenizer, case.prompt))
+        first = encode_prompt(self.competitors.tokenizer, self.cases[0].prompt)
+        scale = length / max(1, len(first))
+        reading = scale * sum(run.prefill_s for run in self._warm)
+        tokens = self.result.settings.max_tokens - 1
+        answering = tokens * sum(run.token_s or run.prefill_s for run in self._warm)
+        return self.result.settings.repeats * (reading + answering)
 
     def _ask(self, case: Case, number: int) -> list[AskedPrompt]:
         """Have all turns of a prompt answered by all methods."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine
+from ..machine.load import Watch
 from .cases import Case, names
 from .competitors import described_model, open_competitors
 from .methods import MLX_LM
@@ -33,7 +33,8 @@ def measured(
     """
     begun, settings = time.perf_counter(), result.settings
     machine = Machine.read()
-    notes = warnings_for(machine, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
+    watch = Watch()
+    notes = warnings_for(machine)
     if resumed and machine != result.machine:
         notes.append("it was resumed on another machine or with other versions than it began with.")
     for note in notes:
@@ -73,6 +74,8 @@ def measured(
     done = {(asked.category, asked.sha256) for asked in result.asked}
     left = sum((case.category, case.sha256) not in done for case in bench.cases)
     limit = settings.limit_s
+    bench.shorten()
+    settings = result.settings
     estimate = bench.estimate_s() * left / len(bench.cases)
     told = f"at most {duration(min(estimate, limit) if limit else estimate)}"
     console.print(
@@ -81,11 +84,13 @@ def measured(
         + (" As many as fit are asked." if limit and estimate > limit else ""),
         soft_wrap=not console.is_terminal,
     )
+    before = result.other_cores  # resumed: of the first process
     with _progress(console) as progress:
         task = progress.add_task("", total=left)
 
         def on_prompt(asked: Sequence[AskedPrompt]) -> None:
             progress.advance(task)
+            result.other_cores = max(before, watch.other_cores)
             text = prompt_line(asked)
             console.print(text, markup=False, soft_wrap=not console.is_terminal)
 
@@ -185,7 +190,7 @@ def _ratio(base: list[MethodRun], runs: list[MethodRun]) -> float | None:
     return (theirs / base_tokens) / (ours / tokens)
 
 
-def warnings_for(machine: Machine, load: float) -> list[str]:
+def warnings_for(machine: Machine) -> list[str]:
     """Return what makes figures of this machine worth less, a sentence each."""
     found = []
     if machine.blas == REFERENCE_BLAS:
@@ -195,11 +200,6 @@ def warnings_for(machine: Machine, load: float) -> list[str]:
         )
     elif machine.backend == "cpu":
         found.append("MLX runs on the CPU here; a GPU verifies several rows far more cheaply.")
-    if load > 0.5:
-        found.append(
-            f"other programs were running (load {load:.1f} on {machine.cores} cores), so times "
-            "are uncertain."
-        )
     return found
 
 

@@ -14,6 +14,7 @@ from .methods import MLX_LM
 from .result import AskedPrompt, MethodRun, Result
 
 ALL = "all"
+ENOUGH = 5  # prompts, for a figure over all of them
 
 
 @dataclass(frozen=True)

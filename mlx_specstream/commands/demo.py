@@ -2,7 +2,8 @@
 
 Each prompt is answered plainly, with a fixed tree and with `--tree auto`, which of them goes first
 changing so that none has the warmer machine. Its text is shown once, while it is generated. At
-the end stand a table and one line on what speculation gains on this machine, and why.
+the end stand a table and one line on what speculation gains on this machine, and why. Prompts of a
+kind for which streams are shipped, as SQL, are answered with these.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from ..generation.decode_options import (
     load_options,
 )
 from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine, keep_float32_exact
+from ..machine.load import Watch
+from ..weights.files import without_folders
+from ..weights.shipped import AUTO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from rich.console import Console
@@ -81,13 +85,19 @@ def main(argv: list[str]) -> int:
     auto = replace(config, tree=DecodeConfig().tree)
     configs = [auto] if config == auto else [config, auto]
     prompts = demo_prompts(arguments.num_prompts)
-    _get_ready(model, tokenizer, encode_prompt(tokenizer, prompts[0][1]), auto, console)
+    watch = Watch()
+    by_kind = {kind: model for kind, _ in prompts}
+    if arguments.streams == AUTO:
+        by_kind = {kind: with_streams_for(kind, model) for kind in by_kind}
+    _get_ready(by_kind, tokenizer, encode_prompt(tokenizer, prompts[0][1]), auto, console)
     found: list[list[Comparison]] = []
     for number, (kind, prompt) in enumerate(prompts):
         title = prompt.title if len(prompt.title) <= 60 else f"{prompt.title[:59]}…"
         console.print(f"\n[bold]{number + 1}. {kind}: {_plain(title)}[/bold]")
+        if by_kind[kind] is not model:
+            console.print(f"   with the streams {without_folders(by_kind[kind].streams_name)}")
         ids = encode_prompt(tokenizer, prompt)
-        runs = answer_in_turn(model, tokenizer, ids, arguments.max_tokens, configs, number)
+        runs = answer_in_turn(by_kind[kind], tokenizer, ids, arguments.max_tokens, configs, number)
         found.append(runs)
         for way, comparison in zip(configs, runs, strict=True):
             console.print(_mark(way, comparison))
@@ -95,7 +105,10 @@ def main(argv: list[str]) -> int:
     _print_table(console, kinds, configs, found)
     _print_next(console, arguments.model)
     _print_larger(console)
-    console.print(f"\n[bold]{verdict(kinds, configs, found)}[/bold]")
+    line = verdict(kinds, configs, found)
+    if watch.is_busy:
+        line += f" But {watch.sentence()}"
+    console.print(f"\n[bold]{line}[/bold]")
     return 1 if any(c.verdict == "mismatch" for runs in found for c in runs) else 0
 
 
@@ -111,8 +124,20 @@ def demo_prompts(count: int) -> list[tuple[str, Prompt]]:
     return [*shown, *(("chat", prompt) for prompt in built_in_prompts())][:count]
 
 
+def with_streams_for(kind: str, model: StreamModel) -> StreamModel:
+    """Return the model with the streams that are shipped for a kind of prompt, else as it is."""
+    from ..speculation.streams import Streams
+    from ..weights.shipped import shipped_for
+
+    found = shipped_for(kind, model.model)
+    if found is None or str(found.folder) == model.streams_name:
+        return model
+    joined = Streams(model.backbone, found.config, found.tensors)
+    return replace(model, streams=joined, streams_name=str(found.folder))
+
+
 def _get_ready(
-    model: StreamModel,
+    models: Mapping[str, StreamModel],
     tokenizer: TokenizerWrapper,
     prompt: list[int],
     config: DecodeConfig,
@@ -122,8 +147,9 @@ def _get_ready(
     from ..verify import replay
 
     started = time.perf_counter()
-    for way in (config, None):
-        replay(model, tokenizer, prompt, 8, way)
+    for model in {id(model): model for model in models.values()}.values():
+        for way in (config, None):
+            replay(model, tokenizer, prompt, 8, way)
     console.print(f"Warmed up, the costs of steps known: {time.perf_counter() - started:.1f} s.")
 
 
@@ -150,7 +176,7 @@ def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel,
         f"{time.perf_counter() - started:.1f} s. Every prompt is answered plainly and "
         "speculatively, greedily.",
     )
-    return model, tokenizer
+    return replace(model, name=arguments.model), tokenizer
 
 
 def answer_in_turn(

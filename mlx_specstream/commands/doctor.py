@@ -59,6 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser that reads these words: --chips has options of its own."""
+    if "--chips" not in argv:
+        return build_parser()
+    from ..doctor import chips
+
+    parser = chips.build_parser()
+    parser.add_argument("--chips", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
 def main(argv: list[str]) -> int:
     """Examine the machine and print what was found."""
     if "--chips" in argv:

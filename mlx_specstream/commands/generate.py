@@ -28,6 +28,7 @@ from ..generation.sampling_options import (
 )
 from ..machine import ranks
 from ..prompts.encode import template_args
+from ..weights.files import without_folders
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -247,8 +248,8 @@ def _record(
         "generation_tokens": last.generation_tokens,
         "generation_tps": _rounded(last.generation_rate),
         "peak_memory": round(last.peak_memory, 3),
-        "model": model.name,
-        "streams": model.streams_name or None,
+        "model": without_folders(model.name),
+        "streams": without_folders(model.streams_name) or None,
         "speculation": last.stats.to_dict(),
     }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DecodeConfig
 from ..errors import DataError, ModelError, OptionError, StreamsError
 from ..generation.decode_options import add_model_options, streams_option
+from ..planner.curve import BUDGET_S
 
 if TYPE_CHECKING:
     from ..planner.curve import CostCurve
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget",
         type=float,
-        help="seconds that measuring may take (default: SPECSTREAM_PLAN_SECONDS, else 8)",
+        help=f"seconds that measuring may take (default: SPECSTREAM_PLAN_SECONDS, else {BUDGET_S:g})",
     )
     parser.add_argument(
         "--context", type=int, help="forecast for this many tokens of context (default: 256)"
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
     if curve is None:
         raise ModelError(
             "costs were not measured: measuring is turned off, or the model computes NaN; give "
-            "--budget 8, or check the model with specstream verify."
+            "--budget 10, or check the model with specstream verify."
         )
     if arguments.check:
         return _checked(arguments, model, tokenizer, curve)

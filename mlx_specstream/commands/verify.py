@@ -22,6 +22,7 @@ from ..generation.decode_options import (
     load_options,
 )
 from ..machine import TF32, Machine, keep_float32_exact
+from ..weights.files import without_folders
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -192,7 +193,8 @@ def _sums(configs: list[DecodeConfig], found: list[list[Comparison]]) -> list[st
     for config, comparisons in zip(configs, zip(*found, strict=True), strict=True):
         total = sum((c.speculative.stats for c in comparisons), SpeculationStats())
         counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())
-        lines.append(f"  {_name(config):<18} {counts}: {total}")
+        figures = (f"    {part}" for part in str(total).split("; "))  # a line would be too long
+        lines += [f"  {_name(config):<18} {counts}", *figures]
     return lines
 
 
@@ -215,8 +217,8 @@ def _record(
 
     return {
         "prompts_asked": asked,
-        "model": model.name,
-        "streams": model.streams_name,
+        "model": without_folders(model.name),
+        "streams": without_folders(model.streams_name),
         "dtype": str(model.backbone.dtype).rpartition(".")[2],
         "precision": precision_of(model),
         "runs": [

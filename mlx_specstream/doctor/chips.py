@@ -149,11 +149,12 @@ def _print(found: Sequence[tuple[str, Prediction]]) -> None:
     from rich.table import Table
 
     tasks = list(dict.fromkeys((name, one.task) for name, one in found))
-    table = Table(title=f"Predicted speed-up and tree, {found[0][1].size} model")
-    for heading in ("chip", "bits", "plain tokens/s"):
+    title = f"Predicted speed-up and tree, {found[0][1].size} model"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for heading in ("chip", "bits", "plain\ntok/s"):
         table.add_column(heading, justify="left" if heading == "chip" else "right")
-    for name, task in tasks:
-        table.add_column(f"{task}\n({name})", justify="right")
+    for _, task in tasks:
+        table.add_column(task, justify="right")
     by_cell = {(one.chip, one.bits, name, one.task): one for name, one in found}
     for chip, bits in dict.fromkeys((one.chip, one.bits) for _, one in found):
         cells = [by_cell[chip, bits, name, task] for name, task in tasks]
@@ -161,10 +162,12 @@ def _print(found: Sequence[tuple[str, Prediction]]) -> None:
             chip,
             str(bits),
             f"{cells[0].plain_tokens_per_s:.0f}",
-            *(f"{one.speedup:.2f} {one.plan}" for one in cells),
+            *("–" if one.plan == "plain" else f"{one.speedup:.2f} {one.plan}" for one in cells),
         )
     console = Console()
     console.print(table)
+    told = "; ".join(f"{task}: {name}" for name, task in tasks)
+    console.print(f"– is plain decoding. Streams of {told}.")
     console.print(LABEL, style="bold")
 
 

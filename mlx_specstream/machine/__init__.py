@@ -6,6 +6,7 @@
 | `blas.py` | find a fast BLAS and have MLX use it, before or after MLX is imported |
 | `relink.py` | have a loaded library call another's functions |
 | `ranks.py` | several processes that decode as one: who leads, and what it tells the others |
+| `load.py` | whether other programs keep the machine busy |
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Machine:
             gpu=found.gpu,
             working_set_bytes=found.working_set_bytes,
             blas=_blas(mac) if found.backend == "cpu" else "",
-            blas_error=blas.state.problem if found.backend == "cpu" else "",
+            blas_error=names_of(blas.state.problem) if found.backend == "cpu" else "",
             nvidia=_try(lambda: Path("/proc/driver/nvidia/version").exists(), False),
             low_power=mac and bool(re.search(r"lowpowermode\s+1", _output("/usr/bin/pmset", "-g"))),
             tf32=_tf32(),
@@ -85,7 +85,7 @@ class Machine:
             mlx=_version("mlx"),
             mlx_lm=_version("mlx-lm"),
             mlx_specstream=__version__,
-            mlx_error=found.error,
+            mlx_error=names_of(found.error),
         )
 
     @classmethod
@@ -206,6 +206,11 @@ def _chip(mac: bool) -> str:
 def _blas(mac: bool) -> str:
     """Name the matrix library that MLX's CPU build computes with."""
     return "Accelerate" if mac else blas.state.name
+
+
+def names_of(text: str) -> str:
+    """Return a message with the names of files alone: folders are nobody else's business."""
+    return re.sub(r"(?<![\w:/])[~.]{0,2}/(?:[^\s/'\",;:)]+/)*(?=[^\s/'\",;:)])", "", text)
 
 
 def _sysctl(name: str) -> str:

@@ -2,7 +2,7 @@
 
 | file | the idea it holds |
 |---|---|
-| `planner.py` | keeps the tree that pays, decodes plainly where none does, and looks again |
+| `planner.py` | keeps the tree that pays, decodes plainly where none does, and probes again |
 | `adaptive.py` | the decoding loop that follows it: speculative while that pays, plain while it does not |
 | `settings.py` | a setting of a step: tree, schedule, pruning |
 | `choose.py` | which setting pays best: expected tokens over seconds, plain decoding included |

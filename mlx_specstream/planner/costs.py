@@ -2,7 +2,8 @@
 
 Costs are measured once for a machine, a model and its streams, and kept as JSON in the cache
 folder under a name made of all they hold for (`identity.py`). A file that cannot be read is
-measured again; a folder that cannot be written is no reason to stop.
+measured again; a folder that cannot be written is no reason to stop. Costs of a busy machine are
+kept and used, and measured again once it is quiet.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +26,14 @@ from ..config import DecodeConfig
 from ..errors import OptionError, OutputError
 from ..loading.model_cache import cache_folder
 from ..machine import ranks
+from ..machine.load import Watch, is_quiet
 from ..speculation.streams import Streams
-from ..weights.files import atomic_file
+from ..weights.files import atomic_file, without_folders
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
 from .choose import forecasts
-from .curve import CostCurve
+from .curve import BUDGET_S, CostCurve
 from .identity import identity, this_machine, weight_bits
-from .measure import BUDGET_S, measure
+from .measure import measure
 from .planner import Planner
 from .prior import ModelSize, chip_of, prior_curve
 from .settings import FusedAttention, StepSetting, candidates
@@ -42,9 +44,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_specstream")
 
 VERSION = 1
-ENOUGH = 2
+AGAIN_S = 600.0  # costs of a busy machine are not measured again before
 BUDGET = "SPECSTREAM_PLAN_SECONDS"
 """Environment variable: seconds that measuring may take; 0 for none."""
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_COMPUTING = ("blas", "threads")  # of a key: they change from run to run, by themselves even
 
 # The first measured tell most of the others; then small before large.
 _FIRST = ("4", "8", "chain", "16", "chain2", "5", "4 inline")
@@ -159,7 +164,7 @@ def step_costs(
     None if measuring is turned off (a budget of 0), or the model computes NaN.
 
     Args:
-        budget_s: seconds that measuring may take; None for SPECSTREAM_PLAN_SECONDS, else 8.
+        budget_s: seconds that measuring may take; None for SPECSTREAM_PLAN_SECONDS, else `BUDGET_S`.
         refresh: measure even if the cache has it.
         announce: told in a sentence that measuring begins; None logs it.
 
@@ -170,15 +175,14 @@ def step_costs(
     budget_s = _budget(BUDGET_S) if budget_s is None else budget_s
     key = identity(model)
     path = cached_at(key)
-    if (known := _told(None if refresh else read_curve(path, key))) is not None:
+    earlier = None if refresh else read_curve(path, key)
+    again = earlier is not None and earlier.busy and _may_be_measured_again(path)
+    known = _told(None if again and budget_s > 0 else earlier)
+    if known is not None or budget_s <= 0:
         return known
-    if budget_s <= 0:
-        return None
     profile = acceptance(model)
-    (announce or log.warning)(
-        f"note: measuring once, for up to {budget_s:g} seconds, what decoding steps of {model.name} "
-        "cost on this machine."
-    )
+    (announce or log.warning)(f"note: {_why(_called(model), earlier, path, key, budget_s)}")
+    watch = Watch()
     from mlx_lm.generate import wired_limit
 
     # Wired as when it generates: weights that macOS pages out cost many times as much.
@@ -192,11 +196,13 @@ def step_costs(
         )
     if curve is None:
         return None
-    curve = replace(curve, key=key)
-    # Of a machine that was too busy for more than one plan, nothing is kept.
-    if ranks.is_follower():
-        return curve
-    if curve.complete or len(curve.steps) >= ENOUGH:
+    curve = replace(curve, key=key, busy=watch.is_busy)
+    if curve.busy:
+        (announce or log.warning)(
+            f"note: {watch.sentence().rstrip('.')}; these costs are used, and measured again when it "
+            "is quiet."
+        )
+    if not ranks.is_follower():
         write_curve(path, curve)
     return curve
 
@@ -209,6 +215,57 @@ def _told(curve: CostCurve | None) -> CostCurve | None:
     return CostCurve.from_dict(json.loads(text)) if text else None
 
 
+def _called(model: StreamModel) -> str:
+    """Name a model and its streams, as `demo with demo-sql`."""
+    streams = without_folders(model.streams_name)
+    return without_folders(model.name) + (f" with {streams}" if streams else "")
+
+
+def _why(
+    name: str, known: CostCurve | None, path: Path, key: dict[str, object], budget_s: float
+) -> str:
+    """Return the sentence that says what is measured now, and why if that was done before."""
+    limit = f"for up to {budget_s:g} seconds"
+    if known is not None:
+        return (
+            f"what decoding steps of {name} cost was measured while other programs ran; it is "
+            f"measured again, {limit}."
+        )
+    if (other := _known_otherwise(path, key)) is not None:
+        return (
+            f"what decoding steps of {name} cost is known with {_computes(other)}, and kept; "
+            f"measuring once, {limit}, with {_computes(key)}."
+        )
+    return f"measuring once, {limit}, what decoding steps of {name} cost on this machine."
+
+
+def _computes(key: Mapping[str, object]) -> str:
+    """Return the matrix library and cores of a key, as `identity` wrote them."""
+    cores, _, limits = str(key["threads"]).partition(" Device(")
+    limits = limits.partition(") ")[2]
+    return f"{key['blas'] or 'this back end'} on {cores} cores{f' ({limits})' if limits else ''}"
+
+
+def _known_otherwise(path: Path, key: dict[str, object]) -> Mapping[str, object] | None:
+    """Return the key of kept costs that differ in the matrix library or its threads alone."""
+    for other in sorted(path.parent.glob("*.json")):
+        try:
+            found = CostCurve.from_dict(json.loads(other.read_text(encoding="utf-8"))).key
+        except UNREADABLE:
+            continue
+        if {**found, **{name: key[name] for name in _COMPUTING}} == json.loads(json.dumps(key)):
+            return found
+    return None
+
+
+def _may_be_measured_again(path: Path) -> bool:
+    """Tell whether the last measurement is a while ago, and nothing else runs now."""
+    try:
+        return time.time() - path.stat().st_mtime > AGAIN_S and is_quiet()
+    except OSError:
+        return False
+
+
 def cached_at(key: dict[str, object]) -> Path:
     """Return the file that costs with this key are kept in."""
     text = json.dumps({"version": VERSION, **key}, sort_keys=True)
@@ -219,7 +276,7 @@ def read_curve(path: Path, key: dict[str, object]) -> CostCurve | None:
     """Return the curve in a file; None if there is none for this key, or it is damaged."""
     try:
         curve = CostCurve.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         return None
     return curve if dict(curve.key) == json.loads(json.dumps(key)) and curve.steps else None
 

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 
 from .settings import StepSetting
 
+BUDGET_S = 10.0
+"""Seconds that measuring a curve may take, unless something else is said."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -66,7 +69,7 @@ class CostCurve:
     context: committed tokens at which it holds. growth: what further ones cost. restart_s: seconds
     of a step of the root alone, which drafts anew; 0 if not measured. source: `measured`, or where
     the figures come from. key: what they hold for (`identity.py`). complete: False if time was up
-    before every plan that matters was begun.
+    before every plan that matters was begun. busy: other programs ran meanwhile.
     """
 
     num_streams: int
@@ -78,6 +81,7 @@ class CostCurve:
     source: str = "measured"
     key: Mapping[str, object] = field(default_factory=dict)
     complete: bool = True
+    busy: bool = False
 
     def seconds(self, plan: StepSetting | None, context: int | None = None) -> float:
         """Return the seconds of a step (None: of one token of plain decoding) at a context."""
@@ -131,6 +135,7 @@ class CostCurve:
             "source": self.source,
             "key": dict(self.key),
             "complete": self.complete,
+            "busy": self.busy,
             "plain": _cost(self.plain),
             "growth": asdict(self.growth),
             "restart_s": self.restart_s,
@@ -157,6 +162,7 @@ class CostCurve:
             source=str(values["source"]),
             key=key,
             complete=values.get("complete", True) is True,
+            busy=values.get("busy", False) is True,
         )
 
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import ModelError
 from ..speculation.streams import Streams
-from .curve import CostCurve, Growth, StepCost
+from .curve import BUDGET_S, CostCurve, Growth, StepCost
 from .settings import StepSetting
 from .timing import PlainTokens, Steps
 
-BUDGET_S = 10.0
 CONTEXT = 256
 LONG_CONTEXT = 2048
 MAX_ROUNDS = 7

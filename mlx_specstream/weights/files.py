@@ -31,6 +31,12 @@ the old one if it has appeared by then (two processes making the same thing)."""
 _PARTIAL = ".partial"
 
 
+def without_folders(name: str) -> str:
+    """Return what a model or streams are called: of a path its last part, a hub's id as it is."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or name.startswith(".") or path.exists() else name
+
+
 @contextmanager
 def atomic_folder(target: str | Path, *, if_exists: IfExists) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `target` when the block ends without an error.

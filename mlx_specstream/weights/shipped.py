@@ -70,6 +70,19 @@ def _automatic(model: nn.Module, model_folder: Path) -> Path | None:
     return None
 
 
+def shipped_for(task: str, model: nn.Module) -> StreamWeights | None:
+    """Return the shipped set made for a kind of text, as `demo-sql` is for `sql`, if it fits the model."""
+    for name in shipped_names():
+        if name.rpartition("-")[2] == task.lower():
+            weights = load_streams(SHIPPED / name)
+            try:
+                weights.check_base(model)
+            except StreamsError:
+                continue
+            return weights
+    return None
+
+
 def _named(streams: str | Path, revision: str | None) -> Path:
     """Return the folder of a name: a folder here, a shipped set, or fetched from the hub."""
     folder = Path(streams).expanduser()

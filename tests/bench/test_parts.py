@@ -8,17 +8,20 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_specstream.bench.cases import chosen_cases, read_cases
+from mlx_specstream.bench.cases import Case, chosen_cases, read_cases
 from mlx_specstream.bench.lookup import LookUpDrafter, look_up
 from mlx_specstream.bench.methods import Method, parse_setting, parse_streams
 from mlx_specstream.bench.plot_style import MISSING, available
-from mlx_specstream.bench.plots import write_plots
+from mlx_specstream.bench.plots import cost, roofline, subtitle, write_plots
+from mlx_specstream.bench.report import headline, markdown
 from mlx_specstream.bench.result import AskedPrompt, MethodRun, Result
 from mlx_specstream.bench.roofline import Ceilings, measure_ceilings, points
+from mlx_specstream.bench.run import Bench
 from mlx_specstream.bench.session import duration, warnings_for
 from mlx_specstream.bench.summary import ALL, Spread, summarised
 from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.machine import Machine
+from mlx_specstream.prompts import Prompt
 
 
 def test_spec_bench_lines(tmp_path: Path) -> None:
@@ -196,9 +199,72 @@ def test_plots(tmp_path: Path, ceilings: Ceilings) -> None:
 
 def test_warnings() -> None:
     slow = Machine(backend="cpu", blas="reference BLAS", cores=2)
-    assert "pip install scipy-openblas32" in warnings_for(slow, 0.0)[0]
-    assert "load 3.0" in warnings_for(Machine(backend="metal"), 3.0)[0]
-    assert warnings_for(Machine(backend="metal"), 0.2) == []
+    assert "pip install scipy-openblas32" in warnings_for(slow)[0]
+    assert warnings_for(Machine(backend="metal")) == []
+
+
+def test_a_busy_machine_is_named_in_report_and_plots(tmp_path: Path) -> None:
+    result = made_result()
+    assert "uncertain" not in markdown(result) + subtitle(result)
+    result.other_cores = 1.5
+    result.save(tmp_path / "result.json")
+    again = Result.load(tmp_path / "result.json")
+    assert "Note: other programs kept 1.5 of" in markdown(again)
+    assert "other programs ran: uncertain" in subtitle(again)
+
+
+def test_few_prompts_give_no_headline_and_one_no_spread() -> None:
+    result = made_result()
+    assert headline(result) == "3 prompts: too few for a figure over all."
+    assert "| chat | tree 8 | 1 | 8.0 | 0.80 | – |" in markdown(result)
+    result.asked += [replace(result.asked[0], sha256=name) for name in "45"]
+    assert headline(result).startswith("tree 8: 1.41x mlx-lm over all tokens; from 0.80x (chat)")
+
+
+def test_rows_are_whole_and_no_method_hides_another(ceilings: Ceilings) -> None:
+    if not available():
+        pytest.skip(MISSING)
+    result = made_result()
+    result.ceilings = ceilings.to_dict()
+    result.asked = [
+        replace(one, runs=[*one.runs, replace(one.runs[0], method="plain, ours")])
+        for one in result.asked
+    ]
+    result.settings.methods.insert(1, Method("plain"))
+    plot = roofline(result)
+    assert plot is not None
+    drawn = [line for line in plot.axes[0].lines if line.get_marker() not in ("None", "")]
+    assert len({tuple(line.get_xydata()[0]) for line in drawn}) < len(drawn)  # two coincide
+    assert len({line.get_markersize() for line in drawn}) == len(drawn)
+    assert {line.get_markerfacecolor() for line in drawn} == {"none"}
+    one = {
+        "plan": "plain",
+        "kind": "plain",
+        "rows": 1,
+        "tokens_per_step": 1,
+        "step_s": 1,
+        "speedup": 1,
+    }
+    trees = [{**one, "plan": str(n), "kind": "best, deferred", "rows": n} for n in (3, 4)]
+    result.plans = {"s": {"chosen": "4", "forecasts": [one, *trees]}}
+    plot = cost(result)
+    assert plot is not None
+    plot.canvas.draw()
+    assert all(float(tick).is_integer() for tick in plot.axes[0].get_xticks())
+
+
+def test_a_quick_run_shortens_answers_rather_than_asking_fewer_than_five(tmp_path: Path) -> None:
+    """The clock has spent 25 of 105 seconds on loading and on the costs of plans."""
+    made = made_result()
+    for limit, begun, tokens in ((105.0, 25.0, 48), (105.0, 65.0, 40), (105.0, 104.0, 16)):
+        settings = replace(made.settings, limit_s=limit, max_tokens=48, methods=[Method("mlx-lm")])
+        bench = Bench.__new__(Bench)
+        bench.result = Result(settings, made.machine, made.model, "now")
+        bench.cases = [Case("chat", Prompt.user(str(n))) for n in range(8)]
+        bench.begun, bench.clock = 0.0, lambda begun=begun: begun  # type: ignore[misc]
+        bench._warm = [run("mlx-lm", 2.0)]  # 0.1 s to read, 0.2 s a token
+        bench.shorten()
+        assert bench.result.settings.max_tokens == tokens
 
 
 def test_durations() -> None:

@@ -10,6 +10,7 @@ import pytest
 from mlx_specstream import cli
 from mlx_specstream.commands.demo import verdict
 from mlx_specstream.config import DecodeConfig, TreeSpec
+from mlx_specstream.machine.load import Watch
 from mlx_specstream.speculation.statistics import SpeculationStats
 from mlx_specstream.verify import Comparison, Replayed
 from tests.support.scripted import accept_one_draft
@@ -50,6 +51,29 @@ def test_the_demo_model_is_resolved_by_name(
     out = shown(capsys)
     assert "demo with 4 streams" in out
     assert "specstream generate --model demo" in out
+
+
+@pytest.mark.demo
+def test_sql_is_answered_with_the_streams_made_for_it(
+    demo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("demo", "--num-prompts", "2", "--max-tokens", "6", "--model", "demo")
+    assert cli.main(list(words)) == 0
+    out = capsys.readouterr().out
+    sql, code = out.partition("2. code")[::2]
+    assert "with the streams demo-sql\n" in sql
+    assert "with the streams" not in code
+    assert out.count("✓ identical") == 4
+
+
+def test_a_busy_machine_is_named(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watch, "other_cores", property(lambda _: 0.0))
+    assert "other programs" not in shown(capsys, "--model", folder)
+    monkeypatch.setattr(Watch, "other_cores", property(lambda _: 1.5))
+    out = " ".join(shown(capsys, "--model", folder).split())
+    assert "But other programs kept 1.5 of" in out
 
 
 def test_without_streams_there_is_nothing_to_show(

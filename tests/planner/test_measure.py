@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -13,14 +16,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mlx_specstream
+from mlx_specstream.bench.planner_report import show
+from mlx_specstream.commands.plan import build_parser as plan_parser
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.machine import Machine
+from mlx_specstream.machine.load import Watch
 from mlx_specstream.planner import CostCurve, Growth, StepCost, StepSetting, costs, planner_for
+from mlx_specstream.planner.acceptance import assumed_profile
 from mlx_specstream.planner.adaptive import AutoDecoder
+from mlx_specstream.planner.choose import forecasts
+from mlx_specstream.planner.curve import BUDGET_S
 from mlx_specstream.planner.identity import _ENGINE, identity, weight_bits
 from mlx_specstream.planner.measure import CONTEXT, LONG_CONTEXT, measure
 from mlx_specstream.planner.timing import PlainTokens, Steps
@@ -176,14 +186,87 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> 
         assert curve.complete == (set(curve.steps) == set(TREES))
 
 
-def test_a_machine_too_busy_to_tell_is_measured_again(
+def test_a_machine_too_busy_to_tell_is_measured_again_when_it_is_quiet(
+    joined: StreamModel,
+    measured: list[CostCurve],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    others = 1.5
+    monkeypatch.setattr(Watch, "other_cores", property(lambda _: others))
+    first = costs.step_costs(joined)
+    assert first is not None
+    assert first.busy
+    assert "other programs kept 1.5 of" in caplog.text
+    assert "uncertain; these costs are used, and measured again when it is quiet." in caplog.text
+    path = costs.cached_at(identity(joined))
+    others = 0.0
+    assert costs.step_costs(joined) == first  # not in every run: that would be ten seconds each
+    os.utime(path, (0, 0))
+    others = 1.5
+    assert costs.step_costs(joined) == first
+    others = 0.0
+    caplog.clear()
+    again = costs.step_costs(joined)
+    assert again is not None
+    assert not again.busy
+    assert len(measured) == 2
+    assert "was measured while other programs ran; it is measured again" in caplog.text
+    os.utime(path, (0, 0))
+    assert costs.step_costs(joined) == again
+
+
+def test_few_plans_are_kept_too(
     joined: StreamModel, measured: list[CostCurve], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A slow model has no more in ten seconds, and is not asked for them again."""
     cut = CostCurve(3, 256, StepCost(1.0), {P("4"): StepCost(1.5)}, complete=False)
     monkeypatch.setattr(costs, "measure", lambda *_, **__: measured.append(cut) or cut)
     assert costs.step_costs(joined) is not None
     assert costs.step_costs(joined) is not None
+    assert len(measured) == 1
+
+
+def test_another_matrix_library_is_measured_apart_and_says_so(
+    joined: StreamModel,
+    measured: list[CostCurve],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = costs.step_costs(joined)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    caplog.clear()
+    costs.step_costs(joined)
+    assert re.search(r"is known with .* on \d+ cores, and kept; measuring once", caplog.text)
+    assert "(OPENBLAS_NUM_THREADS=7)." in caplog.text
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    assert costs.step_costs(joined) == before
     assert len(measured) == 2
+
+
+def test_the_budget_is_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the help and the pages say is what measuring takes."""
+    with pytest.raises(SystemExit):
+        plan_parser().parse_args(["--help"])
+    assert f"else {BUDGET_S:g})" in " ".join(capsys.readouterr().out.split())
+    root = Path(__file__).parents[2]
+    pages = "\n".join(path.read_text() for path in (root / "README.md", *root.glob("docs/*.md")))
+    assert "ten seconds" in pages
+    assert BUDGET_S == 10
+    assert not re.search(r"(eight|8) seconds", pages)
+
+
+def test_one_sample_has_no_uncertainty() -> None:
+    curve = CostCurve(3, 256, StepCost(1.0, 0.02, 3), {P("4"): StepCost(1.5, 0.0, 1)}, busy=True)
+    profile = assumed_profile(3)
+    console = Console(width=80, file=io.StringIO())
+    show(console, curve, profile, forecasts(curve, profile))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "1500.0 (once)" in text
+    assert "1000.0 ± 2 %" in text
+    assert "while other programs ran: uncertain" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if "│" in line)
 
 
 def test_a_real_measurement(streams: Streams) -> None:
