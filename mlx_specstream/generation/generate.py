@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 
 from ..config import CacheConfig, DecodeConfig
-from ..errors import OptionError
+from ..config.bounds import whole
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, ChunkSize
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
 from ..speculation.decode import Decoder, StreamDecoder
@@ -32,8 +32,12 @@ from ..speculation.statistics import SpeculationStats
 from .arguments import (
     Prompt,
     cache_for,
+    needed_config,
+    needed_processors,
     needed_sampler,
+    needed_seed,
     prompt_ids,
+    refuse_uncallable,
     refuse_unknown,
     token_budget,
     wrapped_tokenizer,
@@ -91,7 +95,7 @@ def stream_generate(
     prompt_progress_callback: Progress | None = None,
     config: DecodeConfig | None = None,
     speculative: bool = True,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     continues: bool | None = None,
     keep_drafts: bool = False,
     seed: int | None = None,
@@ -113,7 +117,7 @@ def stream_generate(
         kv_bits, kv_group_size, quantized_kv_start: store rows in a few bits, from so many on.
         config: how to decode; None for the tree that pays here, plain decoding included.
         speculative: False decodes one token per pass, with the same result.
-        stop: strings that end the answer and are not part of it.
+        stop: a string or several that end the answer and are not part of it.
         prefill_step_size: prompt tokens per pass, or `PacedChunks` for a prompt someone waits for.
         continues: the answer goes on with the prompt's text and keeps the blank it may begin
             with; None: where the prompt is a text that does not end with a control token.
@@ -135,19 +139,22 @@ def stream_generate(
     claim(prompt_cache)
     cache = cache_for(model, prompt_cache, caching)
     max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
-    if isinstance(prefill_step_size, int) and prefill_step_size < 1:
-        raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
+    if not isinstance(prefill_step_size, PacedChunks):
+        sentence = "prefill_step_size must be at least 1"
+        prefill_step_size = whole(prefill_step_size, 1, None, sentence)
+    if prompt_progress_callback is not None:
+        refuse_uncallable("prompt_progress_callback", prompt_progress_callback)
     token_sampler = TokenSampler(
         needed_sampler(sampler),
-        tuple(logits_processors or ()),
+        needed_processors(logits_processors),
         list(ids),
-        seed=seed,
+        seed=needed_seed(seed),
         before=cache.length,
     )
     for process in token_sampler.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
-    decoder = decoder_for(model, config, token_sampler, speculative)
+    decoder = decoder_for(model, needed_config(config), token_sampler, speculative)
     if not isinstance(decoder, PlainDecoder):
         decoder.keep_drafts = keep_drafts
     if continues is None:
