@@ -48,8 +48,7 @@ def encode_prompt(
     control = ControlTokens.of(tokenizer)
     turns = [dict(turn) for turn in prompt.messages]
     for turn in turns:
-        if turn["content"] is not None:  # a call alone
-            turn["content"] = control.of_turn(turn["role"], turn["content"])
+        turn["content"] = control.of_turn(turn["role"], turn.get("content") or "")
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     open_end = unfinished or response is not None

@@ -42,7 +42,8 @@ class DraftTree:
 
     tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
-    float32, what the nodes' paths were ranked by, if the tree was ranked.
+    float32, what the nodes' paths were ranked by, if the tree was ranked. num_leaves: so many of
+    the last nodes have no children, whatever the tokens.
     """
 
     tokens: mx.array
@@ -51,6 +52,7 @@ class DraftTree:
     depth: int
     alive: mx.array | None = None
     scores: mx.array | None = None
+    num_leaves: int = 1
 
     @property
     def num_nodes(self) -> int:
@@ -148,6 +150,7 @@ def build(
         mx.array(depths, dtype=mx.int32),
         depth=len(widths),
         scores=mx.concatenate(scores),
+        num_leaves=int(level_tokens.shape[0]),
     )
     if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
         # The root's score 0 is the highest of all, so it is always among the best.
