@@ -70,7 +70,8 @@ class Backbone:
         self.num_layers = len(self.layers)
         self.hidden_size = parts.around.hidden_size
         self.vocab_size = parts.around.vocab_size
-        self.dtype = self.embed(mx.zeros((1,), dtype=mx.int32)).dtype
+        # Norms may be of a wider type than embeddings, and all layers behind them with them.
+        self.dtype = self.norm(self.embed(mx.zeros((1,), dtype=mx.int32))).dtype
         # Scales behind the head belong to its rows; a soft-cap does not.
         self.is_finished = parts.around.is_finished
         self.head_scale = 1.0
