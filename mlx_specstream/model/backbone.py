@@ -99,8 +99,8 @@ class Backbone:
         return self.around.embed(tokens)
 
     def embedding_rows(self, tokens: mx.array) -> mx.array:
-        """Return the bare embedding rows (n, h) of tokens (n,), unscaled."""
-        return cast(mx.array, self.around.embedding(tokens))
+        """Return the bare embedding rows (n, h) of tokens (n,), unscaled, in the layers' type."""
+        return cast(mx.array, self.around.embedding(tokens)).astype(self.dtype)
 
     def norm(self, hidden: mx.array) -> mx.array:
         """Return what the head multiplies, (B, R, h): the final norm of hidden states (B, R, h)."""

@@ -226,4 +226,5 @@ def test_the_type_is_that_of_the_layers_not_of_the_embeddings(
     nn.quantize(model, group, bits, mode=mode)
     backbone = Backbone(model)
     assert backbone.embed(mx.array([1])).dtype == mx.bfloat16
+    assert backbone.embedding_rows(mx.array([1])).dtype == mx.float32  # made unit vectors of
     assert backbone.dtype == model(mx.array([[1]])).dtype == mx.float32
