@@ -69,18 +69,18 @@ class BasePlan:
 
     def fingerprint(self) -> str:
         """Fingerprint the base; reads a few rows of its token embeddings, or all if it must."""
-        name = f"{embedding_name(self.model)}.weight"
-        for tensor in self.tensors:
-            if tensor.name != name:
-                continue
-            if tensor.start is not None:
-                rows = np.stack([tensor.read_row(row) for row in sketch_rows(tensor.shape[0])])
-                return make_fingerprint(
-                    str(self.config["model_type"]),
-                    len(self.model.layers),
-                    tensor.shape[0],
-                    cast_bits(rows, tensor.dtype, "F32"),
-                )
+        embedding = embedding_name(self.model)
+        own = [tensor for tensor in self.tensors if tensor.name.rpartition(".")[0] == embedding]
+        if len(own) == 1 and own[0].start is not None:
+            (tensor,) = own
+            rows = np.stack([tensor.read_row(row) for row in sketch_rows(tensor.shape[0])])
+            return make_fingerprint(
+                str(self.config["model_type"]),
+                len(self.model.layers),
+                tensor.shape[0],
+                cast_bits(rows, tensor.dtype, "F32"),
+            )
+        for tensor in own:  # packed, with its scales, as it is or as it will be
             pairs = zip(tensor.outputs, tensor.make(), strict=True)
             weights = [(spec.name, to_mlx(bits, spec.dtype)) for spec, bits in pairs]
             self.model.load_weights(weights, strict=False)

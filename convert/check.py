@@ -110,9 +110,12 @@ class Proof:
 
     @property
     def kind(self) -> str:
-        """F32, F16, BF16, or "quantised": what the base was written as."""
+        """F32, F16, BF16, or "quantised": what the conversion made of the base.
+
+        A base that was quantised before is copied, and must compute what its numbers say.
+        """
         assert self.plan.base is not None
-        if "quantization" in self.plan.base.config:
+        if self.plan.options.quantisation is not None:
             return "quantised"
         kinds = {spec.dtype for tensor in self.plan.base.tensors for spec in tensor.outputs}
         return next((kind for kind in ("BF16", "F16") if kind in kinds), "F32")
@@ -256,6 +259,8 @@ def compare_weights(plan: ConversionPlan, folder: Path, findings: Findings) -> N
         name, read = tensor.name, plan.base.sources[tensor.name]
         source = to_mlx(read.read(), read.dtype)
         if source.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+            if not mx.array_equal(written.pop(name), source):
+                findings.beyond.append(f"{name} differs from its source")
             continue
         source = source.astype(mx.float32)
         value, bound = written.pop(name), mx.abs(source) * ROUNDING.get(tensor.dtype, 0.0)

@@ -1,7 +1,8 @@
 """PyTorch's side of the proof: the source checkpoint in float32, read by PyTorch's own readers.
 
     files      torch.load(weights_only=True), safetensors' own reader; GGUF, which neither reads, by ours
-    base       transformers' own model of the source's config.json, filled by name
+    base       transformers' own model of the source's config.json, filled by name; weights that
+               MLX has quantised are worked out here (`dequantise.py`)
     streams    the PyTorch reference (`pytorch/model.py`) with the tensors as they are in their files
 
 Only where a tensor is (file and name in it) comes from the conversion: no value, no split, no
@@ -36,7 +37,7 @@ class TorchReference:
     """A plan's source in PyTorch.
 
     Raises:
-        OptionError: torch is missing, or the base is quantised.
+        OptionError: torch is missing.
         CheckpointError: the reference does not know this family, or PyTorch cannot read the source.
     """
 
@@ -52,8 +53,6 @@ class TorchReference:
         from .pytorch.backbone import TorchBackbone
 
         assert plan.source is not None
-        if "quantization" in (plan.source.checkpoint.config or {}):
-            raise OptionError("--check needs a base in full weights, and this one is quantised.")
         self.torch = torch
         try:
             model = _base_model(plan.source)
@@ -129,6 +128,10 @@ class TorchFiles:
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """Return the tensor that is in a file, float32, before anything is done to it."""
+        return self.raw(tensor).float()
+
+    def raw(self, tensor: Tensor) -> torch.Tensor:
+        """Return the tensor that is in a file, in its own type."""
         import torch
 
         path, name = tensor.sources[0]
@@ -139,7 +142,7 @@ class TorchFiles:
         names = [name, name.removeprefix("conditioner."), f"conditioner.{name}"]
         for each in names if path.stem == "conditioner" else names[:1]:
             if each in self._tensors:
-                return self._tensors[each].detach().float()
+                return self._tensors[each].detach()
         raise CheckpointError(f"--check: PyTorch finds no tensor {shown(name)} in {path}.")
 
 
@@ -180,10 +183,13 @@ def _base_model(source: Source) -> Any:
     fields = dict(source.checkpoint.config or {})
     has_head = any(name.endswith("lm_head.weight") for name in source.weights)
     fields.setdefault("tie_word_embeddings", not has_head)
+    quantization = fields.pop("quantization", None)
+    if quantization is not None:
+        fields.pop("quantization_config", None)  # mlx-lm writes it twice
     config = AutoConfig.for_model(**fields)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     files = TorchFiles()
-    given = {name: files.read(tensor) for name, tensor in source.weights.items()}
+    given = _weights(source.weights, quantization, files)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data.copy_(_found(name, given, shapes))
@@ -194,6 +200,36 @@ def _base_model(source: Source) -> Any:
         for name, (a, b, _) in source.deltas.items():
             parameters[name].data += scale * torch.matmul(files.read(b), files.read(a))
     return model
+
+
+def _weights(
+    weights: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, files: TorchFiles
+) -> dict[str, torch.Tensor]:
+    """Return a base's tensors, float32; those with scales beside them are dequantised."""
+    if quantization is None:
+        return {name: files.read(tensor) for name, tensor in weights.items()}
+    from .dequantise import dequantised
+
+    found = {}
+    for name, tensor in weights.items():
+        module, _, part = name.rpartition(".")
+        if f"{module}.scales" not in weights:
+            found[name] = files.read(tensor)
+        elif part == "weight":
+            own = quantization.get(module)
+            settings = {**quantization, **(own if isinstance(own, dict) else {})}
+            scales = files.raw(weights[f"{module}.scales"])
+            biases = weights.get(f"{module}.biases")
+            found[name] = dequantised(
+                files.raw(tensor),
+                scales,
+                None if biases is None else files.raw(biases),
+                settings["bits"],
+                settings.get("mode", "affine"),
+            )
+        elif part not in ("scales", "biases"):  # a bias of the layer's own
+            found[name] = files.read(tensor)
+    return found
 
 
 def _found(name: str, given: Mapping[str, torch.Tensor], shapes: Mapping[str, Any]) -> torch.Tensor:

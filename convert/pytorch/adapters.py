@@ -53,13 +53,13 @@ class StreamAdapters(nn.Module):
             embedding_std: scale of the P_j; far below the hidden state's own they are invisible and learn nothing.
 
         Raises:
-            ValueError: a target module does not exist in the model, or N_s leaves no layer below.
+            ValueError: a target module does not exist in the model, or N_s is beyond its layers.
         """
         super().__init__()
         num_layers, h = len(backbone.layers), backbone.hidden_size
-        if config.num_msa_layers >= num_layers:
+        if config.num_msa_layers > num_layers:
             raise ValueError(
-                f"{config.num_msa_layers} MSA layers leave none below; the model has {num_layers} layers"
+                f"{config.num_msa_layers} MSA layers are more than the model's {num_layers} layers"
             )
         self.config = config
         self.first_msa_layer = num_layers - config.num_msa_layers

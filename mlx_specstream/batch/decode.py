@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..config import DecodeConfig
+from ..config.bounds import whole
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
@@ -87,8 +88,9 @@ class BatchDecoder:
     _undisturbed: bool = field(init=False, default=False)  # since the last pass was done
 
     def __post_init__(self) -> None:
-        if self.prefill_budget < 1:
-            raise OptionError(f"prefill_budget must be at least 1, got {self.prefill_budget}.")
+        self.prefill_budget = whole(
+            self.prefill_budget, 1, None, "prefill_budget must be at least 1"
+        )
         check_model(self.model.backbone)
         config = self.config or DecodeConfig()
         self.stepper = BatchStepper.of(self.model, config, self.speculative)

@@ -7,19 +7,24 @@ rules; an answer is the one `stream_generate` gives for its prompt alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import DecodeConfig
-from ..errors import OptionError
+from ..config.bounds import whole
+from ..errors import OptionError, shown
 from ..generation.arguments import (
     Prompt,
+    needed_config,
+    needed_processors,
     needed_sampler,
+    needed_seed,
     prompt_ids,
+    refuse_uncallable,
     token_budget,
     wrapped_tokenizer,
 )
@@ -106,7 +111,7 @@ def batch_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     seed: int | Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     config: DecodeConfig | None = None,
     speculative: bool = True,
     completion_batch_size: int = 32,
@@ -126,7 +131,7 @@ def batch_generate(
         logits_processors: as in mlx-lm, without state of their own: all answers share them.
         seed: prompt number i is answered with the seed `seed + i`, or with its own of a sequence;
             None takes seeds from MLX's global generator.
-        stop: strings that end an answer and are not part of it.
+        stop: a string or several that end an answer and are not part of it.
         config: how to decode; drafts are chains as deep as its tree.
         speculative: False decodes one token per pass, with the same result.
         prefill_step_size: prompt tokens computed between two steps.
@@ -141,18 +146,26 @@ def batch_generate(
 
     if not isinstance(model, StreamModel):
         model = StreamModel.plain(model)
-    if completion_batch_size < 1:
-        raise OptionError(f"completion_batch_size must be at least 1, got {completion_batch_size}.")
-    budgets = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-    if len(budgets) != len(prompts):
-        raise OptionError(f"max_tokens has {len(budgets)} entries for {len(prompts)} prompts.")
-    if seed is None:
-        seeds: list[int | None] = [None] * len(prompts)
+    completion_batch_size = whole(
+        completion_batch_size, 1, None, "completion_batch_size must be at least 1"
+    )
+    if on_answer is not None:
+        refuse_uncallable("on_answer", on_answer)
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise OptionError(
+            f"prompts must be a list of texts or of lists of token ids, got {shown(prompts)}; put a "
+            "single one into a list."
+        )
+    prompts = list(prompts)
+    budgets = _per_prompt("max_tokens", max_tokens, len(prompts))
+    if isinstance(seed, list | tuple | range):
+        seeds = [needed_seed(each) for each in _per_prompt("seed", seed, len(prompts))]
     else:
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise OptionError(f"seed has {len(seeds)} entries for {len(prompts)} prompts.")
-    if any(isinstance(process, TreeProcessor) for process in logits_processors):
+        first = needed_seed(cast(int | None, seed))
+        seeds = [None if first is None else first + i for i in range(len(prompts))]
+    processors = needed_processors(logits_processors)
+    config = None if config is None else needed_config(config)
+    if any(isinstance(process, TreeProcessor) for process in processors):
         raise OptionError(
             "a grammar follows one answer's text, so answers of a batch cannot share it; add the "
             "prompts to a BatchDecoder, each with a grammar of its own."
@@ -175,7 +188,7 @@ def batch_generate(
             ),
             TokenSampler(
                 needed_sampler(sampler),
-                tuple(logits_processors),
+                processors,
                 list(prompt),
                 seed=seeds[index],
             ),
@@ -199,6 +212,19 @@ def batch_generate(
         print(stats)
     caches = [request.cache for request in requests] if return_prompt_caches else None
     return BatchResponse(answers, stats, caches)
+
+
+def _per_prompt(name: str, values: Any, count: int) -> list[Any]:
+    """Return a value for each of `count` prompts: of one the same for all, of several its own.
+
+    Raises:
+        OptionError: several, but not one for each.
+    """
+    if not isinstance(values, list | tuple | range):
+        return [values] * count
+    if len(values) != count:
+        raise OptionError(f"{name} has {len(values)} entries for {count} prompts.")
+    return list(values)
 
 
 @dataclass

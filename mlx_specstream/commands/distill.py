@@ -19,8 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..batch.generation import BatchAnswer, batch_generate
-from ..errors import DataError, OptionError, OutputError, brief
+from ..errors import DataError, OptionError, OutputError
 from ..loading.load import load
+from ..prompts import Prompt as ChatPrompt
+from ..prompts import encode_prompt
 from ..train.builtin_prompts import BUILTIN, builtin_records
 from ..train.data import read_records
 from ..train.distilled import PromptToAnswer, answered, in_order
@@ -53,22 +55,15 @@ def read_prompts(
         if last < 0:
             raise DataError(f"{record.where} has no message of the user to answer.")
         messages, tools = messages[: last + 1], fields.get("tools")
+        asked = ChatPrompt(tuple(messages), tools=tuple(tools or ()))
         try:
-            if tokenizer.has_chat_template:
-                tokens = tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=True, return_dict=False
-                )
-            else:
-                tokens = tokenizer.encode("\n\n".join(turn["content"] for turn in messages))
-        except Exception as error:  # templates are programs and raise what they like
-            raise DataError(
-                f"{record.where} cannot be turned into tokens: {brief(error)}; the model's "
-                "chat template refuses it."
-            ) from error
+            tokens = encode_prompt(tokenizer, asked)
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from error
         if len(tokens) > max_length:
             too_long += 1
             continue
-        prompts.append(PromptToAnswer(index, messages, tools, list(tokens)))
+        prompts.append(PromptToAnswer(index, messages, tools, tokens))
     return prompts, too_long
 
 

@@ -5,6 +5,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 
 | file | the idea it holds |
 |---|---|
+| `bounds.py` | numbers as callers give them: of the right kind and within bounds |
 | `streams.py` | `StreamConfig`: the trained streams, as `streams_config.json` describes them |
 | `tree.py` | `TreeSpec`: the shape of the draft trees, and how the command line says it |
 | `decode.py` | `DecodeConfig`: tree, pruning, schedule and acceptance of a run |

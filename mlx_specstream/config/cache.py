@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import OptionError
+from .bounds import whole
+
+MAX_ROWS = 2**31 - 1  # rows are counted in int32
+_ONLY = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}
 
 
 @dataclass(frozen=True)
@@ -25,18 +29,19 @@ class CacheConfig:
     quantized_kv_start: int = 5000
 
     def __post_init__(self) -> None:
-        if self.max_kv_size is not None and self.max_kv_size <= 4:
-            raise OptionError(
-                f"max_kv_size must be above 4, for the first 4 rows stay, got {self.max_kv_size}."
-            )
-        if self.kv_bits is not None and self.kv_bits not in (2, 3, 4, 5, 6, 8):
-            raise OptionError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
-        if self.kv_group_size not in (32, 64, 128):
-            raise OptionError(f"kv_group_size must be 32, 64 or 128, got {self.kv_group_size}.")
-        if self.quantized_kv_start < 0:
-            raise OptionError(
-                f"quantized_kv_start must be at least 0, got {self.quantized_kv_start}."
-            )
+        for name, low, high, sentence in (
+            ("max_kv_size", 5, MAX_ROWS, "max_kv_size must be above 4, for the first 4 rows stay"),
+            ("kv_bits", 2, 8, "kv_bits must be 2, 3, 4, 5, 6 or 8"),
+            ("kv_group_size", 32, 128, "kv_group_size must be 32, 64 or 128"),
+            ("quantized_kv_start", 0, None, "quantized_kv_start must be at least 0"),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("max_kv_size", "kv_bits"):
+                continue
+            value = whole(value, low, high, sentence)
+            if value not in _ONLY.get(name, (value,)):
+                raise OptionError(f"{sentence}, got {value}.")
+            object.__setattr__(self, name, value)
         if self.max_kv_size is not None and self.kv_bits is not None:
             raise OptionError(
                 "max_kv_size and kv_bits cannot be used together: mlx-lm does not quantise "

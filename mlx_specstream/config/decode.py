@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
+from .bounds import number, whole
 from .streams import Mode
 from .tree import TreeSpec
 
@@ -28,10 +30,10 @@ class PruneSpec:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise OptionError(f"pruning keeps at least 1 row (the root), got {self.keep}.")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise OptionError(f"the pruning threshold is a probability, got {self.threshold}.")
+        keep = whole(self.keep, 1, None, "pruning keeps at least 1 row (the root)")
+        threshold = number(self.threshold, 0, 1, "the pruning threshold is a probability")
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "threshold", threshold)
 
     @classmethod
     def parse(cls, text: str) -> PruneSpec:
@@ -77,11 +79,9 @@ class TypicalSpec:
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise OptionError(
-                    f"typical acceptance: {name} must be above 0 and at most 1, got {value}."
-                )
+            sentence = f"typical acceptance: {name} must be above 0 and at most 1"
+            value = number(getattr(self, name), math.ulp(0.0), 1, sentence)
+            object.__setattr__(self, name, value)
 
     @classmethod
     def parse(cls, text: str) -> TypicalSpec:
@@ -171,8 +171,15 @@ class DecodeConfig:
                 f"drafts come from {', '.join(map(repr, DRAFTS))}, a selection of these or none, "
                 f"not from {unknown[0]!r}."
             )
-        if self.stream_nodes < 0:
-            raise OptionError(f"stream_nodes must be at least 0 (all), got {self.stream_nodes}.")
+        for name, kind in (("tree", TreeSpec), ("prune", PruneSpec), ("typical", TypicalSpec)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name == "tree"):
+                raise OptionError(
+                    f"{name} must be a {kind.__name__}, got {shown(value)}; "
+                    "DecodeConfig.parse reads words such as '16:8'."
+                )
+        stream_nodes = whole(self.stream_nodes, 0, None, "stream_nodes must be at least 0 (all)")
+        object.__setattr__(self, "stream_nodes", stream_nodes)
         if self.stream_nodes and self.schedule != "inline":
             raise OptionError("stream_nodes needs the schedule 'inline'.")
         if self.schedule not in ("auto", "inline", "deferred"):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
+from .bounds import number, whole
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,26 +23,31 @@ class Bounds(NamedTuple):
     low: float | None
     high: float | None
     wanted: str
+    is_whole: bool = False
 
-    def hold(self, value: float) -> bool:
-        """Tell whether a value is finite and within."""
-        return (
-            math.isfinite(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-        )
+    def checked(self, name: str, value: object) -> float:
+        """Return the value as Python's own number.
+
+        Raises:
+            OptionError: it is none, or out of bounds.
+        """
+        sentence = f"{name.replace('_', '-')} must be {self.wanted}"
+        if self.is_whole:
+            high = None if self.high is None else int(self.high)
+            return whole(value, int(self.low or 0), high, sentence)
+        return number(value, self.low, self.high, sentence)
 
 
 _PROBABILITY = Bounds(0, 1, "a probability")
 _PENALTY = Bounds(None, None, "a number (0: off)")
-_CONTEXT = Bounds(0, 2**31 - 1, "at least 0 (0: the whole text)")
+_CONTEXT = Bounds(0, 2**31 - 1, "at least 0 (0: the whole text)", is_whole=True)
 
 BOUNDS: dict[str, Bounds] = {
     "temp": Bounds(0, None, "a number of at least 0"),
     "top_p": _PROBABILITY,
     "min_p": _PROBABILITY,
-    "top_k": Bounds(0, 2**31 - 1, "at least 0 (0: off)"),
-    "min_tokens_to_keep": Bounds(1, 2**31 - 1, "at least 1"),
+    "top_k": Bounds(0, 2**31 - 1, "at least 0 (0: off)", is_whole=True),
+    "min_tokens_to_keep": Bounds(1, 2**31 - 1, "at least 1", is_whole=True),
     "xtc_probability": _PROBABILITY,
     "xtc_threshold": Bounds(0, 0.5, "between 0 and 0.5"),
     "repetition_penalty": Bounds(math.ulp(0.0), None, "a number above 0 (1: off)"),
@@ -82,12 +88,20 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name, bounds in BOUNDS.items():
-            if not bounds.hold(value := getattr(self, name)):
-                raise OptionError(f"{name.replace('_', '-')} must be {bounds.wanted}, got {value}.")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise OptionError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}.")
-        if any(math.isnan(bias) for bias in self.logit_bias.values()):
-            raise OptionError("a logit bias must be a number, got nan.")
+            object.__setattr__(self, name, bounds.checked(name, getattr(self, name)))
+        if self.seed is not None:
+            sentence = "seed must be a whole number from 0 to 2**64 - 1"
+            object.__setattr__(self, "seed", whole(self.seed, 0, 2**64 - 1, sentence))
+        if not isinstance(self.logit_bias, Mapping):
+            raise OptionError(
+                "logit-bias must say what to add to which token ids, as {id: bias}, got "
+                f"{shown(self.logit_bias)}."
+            )
+        biases = {
+            whole(token, None, None, "logit-bias names tokens by their ids"): _bias(bias)
+            for token, bias in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", biases)
 
     @property
     def is_greedy(self) -> bool:
@@ -151,3 +165,10 @@ class SamplingConfig:
                 self.frequency_context_size,
             )
         )
+
+
+def _bias(value: object) -> float:
+    """Return what is added to a logit; minus infinity forbids the token."""
+    if value == -math.inf:
+        return -math.inf
+    return number(value, None, None, "a logit bias must be a number (-inf: never this token)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import OptionError
+from .bounds import whole
 from .streams import MAX_STREAMS
 
 TreeKind = Literal["auto", "chain", "best", "product"]
@@ -39,12 +40,12 @@ class TreeSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "chain", "best", "product"):
             raise OptionError(f"tree kind must be auto, chain, best or product, got {self.kind!r}.")
-        if not 1 <= self.rows <= 1024:
-            raise OptionError(f"a tree has 1 to 1024 rows, got {self.rows}.")
-        if not 1 <= self.branching <= 64:
-            raise OptionError(f"a tree node has 1 to 64 candidates, got {self.branching}.")
-        if not 0 <= self.depth <= MAX_STREAMS:
-            raise OptionError(f"tree depth must be 0 to {MAX_STREAMS}, got {self.depth}.")
+        for name, low, high, sentence in (
+            ("rows", 1, 1024, "a tree has 1 to 1024 rows"),
+            ("branching", 1, 64, "a tree node has 1 to 64 candidates"),
+            ("depth", 0, MAX_STREAMS, f"tree depth must be 0 to {MAX_STREAMS}"),
+        ):
+            object.__setattr__(self, name, whole(getattr(self, name), low, high, sentence))
 
     @classmethod
     def parse(cls, text: str) -> TreeSpec:

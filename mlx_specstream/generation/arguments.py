@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 
-from ..config import CacheConfig
-from ..errors import DataError, OptionError, brief
+from ..config import CacheConfig, DecodeConfig
+from ..config.bounds import whole
+from ..errors import DataError, OptionError, brief, shown
 from ..loading.load import StreamModel
 from ..model.cache import KVCache, from_mlx_lm
 from ..model.cache.kinds import check_quantised, quantization
+from ..prompts.lines import whole_text
 from ..speculation.drafters.lookup import FileIndex
-from ..speculation.sampling import Sampler
+from ..speculation.sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -56,36 +59,104 @@ def wrapped_tokenizer(tokenizer: Any) -> TokenizerWrapper:
 
 
 def needed_sampler(sampler: Sampler | None) -> Sampler | None:
-    """Return None for mlx-lm's greedy sampler, which needs no log-probabilities."""
+    """Return None for mlx-lm's greedy sampler, which needs no log-probabilities.
+
+    Raises:
+        OptionError: it is no function.
+    """
     from mlx_lm import sample_utils
 
+    if sampler is not None:
+        refuse_uncallable("sampler", sampler)
     return None if sampler is getattr(sample_utils, "greedy_sampler", None) else sampler
+
+
+def needed_processors(
+    processors: Sequence[LogitsProcessor] | None,
+) -> tuple[LogitsProcessor, ...]:
+    """Return logits processors, none for None.
+
+    Raises:
+        OptionError: they are no list of functions.
+    """
+    if processors is not None and not isinstance(processors, Sequence):
+        raise OptionError(
+            f"logits_processors must be a list of functions, got {shown(processors)}."
+        )
+    for process in processors or ():
+        refuse_uncallable("each of logits_processors", process)
+    return tuple(processors or ())
+
+
+def refuse_uncallable(name: str, value: object) -> None:
+    """Refuse what is no function where one is needed.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if not callable(value):
+        raise OptionError(f"{name} must be a function, got {shown(value)}.")
+
+
+def needed_seed(seed: int | None) -> int | None:
+    """Return a seed as Python's own number; of a larger one the low 64 bits count.
+
+    Raises:
+        OptionError: it is no whole number.
+    """
+    return None if seed is None else whole(seed, None, None, "seed must be a whole number")
+
+
+def needed_config(config: DecodeConfig | None) -> DecodeConfig:
+    """Return a decode config, the default one for None.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if config is not None and not isinstance(config, DecodeConfig):
+        raise OptionError(
+            f"config must be a DecodeConfig, such as DecodeConfig.parse('16:8'), got {shown(config)}."
+        )
+    return config or DecodeConfig()
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt, vocab_size: int) -> list[int]:
     """Return a prompt's token ids; a text gets its special tokens unless it begins with them.
 
     Raises:
-        OptionError: the prompt is empty, or holds ids the model does not have.
+        OptionError: the prompt is empty, is neither a text nor ids, or holds ids the model does
+            not have.
     """
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
-        ids = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-        ids = list(ids) if prompt else []
-    elif isinstance(prompt, mx.array):
-        if prompt.ndim != 1:
-            raise OptionError(f"a prompt of ids must have one dimension, got shape {prompt.shape}.")
-        ids = [int(token) for token in prompt.tolist()]  # type: ignore[union-attr, arg-type]
+        special = bos is None or not prompt.startswith(bos)
+        ids = list(tokenizer.encode(whole_text(prompt, "the prompt"), add_special_tokens=special))
+        ids = ids if prompt else []
     else:
-        ids = [int(token) for token in prompt]
+        ids = _given_ids(prompt)
     if not ids:
         raise OptionError("the prompt is empty; give at least one token.")
     if wrong := [token for token in ids if not 0 <= token < vocab_size]:
         raise OptionError(
-            f"the prompt holds the token id {wrong[0]}, but the model's ids are 0 to "
+            f"the prompt holds the token id {shown(wrong[0])}, but the model's ids are 0 to "
             f"{vocab_size - 1}; encode it with the model's own tokenizer."
         )
     return ids
+
+
+def _given_ids(prompt: Any) -> list[int]:
+    """Return the ids of a prompt that is no text, as Python's own numbers."""
+    if isinstance(prompt, mx.array | np.ndarray):
+        if prompt.ndim != 1:
+            raise OptionError(f"a prompt of ids must have one dimension, got shape {prompt.shape}.")
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping | Set):
+        raise OptionError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}.")
+    values = [
+        each.item() if isinstance(each, mx.array) and not each.ndim else each for each in prompt
+    ]
+    sentence = "a prompt must be a text or a list of token ids, which are whole numbers"
+    return [whole(value, None, None, sentence) for value in values]
 
 
 def cache_for(
@@ -94,7 +165,8 @@ def cache_for(
     """Return the cache to decode in: the given one, a copy of mlx-lm's layers, or a new one.
 
     Raises:
-        OptionError: it has another number of layers than the model, or the config does not fit.
+        OptionError: it is none, has another number of layers than the model, or the config does
+            not fit.
     """
     backbone = model.backbone
     check_quantised(backbone.forward, backbone.windows, config)
@@ -164,10 +236,10 @@ def token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None
     Raises:
         OptionError: none, because the prompt fills the context, or max_tokens makes no sense.
     """
-    if max_tokens == 0 or max_tokens < -1:
-        raise OptionError(
-            f"max_tokens must be at least 1, or -1 for no limit of its own, got {max_tokens}."
-        )
+    sentence = "max_tokens must be at least 1, or -1 for no limit of its own"
+    max_tokens = whole(max_tokens, -1, None, sentence)
+    if max_tokens == 0:
+        raise OptionError(f"{sentence}, got 0.")
     if context_length is None:
         return max_tokens
     left = context_length - prompt_tokens

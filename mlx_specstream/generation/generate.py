@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 
 from ..config import CacheConfig, DecodeConfig, parse_drafts
+from ..config.bounds import whole
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
-from ..model.prefill import PREFILL_CHUNK, ChunkSize
+from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
 from ..planner.lookup import lookup_planner
@@ -38,8 +39,12 @@ from .arguments import (
     Prompt,
     cache_for,
     file_index,
+    needed_config,
+    needed_processors,
     needed_sampler,
+    needed_seed,
     prompt_ids,
+    refuse_uncallable,
     refuse_unknown,
     token_budget,
     wrapped_tokenizer,
@@ -99,7 +104,7 @@ def stream_generate(
     drafts: str | None = None,
     lookup_files: Sequence[str | Path] = (),
     speculative: bool = True,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     continues: bool | None = None,
     keep_drafts: bool = False,
     seed: int | None = None,
@@ -124,7 +129,7 @@ def stream_generate(
             `lookup` alone works for any model), `streams`, `lookup` or `none`.
         lookup_files: text files that the answer may quote, to be looked up in beside the text.
         speculative: False decodes one token per pass, with the same result.
-        stop: strings that end the answer and are not part of it.
+        stop: a string or several that end the answer and are not part of it.
         prefill_step_size: prompt tokens per pass, or `PacedChunks` for a prompt someone waits for.
         continues: the answer goes on with the prompt's text and keeps the blank it may begin
             with; None: where the prompt is a text that does not end with a control token.
@@ -146,18 +151,22 @@ def stream_generate(
     claim(prompt_cache)
     cache = cache_for(model, prompt_cache, caching)
     max_tokens = token_budget(max_tokens, cache.length + len(ids), model.context_length)
-    if isinstance(prefill_step_size, int) and prefill_step_size < 1:
-        raise OptionError(f"prefill_step_size must be at least 1, got {prefill_step_size}.")
+    if not isinstance(prefill_step_size, PacedChunks):
+        sentence = "prefill_step_size must be at least 1"
+        prefill_step_size = whole(prefill_step_size, 1, None, sentence)
+    if prompt_progress_callback is not None:
+        refuse_uncallable("prompt_progress_callback", prompt_progress_callback)
     token_sampler = TokenSampler(
         needed_sampler(sampler),
-        tuple(logits_processors or ()),
+        needed_processors(logits_processors),
         list(ids),
-        seed=seed,
+        seed=needed_seed(seed),
         before=cache.length,
     )
     for process in token_sampler.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
+    config = needed_config(config)
     if drafts is not None:
         config = replace(config or DecodeConfig(), drafts=parse_drafts(drafts))
     files = None

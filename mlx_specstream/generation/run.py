@@ -17,7 +17,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
 from ..model.cache import KVCache, to_mlx_lm
 from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..speculation.decode import Decoder, decode
@@ -166,8 +166,14 @@ def claim(prompt_cache: KVCache | list[Any] | None) -> None:
     the tokens that were handed out.
 
     Raises:
-        OptionError: that answer is being computed right now, such as in another thread.
+        OptionError: that answer is being computed right now, such as in another thread; or this
+            is no prompt cache.
     """
+    layers = [] if prompt_cache is None or isinstance(prompt_cache, KVCache) else prompt_cache
+    if not isinstance(layers, list | tuple) or not all(hasattr(each, "state") for each in layers):
+        raise OptionError(
+            f"prompt_cache must be a KVCache or mlx-lm's list of a cache per layer, got {shown(layers)}."
+        )
     earlier = None if not prompt_cache else _answers.get(_key(prompt_cache))
     generator = None if earlier is None else earlier()
     if generator is None or generator.gi_frame is None:

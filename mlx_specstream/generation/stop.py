@@ -9,9 +9,10 @@ text in other pieces changes nothing: the stop string that is complete first end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
 
 
 class StopStrings:
@@ -23,12 +24,14 @@ class StopStrings:
         OptionError: a stop string is empty or no string.
     """
 
-    def __init__(self, strings: Sequence[str] = ()) -> None:
-        self.strings = (strings,) if isinstance(strings, str) else tuple(strings)
-        if not all(isinstance(string, str) and string for string in self.strings):
+    def __init__(self, strings: str | Sequence[str] | None = ()) -> None:
+        given: Any = (strings,) if isinstance(strings, str) else strings or ()
+        sequence = isinstance(given, Sequence | Set) and not isinstance(given, bytes)
+        if not sequence or not all(isinstance(string, str) and string for string in given):
             raise OptionError(
-                f"stop strings must be strings of at least one character, got {self.strings!r}."
+                f"stop strings must be strings of at least one character, got {shown(strings)}."
             )
+        self.strings: tuple[str, ...] = tuple(given)
         self.held = ""
         self.found: str | None = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from .stop import StopStrings
 
@@ -28,6 +28,7 @@ class Detokenizer(Protocol):
     def last_segment(self) -> str: ...
 
 
+@runtime_checkable
 class Stops(Protocol):
     """What finds an answer's end in its text, as `StopStrings` does; `found`: what ended it."""
 
@@ -77,12 +78,12 @@ class TextAssembler:
         self,
         detokenizer: Detokenizer,
         eos_token_ids: Collection[int],
-        stop: Sequence[str] | Stops = (),
+        stop: str | Sequence[str] | Stops | None = (),
         max_tokens: int = -1,
     ) -> None:
         self.detokenizer = detokenizer
         self.eos_token_ids = eos_token_ids
-        self.stop: Stops = StopStrings(stop) if isinstance(stop, Sequence) else stop
+        self.stop: Stops = stop if isinstance(stop, Stops) else StopStrings(stop)
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None

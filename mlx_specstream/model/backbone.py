@@ -72,7 +72,8 @@ class Backbone:
         self.stages = Stages.alone(self.num_layers)
         self.hidden_size = parts.embed_and_head.hidden_size
         self.vocab_size = parts.embed_and_head.vocab_size
-        self.dtype = self.embed(mx.zeros((1,), dtype=mx.int32)).dtype
+        # Norms may be of a wider type than embeddings, and all layers behind them with them.
+        self.dtype = self.norm(self.embed(mx.zeros((1,), dtype=mx.int32))).dtype
         # Scales behind the head belong to its rows; a soft-cap does not.
         self.is_finished = parts.embed_and_head.is_finished
         self.head_scale = 1.0
@@ -100,8 +101,8 @@ class Backbone:
         return self.embed_and_head.embed(tokens)
 
     def embedding_rows(self, tokens: mx.array) -> mx.array:
-        """Return the bare embedding rows (n, h) of tokens (n,), unscaled."""
-        return cast(mx.array, self.embed_and_head.embedding(tokens))
+        """Return the bare embedding rows (n, h) of tokens (n,), unscaled, in the layers' type."""
+        return cast(mx.array, self.embed_and_head.embedding(tokens)).astype(self.dtype)
 
     def norm(self, hidden: mx.array) -> mx.array:
         """Return what the head multiplies, (B, R, h): the final norm of hidden states (B, R, h)."""

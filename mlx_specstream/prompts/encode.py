@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError, brief
 from .control import ControlTokens
+from .lines import whole_text
 from .read import Prompt
 
 if TYPE_CHECKING:
@@ -37,19 +38,18 @@ def encode_prompt(
         template_options: further arguments of the chat template.
 
     Raises:
-        DataError: the prompt is empty, or the chat template refuses it.
+        DataError: the prompt is empty or no Unicode text, or the chat template refuses it.
     """
     if not prompt.title:
         raise DataError("the prompt is empty; say what the model is to answer.")
     if not (use_template and tokenizer.has_chat_template and prompt.messages):
-        text = prompt.bare
-        ids: list[int] = list(tokenizer.encode(text + (response or "")))
+        text = whole_text(prompt.bare + (response or ""), "the prompt")
+        ids: list[int] = list(tokenizer.encode(text))
         return ids
     control = ControlTokens.of(tokenizer)
     turns = [dict(turn) for turn in prompt.messages]
     for turn in turns:
-        if turn["content"] is not None:  # a call alone
-            turn["content"] = control.of_turn(turn["role"], turn["content"])
+        turn["content"] = control.of_turn(turn["role"], turn.get("content") or "")
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     open_end = unfinished or response is not None
@@ -76,7 +76,7 @@ def encode_prompt(
             f"the model's chat template refuses the prompt: {brief(error)}; leave out the "
             "system prompt, or ignore the chat template."
         ) from error
-    return control.encode(text, add_special_tokens=False)
+    return control.encode(whole_text(text, "the prompt"), add_special_tokens=False)
 
 
 def template_args(text: str | None, option: str) -> dict[str, Any]:

@@ -10,12 +10,12 @@ any other line                                              a user's message
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from .lines import json_lines, text_lines
 
 BUILT_IN = Path(__file__).parent / "chat.jsonl"
@@ -96,7 +96,7 @@ def prompt_of(record: object, where: str) -> Prompt:
         return Prompt.user(record)
     if isinstance(record, dict):
         messages = record.get("messages")
-        if isinstance(messages, list) and (turns := _up_to_user(messages)):
+        if isinstance(messages, list) and (turns := _up_to_user(turns_of(messages, where))):
             tools = record.get("tools")
             return Prompt(messages=turns, tools=tuple(tools) if isinstance(tools, list) else ())
         asked = record.get("turns")
@@ -116,19 +116,47 @@ def prompt_of(record: object, where: str) -> Prompt:
     )
 
 
-def _up_to_user(messages: list[object]) -> tuple[Mapping[str, Any], ...]:
+def _up_to_user(turns: list[dict[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """Return the turns up to the last user's, which is what a model answers."""
-    turns = [turn for turn in messages if isinstance(turn, dict) and is_turn(turn)]
-    if len(turns) != len(messages):
-        return ()
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    last = turns[-1]["content"] if turns else None
-    return tuple(turns) if isinstance(last, str) and last.strip() else ()
+    return tuple(turns) if turns and turns[-1]["content"].strip() else ()
 
 
-def is_turn(message: Mapping[str, Any]) -> bool:
-    """Tell whether a message has a role, and content as text or calls of tools in its place."""
+def turns_of(messages: Sequence[object], where: str) -> list[dict[str, Any]]:
+    """Return a record's messages as chat templates read them, their content one text.
+
+    OpenAI's clients write content as a list of parts, too, and leave it out beside calls of tools
+    or of an empty result; of templates that read it, none knows that.
+
+    Raises:
+        DataError: a message without a role, or that says nothing, or not in text; `where` is named.
+    """
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: every message must be an object with a role.")
+        turns.append({**message, "content": _content(message, where)})
+    return turns
+
+
+def _content(message: Mapping[str, Any], where: str) -> str:
     content, calls = message.get("content"), message.get("tool_calls")
-    said = isinstance(content, str) or (content is None and isinstance(calls, list) and bool(calls))
-    return isinstance(message.get("role"), str) and said
+    if isinstance(content, str):
+        return content
+    may_be_silent = (isinstance(calls, list) and calls) or message["role"] == "tool"
+    if content is None and may_be_silent:
+        return ""
+    if isinstance(content, list) and content:
+        parts: list[Any] = [
+            part.get("text") if isinstance(part, dict) else part for part in content
+        ]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+        kind = next(part for part in content if not isinstance(part, dict) or "text" not in part)
+        named = kind.get("type") if isinstance(kind, dict) else kind
+        raise DataError(f"{where}: a message has a part of type {shown(named)}; only text is read.")
+    raise DataError(
+        f"{where}: every message must have its content as a string, or tool_calls; the one of role "
+        f"{shown(message['role'])} has {shown(content)}."
+    )

@@ -46,6 +46,7 @@ class DraftTree:
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
     float32, what the nodes' paths were ranked by, if the tree was ranked. looked_up: (T,) bool,
     which nodes look-up was surer of than the drafter (`drafters/lookup`), None for none.
+    num_leaves: so many of the last nodes have no children, whatever the tokens.
     """
 
     tokens: mx.array
@@ -55,6 +56,7 @@ class DraftTree:
     alive: mx.array | None = None
     scores: mx.array | None = None
     looked_up: mx.array | None = None
+    num_leaves: int = 1
 
     @property
     def num_nodes(self) -> int:
@@ -172,6 +174,7 @@ def grow(
         mx.array(depths, dtype=mx.int32),
         depth=len(widths),
         scores=mx.concatenate(scores),
+        num_leaves=int(level_tokens.shape[0]),
     )
     return tree, [int(level.shape[0]) for level in tokens]
 

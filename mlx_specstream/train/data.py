@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, brief
 from ..prompts.lines import json_lines
-from ..prompts.read import is_turn
+from ..prompts.read import turns_of
 from .hub_data import hub_rows
 from .rendering import conversation_tokens, end_tokens, has_chat_template
 
@@ -135,6 +135,8 @@ def check_record(fields: object, where: str, need_answer: bool = True) -> dict[s
     """
     if not isinstance(fields, dict):
         raise DataError(f"{where} must be a JSON object, got {type(fields).__name__}.")
+    # Tables of records in several forms are written with null for what a record does not have.
+    fields = {name: value for name, value in fields.items() if value is not None}
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where}: tools must be a list, got {type(tools).__name__}.")
@@ -143,8 +145,10 @@ def check_record(fields: object, where: str, need_answer: bool = True) -> dict[s
     elif "prompt" in fields and "completion" in fields:
         texts = [("prompt", fields["prompt"]), ("completion", fields["completion"])]
     elif "messages" in fields:
-        _check_messages(fields["messages"], where)
-        texts = []
+        messages = fields["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{where}: messages must be a list of at least one message.")
+        fields, texts = {**fields, "messages": turns_of(messages, where)}, []
     elif "text" in fields:
         texts = [("text", fields["text"])]
     elif "prompt" in fields and not need_answer:
@@ -158,18 +162,6 @@ def check_record(fields: object, where: str, need_answer: bool = True) -> dict[s
         if not isinstance(value, str):
             raise DataError(f"{where}: {name} must be a string, got {type(value).__name__}.")
     return fields
-
-
-def _check_messages(messages: object, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages must be a list of at least one message.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: every message must be an object with a role.")
-        if not is_turn(message):
-            raise DataError(
-                f"{where}: every message must have its content as a string, or tool_calls."
-            )
 
 
 def tokenize(

@@ -215,3 +215,16 @@ def test_plain_decoding_of_a_text_in_shared_mode_differs_from_the_base() -> None
     assert streams.shared
     base = random_streams(small_model(layers=3), stream_config())
     assert plain(streams, [1, 2, 3], 20).tokens != plain(base, [1, 2, 3], 20).tokens
+
+
+@pytest.mark.parametrize(("mode", "group", "bits"), [("mxfp4", 32, 4), ("mxfp8", 32, 8)])
+def test_the_type_is_that_of_the_layers_not_of_the_embeddings(
+    mode: str, group: int, bits: int
+) -> None:
+    """MLX's floating modes give embeddings as bfloat16; beside float32 norms all else is float32."""
+    model = tiny.tiny_model()
+    nn.quantize(model, group, bits, mode=mode)
+    backbone = Backbone(model)
+    assert backbone.embed(mx.array([1])).dtype == mx.bfloat16
+    assert backbone.embedding_rows(mx.array([1])).dtype == mx.float32  # made unit vectors of
+    assert backbone.dtype == model(mx.array([[1]])).dtype == mx.float32

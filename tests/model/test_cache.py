@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.cache import KVCache as MlxLmCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_specstream import generate
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.model.backbone import Backbone
@@ -15,6 +21,7 @@ from mlx_specstream.model.cache import GROWTH, KVCache, LayerKV, LayerPass, from
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
+from tests.support import tiny
 from tests.support.engine import (
     Decoded,
     committed_rows,
@@ -225,3 +232,17 @@ def test_trees_with_fewer_rows_than_levels(config: DecodeConfig, schedule: str) 
         assert_cache_follows(run, streams, [first, 2])
     assert len({len(path) for path in paths}) > 1
     assert any(path != tuple(range(len(path))) for path in paths), paths
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("kind", [make_prompt_cache, lambda model: make_prompt_cache(model, 32)])
+def test_another_models_rows_are_refused(
+    heads: int, kind: Callable[[nn.Module], list[Any]], byte_tokenizer: TokenizerWrapper
+) -> None:
+    """Of one head, MLX would write the same row for every head and say nothing."""
+    made, other = tiny.tiny_model(), tiny.tiny_model(num_key_value_heads=heads)
+    cache = kind(made)
+    generate(made, byte_tokenizer, [1, 2, 3], max_tokens=2, prompt_cache=cache)
+    said = f"rows of 2 heads and width 16, the model makes {heads} of 16"
+    with pytest.raises(OptionError, match=said):
+        generate(other, byte_tokenizer, [4], max_tokens=2, prompt_cache=cache)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from mlx_specstream.config import PruneSpec
+from mlx_specstream.config import PruneSpec, TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.speculation.prune import Pruner, prune
-from mlx_specstream.speculation.tree import DraftTree, ancestors
+from mlx_specstream.speculation.tree import DraftTree, ancestors, build
 from tests.reference import tree as reference
 from tests.support.engine import examples, random_tensors, small_model, stream_config
 
@@ -123,6 +126,34 @@ def test_a_nodes_probability_does_not_depend_on_the_tree_around_it() -> None:
         tree = DraftTree(tokens, parents, mx.minimum(mx.arange(n), 1), 1)
         found.append(pruner.child_log_probs(backbone, tree, main[:, :n])[1].item())
     np.testing.assert_allclose(found, found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("words", "rows"), [("3^3", 13), ("chain3", 3), ("16", 15), ("1", 1)])
+def test_leaves_do_not_go_through_the_head(words: str, rows: int) -> None:
+    backbone = Backbone(small_model(layers=2, vocab=30))
+    tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
+    pruner = Pruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
+
+    def propose(level: int, above: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        ids = mx.broadcast_to(mx.arange(8) + 3 * level, (above.shape[0], 8))
+        return ids, mx.log(mx.softmax(mx.random.normal(ids.shape, key=mx.random.key(level))))
+
+    tree = build(mx.array([1]), TreeSpec.parse(words), 3, propose, mx.array([0]))
+    main = mx.random.normal((1, tree.num_nodes, 32), key=mx.random.key(2))
+    seen: list[int] = []
+
+    class Counted:
+        norm = staticmethod(backbone.norm)
+
+        @staticmethod
+        def head(hidden: mx.array) -> mx.array:
+            seen.append(hidden.shape[1])
+            return backbone.head(hidden)
+
+    found = np.array(pruner.child_log_probs(cast(Backbone, Counted), tree, main))
+    assert seen == [rows]
+    every = np.array(pruner.child_log_probs(backbone, replace(tree, num_leaves=0), main))
+    np.testing.assert_allclose(found, every, atol=1e-5)
 
 
 def test_nothing_to_prune() -> None:

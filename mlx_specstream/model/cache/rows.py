@@ -8,6 +8,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ...errors import OptionError
+
 GROWTH = 256  # rows; mlx-lm's step, and what MLX's CUDA attention wants capacity to divide by
 
 OnValues = Callable[[mx.array], mx.array]
@@ -101,7 +103,18 @@ class LayerKV:
         self.new_rows: tuple[mx.array, mx.array] | None = None
 
     def write(self, at: int, keys: mx.array, values: mx.array) -> None:
-        """Put rows (1, K, R, D) at [at, at + R), growing the buffers if needed."""
+        """Put rows (1, K, R, D) at [at, at + R), growing the buffers if needed.
+
+        Raises:
+            OptionError: the buffers are of other heads or sizes, those of another model.
+        """
+        for held, new in ((self.keys, keys), (self.values, values)):
+            if held is not None and held.shape[1::2] != new.shape[1::2]:
+                raise OptionError(
+                    f"the prompt cache does not fit the model: it holds rows of {held.shape[1]} heads "
+                    f"and width {held.shape[3]}, the model makes {new.shape[1]} of {new.shape[3]}; "
+                    "give one that this model made."
+                )
         end = at + keys.shape[2]
         if self.keys is None or self.values is None or end > self.keys.shape[2]:
             capacity = -(-end // GROWTH) * GROWTH
