@@ -13,8 +13,8 @@ guard ──► endpoints ──► body, schema      who may ask; JSON that is 
 theirs, `reply` makes their events of an answer's `blocks`.
 
 `forced_calls` is the grammar of answers that must call a tool, `grammars` compiles and keeps grammars;
-`timed` does what a client's or a model's text could prolong for ever in another process. `app` puts it together, `run` starts
-and stops it, `connections` bounds its sockets, `refusals` says what is wrong with a request,
-`disconnect` ends what nobody waits for, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a
-conversation's KV cache is, is in `apps/`, as for the chat.
+`timed` does in another process what somebody's text could prolong for ever. `app` puts it together,
+`run` starts and stops it, `connections` bounds its sockets, `refusals` says what is wrong with a request,
+`disconnect` ends what nobody waits for, `openapi` describes it, `metrics` counts, and `page/` is the web
+page. What a conversation's KV cache is, is in `apps/`, as for the chat.
 """

@@ -77,7 +77,9 @@ class TimedProcess:
 
     def _answer(self, question: Any, limit_s: float) -> Any:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         timer = threading.Timer(limit_s, process.kill)
         timer.daemon = True
         timer.start()
