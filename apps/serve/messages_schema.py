@@ -135,6 +135,9 @@ class Message(Strict):
             values["tool_calls"] = [call for call in calls if call is not None]
         elif not calls:
             values["tool_calls"] = None
+        for name in ("reasoning", "reasoning_content"):
+            if not isinstance(values.get(name), str):  # what others' APIs have of this name
+                values[name] = None
         values["tool_call_id"] = as_text(values.get("tool_call_id"))
         if values.get("role") == "tool" and not is_parts(values.get("content")):
             values["content"] = as_text(values.get("content"))

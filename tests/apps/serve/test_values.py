@@ -207,6 +207,12 @@ def test_older_and_other_histories_are_understood(client: TestClient) -> None:
     assert read[2].tool_calls[0].function.name == "f"
 
 
+def test_thoughts_that_are_no_text_are_left_out() -> None:
+    turn = {"role": "assistant", "content": "x", "reasoning": {"effort": 1}, "reasoning_content": 3}
+    (read,) = parsed_chat({"messages": [turn]}).messages
+    assert (read.content, read.reasoning, read.reasoning_content) == ("x", None, None)
+
+
 def test_a_schema_beside_json_object_counts() -> None:
     schema = {"type": "object", "required": ["a"]}
     read = parsed_chat(ask(response_format={"type": "json_object", "schema": schema}))
