@@ -98,7 +98,8 @@ def _plain_chat(
     from .view import PlainView
 
     chat = _chat(arguments, settings, conversation, PlainView(), None, interactive=False)
-    return run(chat, LineReader(prompts=sys.stderr if sys.stdin.isatty() else None))
+    prompts = sys.stderr if sys.stdin.isatty() else None
+    return run(chat, LineReader(prompts=prompts), is_attended=prompts is not None)
 
 
 def _live_chat(
