@@ -14,8 +14,11 @@ LEAVE_HINT = "(Ctrl-D or /quit leaves)"
 _MLX_LM_WORDS = {"q": "/quit", "r": "/clear", "h": "/help"}
 
 
-def run(chat: Chat, reader: Reader) -> int:
-    """Chat until the input ends; return 0, or 2 if a line of a pipe could not be used."""
+def run(chat: Chat, reader: Reader, *, is_attended: bool = False) -> int:
+    """Chat until the input ends; return 0, or 2 if a line of a pipe could not be used.
+
+    is_attended: a person sits there, though at no line editor: Ctrl-C does not end the chat.
+    """
     status = 0
     while True:
         number = len(chat.session.conversation.exchanges) + 1
@@ -26,7 +29,7 @@ def run(chat: Chat, reader: Reader) -> int:
         except EOFError:
             break
         except KeyboardInterrupt:
-            if not chat.interactive:
+            if not (chat.interactive or is_attended):
                 raise
             chat.view.note(LEAVE_HINT)
         except SpecStreamError as error:

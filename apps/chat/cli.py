@@ -99,8 +99,10 @@ def _plain_chat(
     from .view import PlainView
 
     chat = _chat(arguments, settings, conversation, PlainView(), None, interactive=False)
-    reader = LineReader(prompts=sys.stderr if sys.stdin.isatty() else None)
-    return run(chat, SharedReader(reader) if ranks.is_launched() else reader)
+    prompts = sys.stderr if sys.stdin.isatty() else None
+    reader = LineReader(prompts=prompts)
+    shared = SharedReader(reader) if ranks.is_launched() else reader
+    return run(chat, shared, is_attended=prompts is not None)
 
 
 def _live_chat(

@@ -12,9 +12,10 @@ guard ──► endpoints ──► body, schema      who may ask; JSON that is 
 `responses/` and `messages/` are two further APIs over the same chat: `request` makes a chat request of
 theirs, `reply` makes their events of an answer's `blocks`.
 
-`forced_calls` is the grammar of answers that must call a tool. `app` puts it together, `run` starts
-and stops it, `connections` bounds its sockets, `refusals` says what is wrong with a request,
+`forced_calls` is the grammar of answers that must call a tool, `grammars` compiles and keeps grammars;
+`timed` does in another process what somebody's text could prolong for ever. `app` puts it together,
+`run` starts and stops it, `connections` bounds its sockets, `refusals` says what is wrong with a request,
 `following` is what the leader of several processes tells those that decode along,
-`disconnect` ends what nobody waits for, `openapi` describes it, `metrics` counts, and `page/` is the web page. What a
-conversation's KV cache is, is in `apps/`, as for the chat.
+`disconnect` ends what nobody waits for, `openapi` describes it, `metrics` counts, and `page/` is the web
+page. What a conversation's KV cache is, is in `apps/`, as for the chat.
 """

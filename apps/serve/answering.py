@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from .disconnect import until_gone
-from .replies import Choice, Reply
-from .request import Event, Failure, Request
+from .replies import Choice, Delta, Reply
+from .request import Event, Failure, Progress, Request
 from .service import Service
 from .settings import Settings
 
@@ -82,6 +82,12 @@ class Answering:
             self.left -= event.finish_reason is not None
         return choice, event
 
+    async def take(self, choice: Choice, event: Progress) -> Delta:
+        """Return what an event adds to a choice."""
+        if choice.reader is not None and choice.reader.is_slow:
+            return await self.loop.run_in_executor(None, choice.take, event)
+        return choice.take(event)
+
     def close(self) -> None:
         """Let go of what is not finished, and count what was."""
         self.service.engine.cancel(self.requests)
@@ -118,7 +124,7 @@ class WholeAnswer:
             choice, event = await answering.next()
             if isinstance(event, Failure):
                 return event.error.response(path)
-            answering.reply.chunks(choice, choice.take(event))
+            answering.reply.chunks(choice, await answering.take(choice, event))
         return JSONResponse(answering.reply.whole())
 
 
@@ -175,7 +181,7 @@ class StreamedAnswer:
                 for chunk in reply.failure(event.error):
                     yield _event(chunk)
                 return
-            for chunk in reply.chunks(choice, choice.take(event)):
+            for chunk in reply.chunks(choice, await answering.take(choice, event)):
                 yield _event(chunk)
         for chunk in reply.last_chunks():
             yield _event(chunk)

@@ -240,6 +240,7 @@ class Endpoints:
             return None
         if not wanted.tools or wanted.tool_choice == "none":
             return None
+        form = form.within_time(self.service.calls)
         return CallReader(form, [tool.model_dump(exclude_none=True) for tool in wanted.tools])
 
     def _model(self) -> dict[str, object]:

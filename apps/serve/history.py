@@ -86,8 +86,8 @@ class History:
         turn: Turn = {"role": role, "content": self._safe(content, role)}
         if message.name is not None:
             turn["name"] = self._safe(message.name, role)
-        if message.tool_call_id is not None:
-            turn["tool_call_id"] = _id(message.tool_call_id, form)
+        if (number := _id(message.tool_call_id, form)) is not None and role == "tool":
+            turn["tool_call_id"] = number
         thought = message.reasoning_content or message.reasoning
         if thought:
             # Templates read either word.
@@ -117,7 +117,8 @@ class History:
                 arguments = values
             elif form.wrapped:
                 arguments = {"arguments": arguments}
-        made = {} if call.id is None else {"id": _id(call.id, form)}
+        number = _id(call.id, form)
+        made = {} if number is None else {"id": number}
         name = self._safe(function.name, "assistant")
         return {**made, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -154,9 +155,8 @@ def _object(text: str) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _id(given: str, form: CallForm) -> str:
-    return (
-        hashlib.sha256(given.encode("utf-8", "replace")).hexdigest()[:9]
-        if form.short_ids
-        else given
-    )
+def _id(given: str | None, form: CallForm) -> str | None:
+    """Return a call's id in a form; where ids must be short there must be one."""
+    if not form.short_ids:
+        return given
+    return hashlib.sha256((given or "").encode("utf-8", "replace")).hexdigest()[:9]

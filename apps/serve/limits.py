@@ -12,6 +12,7 @@ MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # OpenAI's limit of top_logprobs
 LONG_PROMPT = 2**16  # characters; longer ones are cut into tokens apart from shorter ones
 MAX_DEPTH = 64  # of nested JSON
+MAX_DIGITS = 1000  # of an integer; Python itself reads 4,300
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 

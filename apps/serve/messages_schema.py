@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -70,16 +71,41 @@ class CalledFunction(Strict):
     Clients replay what models wrote and some send the object itself, so anything is taken.
     """
 
-    name: Text
-    arguments: Text | dict[str, Any] | list[Any] | float | bool | None = "{}"
+    name: Text = ""
+    arguments: Any = "{}"
 
 
 class ToolCall(Strict):
-    """A call in an earlier answer."""
+    """A call in an earlier answer, as well as it can be read: it was the model that wrote it."""
 
     id: Text | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is(cls, values: Any) -> Any:
+        """Take a call without a name, of another type, or that is no object at all."""
+        call = values if isinstance(values, dict) else {"arguments": values}
+        function = next(
+            (one for one in (call.get("function"), call.get("custom")) if isinstance(one, dict)),
+            call,
+        )
+        arguments = function.get("arguments", function.get("input", "{}"))
+        name = as_text(function.get("name")) or ""
+        return {"id": as_text(call.get("id")), "function": {"name": name, "arguments": arguments}}
+
+
+def as_text(value: Any) -> str | None:
+    """Return a text as it is, anything else as JSON, nothing as None."""
+    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
+
+
+def is_parts(content: Any) -> bool:
+    """Tell whether a message's content is a list of parts, and not what a tool gave as JSON."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+    )
 
 
 class Message(Strict):
@@ -104,6 +130,17 @@ class Message(Strict):
             values["role"] = "tool"
         if values.get("function_call") and not values.get("tool_calls"):
             values["tool_calls"] = [{"function": values["function_call"]}]
+        calls = values.get("tool_calls")
+        if isinstance(calls, list):
+            values["tool_calls"] = [call for call in calls if call is not None]
+        elif not calls:
+            values["tool_calls"] = None
+        for name in ("reasoning", "reasoning_content"):
+            if not isinstance(values.get(name), str):  # what others' APIs have of this name
+                values[name] = None
+        values["tool_call_id"] = as_text(values.get("tool_call_id"))
+        if values.get("role") == "tool" and not is_parts(values.get("content")):
+            values["content"] = as_text(values.get("content"))
         parts = values.get("content")
         if isinstance(parts, list) and not values.get("reasoning_content"):
             thoughts = [part.get("thinking") for part in parts if isinstance(part, dict)]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .errors import ApiError, invalid
-from .messages_schema import Strict, Text
+from .messages_schema import Strict, Text, as_text, is_parts
 from .refusals import is_media, no_media
 from .schema import parsed
 
@@ -34,6 +34,17 @@ def text_of(content: Any, at: tuple[str | int, ...], readable: Collection[str]) 
             raise unreadable(kind, (*at, place))
         texts.append(parsed(_TextPart, part, (*at, place)).text)
     return "".join(texts)
+
+
+def output_of(content: Any, at: tuple[str | int, ...], readable: Collection[str]) -> str:
+    """Return the text of what a tool gave, which may also be any JSON.
+
+    Raises:
+        ApiError: there are parts that are not `readable`.
+    """
+    if is_parts(content):
+        return text_of(content, at, readable)
+    return as_text(content) or ""
 
 
 def type_of(part: Any, at: tuple[str | int, ...]) -> str:

@@ -19,6 +19,7 @@ from ...prompts.control import ControlTokens
 from ..thinking import ThoughtMarks
 from .errors import CONTEXT_EXCEEDED, ApiError, invalid
 from .forced_calls import forced_calls
+from .grammars import GrammarStore
 from .history import History
 from .messages_schema import PlainFormat, SchemaFormat
 from .schema import ChatRequest, CompletionRequest
@@ -71,6 +72,7 @@ class PromptEncoder:
         self.tools = ToolFormat.of(self.tokenizer)
         self.thoughts = ThoughtMarks.of(self.tokenizer)
         self.control = ControlTokens(self.tokenizer)
+        self.grammars = GrammarStore(self.tokenizer, vocab_size)
         self.history = History(self.tokenizer, None if control_tokens else self.control)
 
     def chat(self, request: ChatRequest) -> list[int]:
@@ -142,7 +144,7 @@ class PromptEncoder:
                     schema = wanted.json_schema.schema_
                 answer = f"answer: %json {schema_text(schema)}"
             rules = behind_thought(answer, self.tokenizer, self.thoughts, prompt, self.vocab_size)
-            return Grammar.lark(self.tokenizer, rules, self.vocab_size)
+            return self.grammars.lark(rules)
         except SpecStreamError as error:
             raise invalid(str(error), param) from error
 

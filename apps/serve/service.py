@@ -34,6 +34,7 @@ from .request import Decoding
 from .scheduler import Scheduler
 from .schema import ChatRequest, CompletionRequest
 from .settings import Settings
+from .timed import TimedProcess
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -66,6 +67,7 @@ class Service:
     slow_encoding: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "specstream-long-prompts")
     )
+    calls: TimedProcess = field(default_factory=lambda: TimedProcess("calls"))
     reading: int = 0
 
     def check_model(self, name: str | None) -> None:
@@ -178,8 +180,11 @@ class Service:
     def stop(self) -> None:
         """End everything that is under way."""
         self.engine.stop()
+        self.calls.close()
+        self.slow_encoder.grammars.close()
         for lane in (self.encoding, self.slow_encoding):
             lane.shutdown(cancel_futures=True)
+        self.encoder.grammars.close()
 
 
 @contextmanager

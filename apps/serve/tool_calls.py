@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...generation.stop import StopStrings
 from .limits import MAX_TOOLS
+from .timed import TimedProcess
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -30,6 +31,9 @@ log = logging.getLogger("mlx_specstream")
 _NAMES = ("name", "function", "tool", "tool_name", "function_name")
 _NAME = re.compile(r"[^\s\"'<>{}]+")  # of a function that was not offered
 _ID = string.ascii_letters + string.digits
+_PARSERS = "mlx_lm.tool_parsers."
+_SHORT = 1000  # characters that every parser reads at once
+LIMIT_S = 3.0  # for longer ones
 _ARGUMENTS = ("arguments", "parameters", "args", "params", "input", "kwargs")
 
 
@@ -57,6 +61,19 @@ class ToolFormat:
             return None
         return cls(tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser)
 
+    def within_time(self, process: TimedProcess) -> ToolFormat:
+        """Return the format whose long calls are parsed by `process`, within a time limit."""
+        parser = self.parse.__module__
+        if not parser.startswith(_PARSERS):
+            return self
+
+        def parse(text: str, tools: Any) -> Any:
+            if len(text) <= _SHORT:
+                return self.parse(text, tools)
+            return process.ask({"parser": parser, "text": text, "tools": tools}, LIMIT_S)
+
+        return replace(self, parse=parse)
+
 
 class CallReader:
     """Splits one answer's text into text and calls."""
@@ -68,6 +85,12 @@ class CallReader:
         self._ids: set[str] = set()
         self._mark = StopStrings([form.start])
         self._inside: str | None = None
+        self._searched = 0  # characters of it in which the end mark does not begin
+
+    @property
+    def is_slow(self) -> bool:
+        """Tell whether reading on may take a while: not on an event loop."""
+        return self._inside is not None and len(self._inside) > _SHORT // 2
 
     def feed(self, text: str, *, over: bool = False) -> tuple[str, list[Call]]:
         """Return the text and the calls that are complete now; `over`: nothing will follow."""
@@ -78,10 +101,11 @@ class CallReader:
                 plain += before
                 if behind is None:
                     break
-                self._inside, text = "", behind
+                self._inside, self._searched, text = "", 0, behind
             self._inside += text
-            end = self._inside.find(self.form.end) if self.form.end else -1
+            end = self._inside.find(self.form.end, self._searched) if self.form.end else -1
             if end < 0:
+                self._searched = max(0, len(self._inside) - len(self.form.end))
                 break
             inner, text = self._inside[:end], self._inside[end + len(self.form.end) :]
             self._inside = None

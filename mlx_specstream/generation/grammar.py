@@ -56,10 +56,13 @@ class Grammar:
         self.end_tokens = frozenset(int(token) for token in tokenizer.eos_token_ids)
         matcher = _llguidance().LLMatcher(_vocabulary(tokenizer, vocab_size), source, log_level=0)
         if matcher.is_error():
-            raise DataError(f"the grammar cannot be used: {brief(matcher.get_error())}.")
-        # Some grammars turn out too large only when their first token is asked for.
+            raise DataError(f"the grammar cannot be used: {_reason(matcher)}.")
+        # Some turn out too large only when their first token is asked for, or the first choice.
         first = matcher.deep_copy()
         first.compute_bitmask()
+        if not first.is_error() and (forced := first.compute_ff_tokens()):
+            first.consume_tokens(forced)
+            first.compute_bitmask()
         if first.is_error():
             raise _too_complex(first)
         self._matcher = matcher
@@ -300,7 +303,18 @@ def _llguidance(name: str = "llguidance") -> Any:
 
 
 def _too_complex(matcher: Any) -> DataError:
+    if "NoExtensionBias" in matcher.get_error():
+        return DataError(
+            "the grammar cannot be used: nothing fits it, as when a schema or a rule refers to "
+            "itself alone."
+        )
     return DataError(
-        f"the grammar is too complex for llguidance: {brief(matcher.get_error())}; use a "
-        "simpler one."
+        f"the grammar is too complex for llguidance: {_reason(matcher)}; use a simpler one."
     )
+
+
+def _reason(matcher: Any) -> str:
+    """Return what llguidance says in a few words; of a regular expression it quotes first."""
+    said = matcher.get_error()
+    _, quoted, why = said.partition("\nerror: ")
+    return f"invalid regular expression: {brief(why)}" if quoted else brief(said)

@@ -150,3 +150,17 @@ def test_drafts_are_coloured(parrot_folder: Path, tmp_path: Path) -> None:
         coloured = terminal.everything(colours=True)
         assert "\x1b[32m" in coloured, "stream 1 is green"
         assert "\x1b[2;9m" in coloured or "\x1b[9m" in coloured, "rejected drafts are struck"
+
+
+def test_ctrl_c_at_a_dumb_terminals_prompt_does_not_end_the_chat(
+    parrot_folder: Path, tmp_path: Path
+) -> None:
+    root = str(Path(__file__).parents[2])
+    env = {"SPECSTREAM_STATE": str(tmp_path), "PYTHONPATH": root, "LC_ALL": "C.UTF-8"}
+    options = ["chat", "--model", str(parrot_folder), "--tree", "4"]
+    with Terminal(tmp_path, options, env={**env, "TERM": "dumb"}) as terminal:
+        terminal.wait("1 ›")
+        terminal.keys("C-c")
+        terminal.wait("Ctrl-D or /quit leaves")
+        terminal.line("/quit")
+        assert terminal.exit_status() == 0

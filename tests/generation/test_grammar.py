@@ -216,7 +216,15 @@ def test_mistakes_are_one_sentence(
     tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for make, text, wanted in (
-        (Grammar.regex, "[a", "invalid regex"),
+        (Grammar.regex, "[a", "invalid regular expression: unclosed character class.$"),
+        (Grammar.json_schema, '{"pattern": "^(?=a)", "type": "string"}', "look-around"),
+        (Grammar.json_schema, '{"$ref": "#"}', "nothing fits it"),
+        (
+            Grammar.json_schema,
+            '{"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}',
+            "nothing fits it",
+        ),
+        (Grammar.lark, "start: start", "nothing fits it"),
         (Grammar.lark, "start: foo", "unknown name"),
         (Grammar.json_schema, "{", "no JSON"),
         (Grammar.json_schema, "[1]", "must be an object, got list"),

@@ -7,15 +7,14 @@ chat        tool  user                 assistant            ...
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ..errors import ApiError, invalid
 from ..limits import MAX_MESSAGES, MAX_TOOLS
-from ..messages_schema import Count, Strict, Text
-from ..parts import text_of, type_of, unreadable, wrong
+from ..messages_schema import Count, Strict, Text, as_text
+from ..parts import output_of, text_of, type_of, unreadable, wrong
 from ..schema import ChatRequest, parsed, parsed_chat
 
 Json = dict[str, Any]
@@ -86,13 +85,15 @@ class MessageRequest(Strict):
 
 
 class _ToolUse(Strict):
-    id: Text
-    name: Text
-    input: dict[str, Any]
+    """A call, which chats take as it is, whatever the model wrote."""
+
+    id: Any
+    name: Any = None
+    input: Any = None
 
 
 class _ToolResult(Strict):
-    tool_use_id: Text
+    tool_use_id: Any
     content: Any = None
 
 
@@ -178,12 +179,11 @@ def _messages(turn: Turn, at: Place) -> list[Json]:
         kind = type_of(block, where)
         if kind == "tool_result" and turn.role == "user":
             result = parsed(_ToolResult, block, where)
-            content = text_of(result.content, (*where, "content"), _TEXT)
+            content = output_of(result.content, (*where, "content"), _TEXT)
             results.append({"role": "tool", "tool_call_id": result.tool_use_id, "content": content})
         elif kind == "tool_use" and turn.role == "assistant":
             use = parsed(_ToolUse, block, where)
-            arguments = json.dumps(use.input, ensure_ascii=False)
-            function = {"name": use.name, "arguments": arguments}
+            function = {"name": use.name, "arguments": as_text(use.input)}
             calls.append({"id": use.id, "type": "function", "function": function})
         elif kind == "thinking" and turn.role == "assistant":
             thought += parsed(_Thought, block, where).thinking

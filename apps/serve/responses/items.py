@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from ..messages_schema import Strict, Text
-from ..parts import text_of, type_of, unreadable
+from ..messages_schema import Strict
+from ..parts import output_of, text_of, type_of, unreadable
 from ..schema import parsed
 
 Json = dict[str, Any]
@@ -27,17 +27,17 @@ class MessageItem(Strict):
 
 
 class CallItem(Strict):
-    """A call of an earlier answer."""
+    """A call of an earlier answer, which chats take as it is, whatever the model wrote."""
 
-    call_id: Text
-    name: Text
-    arguments: Text = "{}"
+    call_id: Any
+    name: Any = None
+    arguments: Any = "{}"
 
 
 class OutputItem(Strict):
     """What a call gave."""
 
-    call_id: Text
+    call_id: Any
     output: Any = None
 
 
@@ -82,7 +82,7 @@ def _append(messages: list[Json], item: Json, at: tuple[str | int, ...]) -> None
         raise unreadable(kind, at)
     read = parsed(_KINDS[kind], item, at)
     if isinstance(read, OutputItem):
-        content = text_of(read.output, (*at, "output"), _READABLE)
+        content = output_of(read.output, (*at, "output"), _READABLE)
         messages.append({"role": "tool", "tool_call_id": read.call_id, "content": content})
     elif isinstance(read, CallItem):
         function = {"name": read.name, "arguments": read.arguments}

@@ -122,6 +122,45 @@ def test_no_history_makes_a_conversation_unusable(template: str, arguments: Any)
         assert arguments in text or json.dumps(arguments)[1:-1] in text
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "1", "type": "function", "function": {"name": None, "arguments": "{}"}},
+        {"id": "1", "type": "function", "function": {"arguments": "{}"}},
+        {"id": None, "type": None, "function": {"name": 7, "arguments": 10**400}},
+        {"id": 7, "type": "custom", "custom": {"name": "f", "input": "some text"}},
+        {"id": "1", "name": "f", "arguments": {"a": 1}},
+        {"id": "1", "type": "function", "function": None},
+        {"function": "f"},
+        {},
+        "f()",
+        7,
+        None,
+    ],
+)
+@pytest.mark.parametrize("template", [OBJECTS, EITHER, ITEMS, TEXT, SHOWN, NINE])
+def test_a_call_of_any_shape_is_taken_back(template: str, call: Any) -> None:
+    body = turns("{}")
+    body["messages"][1]["tool_calls"] = [call]
+    body["messages"][2]["tool_call_id"] = None
+    text = rendered(encoder_with(template), body)
+    assert text.count("(") == (call is not None) + (call == "f()")
+    if call == {"id": 7, "type": "custom", "custom": {"name": "f", "input": "some text"}}:
+        assert "(f " in text
+        assert template is ITEMS or "some text" in text
+    if isinstance(call, dict) and "name" in call:
+        assert '"a": 1' in text or "a=1" in text
+
+
+@pytest.mark.parametrize("output", [{"a": 1}, [1, "x"], 7, True, [{"a": 1}]])
+def test_what_a_tool_gave_may_be_any_json(output: Any) -> None:
+    body = turns("{}")
+    body["messages"][2]["content"] = output
+    encoder = encoder_with(OBJECTS)
+    text = encoder.tokenizer.decode(encoder.chat(parsed_chat(body)))
+    assert text.endswith(f"<tool>{json.dumps(output)}<eos>")
+
+
 def test_ids_that_a_template_refuses_are_shortened_alike() -> None:
     pairs = NINE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_call_id or '' }}")
     encoder = encoder_with(pairs)

@@ -316,3 +316,12 @@ def test_requests_are_counted(client: TestClient) -> None:
     client.post(RESPONSES, json={"input": "one"})
     line = 'specstream_requests_total{endpoint="responses",status="200"} 1.0'
     assert line in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("given", ["some text", [1], {"a": 1}, None])
+def test_a_call_is_taken_back_whatever_the_model_wrote(given: Any) -> None:
+    item = {"type": "function_call", "call_id": None, "name": None, "arguments": given}
+    chat = chat_of(input=[user("hi"), item, output(text={"a": 1}), output(text=[1])])
+    (made,) = chat.messages[1].tool_calls
+    assert (made.function.name, made.function.arguments) == ("", given)
+    assert [turn.content for turn in chat.messages[2:]] == ['{"a": 1}', "[1]"]

@@ -207,6 +207,12 @@ def test_older_and_other_histories_are_understood(client: TestClient) -> None:
     assert read[2].tool_calls[0].function.name == "f"
 
 
+def test_thoughts_that_are_no_text_are_left_out() -> None:
+    turn = {"role": "assistant", "content": "x", "reasoning": {"effort": 1}, "reasoning_content": 3}
+    (read,) = parsed_chat({"messages": [turn]}).messages
+    assert (read.content, read.reasoning, read.reasoning_content) == ("x", None, None)
+
+
 def test_a_schema_beside_json_object_counts() -> None:
     schema = {"type": "object", "required": ["a"]}
     read = parsed_chat(ask(response_format={"type": "json_object", "schema": schema}))
@@ -232,6 +238,23 @@ def test_paths_without_v1(client: TestClient) -> None:
         ({"temperature": "1"}, 'temperature must be a number from 0 to 1000, got "1".'),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1 or -1, got 0."),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number of at least 1 or -1, got 1.5."),
+        (
+            {"max_tokens": 2**60},
+            "max_tokens must be a whole number from 1 to 9007199254740992 or -1, got",
+        ),
+        (
+            {"stop_token_ids": [-1]},
+            "stop_token_ids.0 must be a whole number of at least 0, got -1.",
+        ),
+        (
+            {"stop_token_ids": [2**40]},
+            "stop_token_ids.0 must be a whole number from 0 to 2147483647, got 1099511627776.",
+        ),
+        ({"stop_token_ids": [256]}, "stop_token_ids: the token id 256 is not below 256."),
+        (
+            {"messages": [{"role": "user", "content": {"a": 1}}]},
+            "messages.0.content must be text or a list of at most 4096 entries, got an object.",
+        ),
         ({"stream": 1}, "stream must be true or false, got 1."),
         ({"n": 99}, "n must be a whole number from 1 to 8, got 99."),
         ({"top_k": -2}, "top_k must be a whole number of at least -1, got -2."),
@@ -240,7 +263,7 @@ def test_paths_without_v1(client: TestClient) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is no token id, written as text."),
         ({"logit_bias": {"1": 101}}, "logit_bias.1 must be a number from -100 to 100, got 101."),
         ({"repetition_penalty": -1}, "repetition_penalty must be a number from 0.01 to 100 or 0,"),
-        ({"messages": []}, "messages must be a list of 1 to 4096 entries, got a list of 0."),
+        ({"messages": []}, "messages must be a list of 1 to 4096 entries, got an empty list."),
         (
             {"messages": [{"role": "nobody", "content": ""}]},
             "messages.0.role must be 'system', 'developer', 'user', 'assistant' or 'tool', got "
@@ -279,13 +302,42 @@ def test_a_refusal_names_what_is_allowed(
         assert word not in message
 
 
-def test_a_prompt_of_no_kind_is_explained(client: TestClient) -> None:
-    for prompt in (3, {"a": 1}, [1, "a"], [[1], "a"], [-1], []):
-        response = client.post(COMPLETIONS, json={"prompt": prompt})
+ANY_PROMPT = (
+    "prompt must be text, a list of 1 to 8 texts, a list of 1 or more whole numbers or a list of 1 "
+    "to 8 lists, got "
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (3, f"{ANY_PROMPT}3."),
+        ({"a": 1}, f"{ANY_PROMPT}an object."),
+        ([], "prompt must be a list of 1 to 8 texts, a list of 1 or more whole numbers or a list "),
+        (["a"] * 9, "prompt must be a list of 1 to 8 texts, a list of 1 or more whole numbers or "),
+        ([1, "a"], 'prompt.1 must be a whole number of at least 0, got "a".'),
+        (["a", 1], "prompt.1 must be text, got 1."),
+        ([[1], "a"], 'prompt.1 must be a list of 1 or more whole numbers, got "a".'),
+        ([[1], []], "prompt.1 must be a list of 1 or more whole numbers, got an empty list."),
+        ([-1], "prompt.0 must be a whole number of at least 0, got -1."),
+        ([["a"]], 'prompt.0.0 must be a whole number of at least 0, got "a".'),
+        ([256], "prompt: the token id 256 is not below 256."),
+    ],
+)
+def test_a_prompt_of_no_kind_is_explained(client: TestClient, prompt: Any, said: str) -> None:
+    response = client.post(COMPLETIONS, json={"prompt": prompt})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(said)
+
+
+def test_an_endless_number_is_refused_without_pythons_advice(client: TestClient) -> None:
+    for number in ("9" * 5001, "-" + "9" * 5001, "9" * 1001):
+        body = f'{{"messages": [{{"role": "user", "content": ""}}], "seed": {number}}}'
+        response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 400
-        message = response.json()["error"]["message"]
-        assert message.startswith("prompt")
-        assert "Input" not in message
+        assert response.json()["error"]["message"] == (
+            "the request is not valid JSON: an integer has more than 1000 digits."
+        )
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
