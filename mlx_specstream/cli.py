@@ -17,10 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, NoReturn, cast
 
 from . import __version__
-from .commands.words import check_flags, unknown_verb
-from .errors import OptionError
+from .commands.words import check_flags, join_the_others, unknown_verb
 from .exit_status import EXIT_USER_ERROR, exit_status
-from .machine import ranks
 
 
 class Verb(NamedTuple):
@@ -51,9 +49,6 @@ VERBS: dict[str, Verb] = {
     "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""
-
-TOGETHER = ("generate", "chat", "serve", "verify", "bench")
-"""Verbs that several processes can run as one, started by `mlx.launch`."""
 
 OTHER_NAMES = {
     "families": ("doctor", "--families"),
@@ -116,13 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *words = list(OTHER_NAMES.get(verb, [verb])) + arguments[1:]
     if verb not in VERBS:
         raise unknown_verb(verb, [*VERBS, *OTHER_NAMES])
-    if ranks.is_launched():
-        if verb not in TOGETHER:
-            raise OptionError(
-                f"specstream {verb} runs in one process: start it without mlx.launch, which is "
-                f"for {', '.join(TOGETHER)}."
-            )
-        ranks.leave_talking_to_leader()
+    join_the_others(verb)
     module = importlib.import_module(VERBS[verb].module)
     if build := getattr(module, "build_parser", None):
         # A verb may have options of their own behind one of its words.

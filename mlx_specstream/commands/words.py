@@ -10,6 +10,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from ..errors import OptionError
+from ..machine import ranks
+
+TOGETHER = ("generate", "chat", "serve", "verify", "bench")
+"""Verbs that several processes can run as one, started by `mlx.launch`."""
 
 _THEIRS = "use mlx_lm.{} itself; what it makes loads here"
 MLX_LM_VERBS = {
@@ -110,3 +114,19 @@ def _meant(word: str, known: Iterable[str], helping: str) -> str:
     close = difflib.get_close_matches(word.lower().replace("_", "-"), known, n=1, cutoff=0.6)
     shown = close[0] if close and close[0].startswith("-") else repr(close[0]) if close else ""
     return f"did you mean {shown}?" if close else f"`{helping}` lists what there is."
+
+
+def join_the_others(verb: str) -> None:
+    """Take this process's part of a verb that `mlx.launch` has started several times.
+
+    Raises:
+        OptionError: the verb runs in one process.
+    """
+    if not ranks.is_launched():
+        return
+    if verb not in TOGETHER:
+        raise OptionError(
+            f"specstream {verb} runs in one process: start it without mlx.launch, which is for "
+            f"{', '.join(TOGETHER)}."
+        )
+    ranks.leave_talking_to_leader()
