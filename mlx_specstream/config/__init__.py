@@ -6,6 +6,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 | file | the idea it holds |
 |---|---|
 | `streams.py` | `StreamConfig`: the trained streams, as `streams_config.json` describes them |
+| `drafter.py` | `DrafterConfig`: trained heads or a layer that draft in place of streams |
 | `tree.py` | `TreeSpec`: the shape of the draft trees, and how the command line says it |
 | `decode.py` | `DecodeConfig`: tree, pruning, schedule and acceptance of a run |
 | `sampling.py` | `SamplingConfig`: temperature, samplers, penalties and their bounds |
@@ -14,6 +15,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 
 from .cache import CacheConfig
 from .decode import DecodeConfig, PruneSpec, Schedule, TypicalSpec
+from .drafter import DrafterConfig, DrafterKind, LayerConfig
 from .sampling import SamplingConfig
 from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
 from .tree import TreeKind, TreeSpec
@@ -23,6 +25,9 @@ __all__ = [
     "MAX_STREAMS",
     "CacheConfig",
     "DecodeConfig",
+    "DrafterConfig",
+    "DrafterKind",
+    "LayerConfig",
     "Mode",
     "PruneSpec",
     "RopeOffset",
