@@ -101,7 +101,9 @@ class DrafterConfig:
         _check_integer("num_heads", self.num_heads, int(heads), MAX_STREAMS if heads else 0)
         _check_integer("num_blocks", self.num_blocks, 1, 64)
         eagle3 = self.kind == "eagle3"
-        _check_integer("draft_vocab_size", self.draft_vocab_size, int(eagle3), self.vocab_size * eagle3)
+        _check_integer(
+            "draft_vocab_size", self.draft_vocab_size, int(eagle3), self.vocab_size * eagle3
+        )
         if not isinstance(self.feature_layers, list | tuple):
             raise StreamsError("drafter config: feature_layers must be a list of layers.")
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
