@@ -137,9 +137,10 @@ class ConditionedProposer:
         return mx.concatenate([nn.silu(inner), e[:, m:]], axis=1)
 
     def __call__(
-        self, level: int, parents: mx.array, grandparents: mx.array
+        self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
+        del places
         state = self._state(self.of_stream[level], parents, grandparents)
         gain = (state @ self.keys[level].T).astype(mx.float32)
         scores = self.marginal.log_probs[level] + gain
@@ -167,10 +168,10 @@ class MarginalProposer:
         self.marginal = marginal
 
     def __call__(
-        self, level: int, parents: mx.array, grandparents: mx.array
+        self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
-        del grandparents
+        del grandparents, places
         shape = (parents.shape[0], self.marginal.ids.shape[1])
         ids, log_probs = self.marginal.ids[level], self.marginal.log_probs[level]
         return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)

@@ -5,7 +5,7 @@
                             └────────── next step ◄── should continue? ┘
 
 `decode` is that loop, for every way of decoding. What a step is made of is in `step.py`; a
-`Decoder` says which step comes next: `StreamDecoder` always drafts, `PlainDecoder` (`plain.py`)
+`Decoder` says which step comes next: `DraftDecoder` always drafts, `PlainDecoder` (`plain.py`)
 never, `AutoDecoder` (`planner/adaptive.py`) as it pays. This module knows token ids, not text.
 """
 
@@ -24,6 +24,7 @@ from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .condition import Conditioner
+from .drafters import Drafter, StreamDrafter
 from .prune import Pruner
 from .result import DraftRecord, StepResult, StopCriteria, Verdict, to_ints
 from .sampling import TokenSampler
@@ -57,6 +58,7 @@ def decode(
     Raises:
         ModelError: the model computed NaN.
     """
+    decoder.begin(prompt, cache)
     decoder.prefill(prompt[:-1], cache, on_progress, chunk)
     step = decoder.first_step(prompt[-1], cache)
     step.schedule()
@@ -93,6 +95,9 @@ class Decoder(ABC):
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
 
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:  # noqa: B027 (optional)
+        """Learn that an answer to `prompt` begins, behind what `cache` holds."""
+
     @abstractmethod
     def first_step(self, root: int, cache: KVCache) -> Step:
         """Return the step of the one token that is not in the cache yet, without drafts."""
@@ -109,6 +114,9 @@ class Decoder(ABC):
     @abstractmethod
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step, the loop's one synchronisation, and commit what it accepted."""
+
+    def keep(self, verdict: Verdict, cache: KVCache) -> None:  # noqa: B027 (optional)
+        """Bring the rows of an accepted path to the end of the committed text."""
 
     def learn(self, result: StepResult, cache: KVCache, *, wanted: bool) -> None:  # noqa: B027 (optional)
         """Take note of a step's result before the next one is built, if one is `wanted`."""
@@ -137,56 +145,29 @@ class Decoder(ABC):
 
 
 @dataclass
-class StreamDecoder(Decoder):
-    """Speculative Streaming over one model with its streams [SS §3.1].
+class DraftDecoder(Decoder):
+    """Decodes with what a drafter proposes, in trees as `tree` says.
 
     `keep_drafts` puts every verified tree into its step's result.
-
-    Raises:
-        StreamsError: pruning was asked for, but the streams hold no pruner; a tensor is missing.
-        OptionError: the schedule does not fit the streams' mode.
     """
 
-    streams: Streams
-    config: DecodeConfig
+    drafter: Drafter
+    tree: TreeSpec
     token_sampler: TokenSampler
     keep_drafts: bool = False
     stepper: Stepper = field(init=False)
 
     def __post_init__(self) -> None:
-        trained, tensor = self.streams.config, self.streams.tensor
-        pruner, conditioner = None, None
-        self.token_sampler.typical = self.config.typical
-        if self.streams.backbone.is_recurrent:
-            self.config = chains_only(self.config, trained, self.streams.backbone.family)
-        if self.config.prune is not None:
-            if not trained.pruner_rank:
-                raise StreamsError(
-                    "pruning needs an early-exit pruner, and these streams have none; "
-                    "decode without pruning, or train one."
-                )
-            pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
-        if trained.conditioner_rank and self.config.use_conditioner:
-            names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
-            conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
-        self.stepper = Stepper(
-            streams=self.streams,
-            tree=self.config.tree,
-            inline=self.config.resolved_schedule(
-                trained.mode, know_next_token=self.streams.know_next_token
-            )
-            == "inline",
-            token_sampler=self.token_sampler,
-            prune=self.config.prune,
-            pruner=pruner,
-            conditioner=conditioner,
-            stream_nodes=self.config.stream_nodes,
-        )
+        self.stepper = Stepper(self.drafter, self.tree, self.token_sampler)
 
     @property
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
-        return self.streams.forward
+        return self.stepper.drafter.forward
+
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
+        """Tell the drafter that an answer to `prompt` begins."""
+        self.stepper.drafter.begin(prompt, cache)
 
     def first_step(self, root: int, cache: KVCache) -> Step:
         """Return the step of `root` alone, which drafts the first tree."""
@@ -200,11 +181,49 @@ class StreamDecoder(Decoder):
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step and commit what it accepted.
 
-        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. A
-        step that ended where no streams were leaves a next tree of its root alone.
+        A step that ended where nothing could be proposed leaves a next tree of its root alone.
         """
-        verdict = step.report.read()[0]
-        if not verdict.finite and step.tree.num_nodes == 1 and self.stepper.root_inline:
+        verdict = self._read(step, cache)
+        if not verdict.drafting:
+            step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
+        return committed(step, verdict, cache, self)
+
+    def keep(self, verdict: Verdict, cache: KVCache) -> None:
+        """Bring the accepted path's rows into place."""
+        self.stepper.drafter.commit(verdict, cache)
+
+    def _read(self, step: Step, cache: KVCache) -> Verdict:
+        """Wait for a step and return what it decided."""
+        del cache
+        return step.report.read()[0]
+
+
+class StreamDecoder(DraftDecoder):
+    """Speculative Streaming over one model with its streams [SS §3.1].
+
+    Raises:
+        StreamsError: pruning was asked for, but the streams hold no pruner; a tensor is missing.
+        OptionError: the schedule does not fit the streams' mode.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        config: DecodeConfig,
+        token_sampler: TokenSampler,
+        keep_drafts: bool = False,
+    ) -> None:
+        token_sampler.typical = config.typical
+        if streams.backbone.is_recurrent:
+            config = chains_only(config, streams.config, streams.backbone.family)
+        self.streams, self.config = streams, config
+        super().__init__(_stream_drafter(streams, config), config.tree, token_sampler, keep_drafts)
+
+    def _read(self, step: Step, cache: KVCache) -> Verdict:
+        verdict = super()._read(step, cache)
+        drafter = self.stepper.drafter
+        assert isinstance(drafter, StreamDrafter)
+        if not verdict.finite and step.tree.num_nodes == 1 and drafter.root_inline:
             # Streams that overflow spoil the rows beside them; run apart, they only draft badly.
             self.streams.overflowed = True
             again = self.stepper.step(step.tree, cache)
@@ -213,10 +232,37 @@ class StreamDecoder(Decoder):
                 again.next_tree,
                 again.expected,
             )
-            verdict = again.report.read()[0]
-        if not verdict.drafting:
-            step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
-        return committed(step, verdict, cache, self)
+            verdict = super()._read(again, cache)
+        return verdict
+
+
+def _stream_drafter(streams: Streams, config: DecodeConfig) -> StreamDrafter:
+    """Return the streams as a drafter, with what the config wants of them.
+
+    Raises:
+        StreamsError, OptionError: as `StreamDecoder`.
+    """
+    trained, tensor = streams.config, streams.tensor
+    pruner, conditioner = None, None
+    if config.prune is not None:
+        if not trained.pruner_rank:
+            raise StreamsError(
+                "pruning needs an early-exit pruner, and these streams have none; "
+                "decode without pruning, or train one."
+            )
+        pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
+    if trained.conditioner_rank and config.use_conditioner:
+        names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
+        conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
+    schedule = config.resolved_schedule(trained.mode, know_next_token=streams.know_next_token)
+    return StreamDrafter(
+        streams,
+        inline=schedule == "inline",
+        prune=config.prune,
+        pruner=pruner,
+        conditioner=conditioner,
+        stream_nodes=config.stream_nodes,
+    )
 
 
 def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) -> StepResult:
@@ -228,9 +274,7 @@ def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) ->
     if not verdict.finite:
         raise not_a_number(cache.length)
     tokens, nodes = verdict.tokens, verdict.nodes
-    if isinstance(decoder, StreamDecoder):
-        cache.commit(verdict.lower_rows, decoder.streams.lower)
-        cache.commit(nodes, decoder.streams.upper)
+    decoder.keep(verdict, cache)
     cache.advance(len(tokens), generated=True)
     decoder.token_sampler.extend(tokens)
     draft, tree = None, step.tree

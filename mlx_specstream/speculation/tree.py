@@ -27,9 +27,11 @@ import mlx.core as mx
 
 from ..config import TreeSpec
 
-# (level from 0, parent tokens (W,), the tokens before them (W,)) -> candidates (W, k) int32 and
-# their log-probabilities (W, k) float32, in any order. Candidates of one parent are distinct.
-Proposer = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
+# (level from 0, parent tokens (W,), the tokens before them (W,), places (W,) int32) -> candidates
+# (W, k) int32 and their log-probabilities (W, k) float32, in any order. Candidates of one parent
+# are distinct. Each parent was proposed below one of the parents of the call before: places say
+# which, for those who keep a state per node (0 at level 0, whose one parent is the root).
+Proposer = Callable[[int, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 # Taken off a path's log-probability per level, so that a certain child (log-probability 0)
 # never ranks before its parent: the best nodes always include their ancestors.
@@ -119,9 +121,9 @@ def build(
     parents = [mx.zeros((1,), dtype=mx.int32)]
     depths = [0]
     first, level_tokens, level_scores = 0, root, scores[0]
-    level_before = before.reshape(1).astype(mx.int32)
+    level_before, places = before.reshape(1).astype(mx.int32), parents[0]
     for level, width in enumerate(widths):
-        ids, log_probs = propose(level, level_tokens, level_before)
+        ids, log_probs = propose(level, level_tokens, level_before, places)
         above, k = int(level_tokens.shape[0]), int(ids.shape[1])
         if spec.kind == "product" and k > spec.branching:
             k = spec.branching
@@ -135,12 +137,13 @@ def build(
             paths, ids = mx.take(paths, best), mx.take(ids, best)
         else:
             best = mx.arange(above * k, dtype=mx.int32)
-        parents.append(first + best // k)
+        places = best // k
+        parents.append(first + places)
         first = sum(int(t.shape[0]) for t in tokens)
         tokens.append(ids.astype(mx.int32))
         scores.append(paths)
         depths += [level + 1] * width
-        level_before = mx.take(level_tokens, best // k)
+        level_before = mx.take(level_tokens, places)
         level_tokens, level_scores = tokens[-1], paths
     tree = DraftTree(
         mx.concatenate(tokens),
