@@ -25,6 +25,7 @@ from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .condition import Conditioner
 from .drafters import Drafter, StreamDrafter
+from .drafters.lookup import Continuations, LookUp
 from .prune import Pruner
 from .result import DraftRecord, StepResult, StopCriteria, Verdict, to_ints
 from .sampling import TokenSampler
@@ -85,18 +86,22 @@ class Decoder(ABC):
     """One way of decoding: which step comes first, and which one next.
 
     token_sampler: draws the target's tokens, by argmax or a sampler, after logits processors.
+    lookup: told of all tokens, if there is one.
     """
 
     token_sampler: TokenSampler
     keep_drafts: bool
+    lookup: LookUp | None
 
     @property
     @abstractmethod
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
 
-    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:  # noqa: B027 (optional)
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
         """Learn that an answer to `prompt` begins, behind what `cache` holds."""
+        if self.lookup is not None:
+            self.lookup.begin(prompt, cache, self.token_sampler.history)
 
     @abstractmethod
     def first_step(self, root: int, cache: KVCache) -> Step:
@@ -146,7 +151,7 @@ class Decoder(ABC):
 
 @dataclass
 class DraftDecoder(Decoder):
-    """Decodes with what a drafter proposes, in trees as `tree` says.
+    """Decodes with what a drafter proposes, in trees as `tree` says, look-up among them if given.
 
     `keep_drafts` puts every verified tree into its step's result.
     """
@@ -155,6 +160,7 @@ class DraftDecoder(Decoder):
     tree: TreeSpec
     token_sampler: TokenSampler
     keep_drafts: bool = False
+    lookup: LookUp | None = None
     stepper: Stepper = field(init=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +172,8 @@ class DraftDecoder(Decoder):
         return self.stepper.drafter.forward
 
     def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
-        """Tell the drafter that an answer to `prompt` begins."""
+        """Tell the drafter, too, that an answer to `prompt` begins."""
+        super().begin(prompt, cache)
         self.stepper.drafter.begin(prompt, cache)
 
     def first_step(self, root: int, cache: KVCache) -> Step:
@@ -174,9 +181,27 @@ class DraftDecoder(Decoder):
         return self.stepper.step(root_only(mx.array([root])), cache)
 
     def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
-        """Return the step over the tree that `step` has drafted."""
-        del ahead, result
-        return self.stepper.step(step.next_tree, cache)
+        """Return the step over the tree that `step` has drafted, and look-up has added to."""
+        del ahead
+        found = self.look_up()
+        if not found:
+            return self.stepper.step(step.next_tree, cache)
+        return self.stepper.step(self.stepper.with_look_up(step, result.tokens[-1], found), cache)
+
+    def look_up(self) -> Continuations | None:
+        """Return what may follow the text by look-up, as much as a tree takes; None for nothing.
+
+        A product tree is the streams' alone.
+        """
+        spec, chain = self.stepper.tree, self.stepper.drafter.backbone.is_recurrent
+        if self.lookup is None or spec.kind == "product":
+            return None
+        if spec.kind == "chain":
+            count = depth = spec.depth or self.stepper.drafter.depth or spec.rows - 1
+        else:
+            count, depth = spec.rows - 1, spec.depth or spec.rows - 1
+        chain = chain or spec.kind == "chain"
+        return self.lookup.continuations(count, depth, chain=chain) or None
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step and commit what it accepted.
@@ -186,6 +211,7 @@ class DraftDecoder(Decoder):
         verdict = self._read(step, cache)
         if not verdict.drafting:
             step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
+            step.proposer = None
         return committed(step, verdict, cache, self)
 
     def keep(self, verdict: Verdict, cache: KVCache) -> None:
@@ -212,12 +238,14 @@ class StreamDecoder(DraftDecoder):
         config: DecodeConfig,
         token_sampler: TokenSampler,
         keep_drafts: bool = False,
+        lookup: LookUp | None = None,
     ) -> None:
         token_sampler.typical = config.typical
         if streams.backbone.is_recurrent:
             config = chains_only(config, streams.config, streams.backbone.family)
         self.streams, self.config = streams, config
-        super().__init__(_stream_drafter(streams, config), config.tree, token_sampler, keep_drafts)
+        drafter = _stream_drafter(streams, config)
+        super().__init__(drafter, config.tree, token_sampler, keep_drafts, lookup)
 
     def _read(self, step: Step, cache: KVCache) -> Verdict:
         verdict = super()._read(step, cache)
@@ -232,6 +260,7 @@ class StreamDecoder(DraftDecoder):
                 again.next_tree,
                 again.expected,
             )
+            step.proposer, step.before = again.proposer, again.before
             verdict = super()._read(again, cache)
         return verdict
 
@@ -277,13 +306,15 @@ def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) ->
     decoder.keep(verdict, cache)
     cache.advance(len(tokens), generated=True)
     decoder.token_sampler.extend(tokens)
+    if decoder.lookup is not None:
+        decoder.lookup.take(tokens)
     draft, tree = None, step.tree
     if decoder.keep_drafts:
         draft = DraftRecord(
             to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
         )
     logits = step.logits[: len(tokens)]
-    return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected)
+    return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected, verdict.looked_up)
 
 
 def not_a_number(length: int) -> ModelError:

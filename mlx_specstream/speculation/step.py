@@ -18,9 +18,10 @@ from ..config import TreeSpec
 from ..model.cache import KVCache
 from .accept import accept
 from .drafters import Drafter
+from .drafters.lookup import Continuations, looked_up_tree, merged_tree
 from .result import StepReport
 from .sampling import TokenSampler
-from .tree import DraftTree, build, root_only
+from .tree import DraftTree, Proposer, build, root_only
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Step:
     """A step as a graph that has not been waited for.
 
     tree: what it verifies. logits: (depth + 1, V), the target's at the path's nodes. next_tree:
-    what the next step verifies. expected: see `StepResult`.
+    what the next step verifies. expected: see `StepResult`. proposer: the candidates that
+    `next_tree` was built of, None without any. before: () int32, the token before its root.
     """
 
     tree: DraftTree
@@ -36,6 +38,8 @@ class Step:
     logits: mx.array
     next_tree: DraftTree
     expected: mx.array | None = None
+    proposer: Proposer | None = None
+    before: mx.array | None = None
 
     def schedule(self) -> None:
         """Start computing the step, then what the next one builds on.
@@ -73,7 +77,9 @@ class Stepper:
 
         proposer = self.drafter.propose(verified, path, cache, self.tree)
         last = mx.take(tree.tokens, path.node)
-        next_tree = build(path.next_root, self.tree, self.drafter.depth, proposer, last)
+        next_tree = root_only(path.next_root)
+        if proposer is not None:
+            next_tree = build(path.next_root, self.tree, self.drafter.depth, proposer, last)
 
         lower_rows = verified.lower_rows
         report = StepReport.of(
@@ -83,6 +89,14 @@ class Stepper:
             nodes=path.nodes,
             lower_rows=None if lower_rows is None else mx.take(lower_rows, path.nodes),
             stream_nodes=verified.drafting_nodes,
+            looked_up=None if tree.looked_up is None else mx.take(tree.looked_up, path.nodes),
         )
         logits = mx.take(logits, path.nodes, axis=0)
-        return Step(tree, report, logits, next_tree, next_tree.expected())
+        return Step(tree, report, logits, next_tree, next_tree.expected(), proposer, last)
+
+    def with_look_up(self, step: Step, root: int, found: Continuations) -> DraftTree:
+        """Return the tree after `step`, whose last token is `root`, with continuations in it."""
+        token = mx.array(root, dtype=mx.int32)
+        if step.proposer is None or step.before is None:
+            return looked_up_tree(token, found)
+        return merged_tree(token, self.tree, self.drafter.depth, step.proposer, step.before, found)

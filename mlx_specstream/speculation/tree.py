@@ -35,7 +35,7 @@ Proposer = Callable[[int, mx.array, mx.array, mx.array], tuple[mx.array, mx.arra
 
 # Taken off a path's log-probability per level, so that a certain child (log-probability 0)
 # never ranks before its parent: the best nodes always include their ancestors.
-_LEVEL_COST = 1e-4
+LEVEL_COST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class DraftTree:
 
     tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
-    float32, what the nodes' paths were ranked by, if the tree was ranked.
+    float32, what the nodes' paths were ranked by, if the tree was ranked. looked_up: (T,) bool,
+    which nodes look-up was surer of than the drafter (`drafters/lookup`), None for none.
     """
 
     tokens: mx.array
@@ -53,6 +54,7 @@ class DraftTree:
     depth: int
     alive: mx.array | None = None
     scores: mx.array | None = None
+    looked_up: mx.array | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -104,11 +106,30 @@ def ancestors(parents: mx.array, depth: int) -> mx.array:
 def build(
     root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer, before: mx.array
 ) -> DraftTree:
-    """Grow a tree below `root` level by level and keep the nodes the spec asks for.
+    """Grow a tree below `root` and keep the nodes the spec asks for; arguments as for `grow`.
+
+    Of all levels together, a best-first tree keeps the best `spec.rows` nodes, root included.
+    """
+    tree, _ = grow(root, spec, num_streams, propose, before)
+    return best_rows(tree, spec)
+
+
+def best_rows(tree: DraftTree, spec: TreeSpec) -> DraftTree:
+    """Return the best `spec.rows` nodes of a tree with scores, where the spec is best-first."""
+    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
+        # The root's score 0 is the highest of all, so it is always among the best.
+        assert tree.scores is not None
+        return select(tree, best_nodes(tree.scores, spec.rows))
+    return tree
+
+
+def grow(
+    root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer, before: mx.array
+) -> tuple[DraftTree, list[int]]:
+    """Return a tree grown below `root` level by level, and how many nodes each level has.
 
     A path's score is the sum of its nodes' log-probabilities (the product of probabilities).
-    Every level keeps its best `spec.level_widths` nodes; of all levels together, a best-first
-    tree keeps the best `spec.rows` (root included). Shapes depend on the spec alone.
+    Every level keeps its best `spec.level_widths` nodes. Shapes depend on the spec alone.
 
     Args:
         root: scalar or (1,) integer array, the token of node 0.
@@ -129,7 +150,7 @@ def build(
             k = spec.branching
             best = mx.argsort(-log_probs, axis=-1)[:, :k]
             ids, log_probs = (mx.take_along_axis(a, best, axis=-1) for a in (ids, log_probs))
-        paths = (level_scores[:, None] + (log_probs - _LEVEL_COST)).reshape(-1)
+        paths = (level_scores[:, None] + (log_probs - LEVEL_COST)).reshape(-1)
         ids = ids.reshape(-1)
         width = min(width, above * k)
         if width < above * k:
@@ -152,11 +173,7 @@ def build(
         depth=len(widths),
         scores=mx.concatenate(scores),
     )
-    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
-        # The root's score 0 is the highest of all, so it is always among the best.
-        assert tree.scores is not None
-        return select(tree, best_nodes(tree.scores, spec.rows))
-    return tree
+    return tree, [int(level.shape[0]) for level in tokens]
 
 
 def select(tree: DraftTree, kept: mx.array) -> DraftTree:
@@ -173,6 +190,7 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
         depth=min(tree.depth, kept.shape[0] - 1),
         alive=None if tree.alive is None else mx.take(tree.alive, kept),
         scores=None if tree.scores is None else mx.take(tree.scores, kept),
+        looked_up=None if tree.looked_up is None else mx.take(tree.looked_up, kept),
     )
 
 

@@ -125,33 +125,22 @@ def test_trees_of_eagle_are_no_product_of_marginals() -> None:
 
 @pytest.mark.parametrize(("kind", "tree"), list(product(KINDS, TREES)))
 def test_the_text_is_that_of_plain_decoding(kind: str, tree: str) -> None:
-    accepted = 0
-    for seed, family in enumerate(("llama", "qwen2", "qwen3")):
-        backbone = backbone_of(family, seed=seed)
-        drafter = random_drafter(kind, backbone, seed)
-        decoder = DraftDecoder(drafter, TreeSpec.parse(tree), TokenSampler())
-        steps = run(decoder, PROMPT, 30, cache := backbone.new_cache())
+    """The likeliest tokens, and drawn ones: a seed gives the same text whatever is drafted."""
+    seed = TREES.index(tree)
+    backbone = backbone_of(("llama", "qwen2", "qwen3")[seed % 3], seed=seed)
+    drafter = random_drafter(kind, backbone, seed)
+    for sampler in (None, make_sampler(temp=4.0)):
+        plain = PlainDecoder(backbone, TokenSampler(sampler, seed=7))
+        expected = tokens_of(run(plain, PROMPT, 24, backbone.new_cache()))
+        decoder = DraftDecoder(drafter, TreeSpec.parse(tree), TokenSampler(sampler, seed=7))
+        steps = run(decoder, PROMPT, 24, cache := backbone.new_cache())
         found = tokens_of(steps)
-        assert found[:30] == plainly(backbone, PROMPT, 30)[:30]
-        accepted += sum(step.accepted for step in steps)
+        assert found[:24] == expected[:24]
         fresh = backbone.new_cache()
         decoder.prefill((PROMPT + found)[: cache.length], fresh)
         for ours, theirs in zip(committed_rows(cache), committed_rows(fresh), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
-    assert accepted > 0 or tree == "1"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_draws_are_those_of_plain_decoding(kind: str) -> None:
-    """With the same seed the same text at any temperature: the drafts decide nothing."""
-    backbone = backbone_of()
-    drafter = random_drafter(kind, backbone)
-    sampler = lambda: TokenSampler(make_sampler(temp=0.9), seed=7)  # noqa: E731
-    plain = run(PlainDecoder(backbone, sampler()), PROMPT, 40, backbone.new_cache())
-    decoder = DraftDecoder(drafter, TreeSpec(rows=8), sampler())
-    steps = run(decoder, PROMPT, 40, backbone.new_cache())
-    assert tokens_of(steps)[:40] == tokens_of(plain)[:40]
-    assert sum(step.accepted for step in steps) > 3
+    assert sum(step.accepted for step in steps) > 0 or tree not in ("9", "3^2")
 
 
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "draft model"])
@@ -216,12 +205,11 @@ def test_own_rows_follow_steps_edits_and_copies(kind: str, tree: str) -> None:
         cache.rewind(kept)
         text = [*text[:kept], *said]
         text += tokens_of(run(decoder, said, 9, cache))
-        assert text[: len(text) - 9] or text
         expected = plainly(backbone, text[: kept + len(said)], 9)
         assert text[kept + len(said) :][:9] == expected[:9]
         assert_rows_are_fresh(drafter, cache, text)
     other = cache.copy(5)
-    branch = text[:5] + [6]
+    branch = [*text[:5], 6]
     branch += tokens_of(run(decoder, [6], 9, other))
     assert_rows_are_fresh(drafter, other, branch)
     # The copy did not touch what it was made from.

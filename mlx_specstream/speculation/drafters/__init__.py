@@ -12,9 +12,12 @@
 | `eagle.py` | EAGLE: a layer that continues the base's features; EAGLE-3 |
 | `draft_model.py` | a smaller model of the same vocabulary |
 | `trained.py` | the drafter of a folder's weights |
+| `nothing.py` | a model without a drafter |
+| `lookup/` | what followed when the text read so before: for any model, and in any drafter's tree |
 """
 
 from .drafter import Drafter, Verified
+from .nothing import NoDrafter
 from .streams import StreamDrafter
 
-__all__ = ["Drafter", "StreamDrafter", "Verified"]
+__all__ = ["Drafter", "NoDrafter", "StreamDrafter", "Verified"]

@@ -62,8 +62,10 @@ class Drafter(ABC):
     @abstractmethod
     def propose(
         self, verified: Verified, path: AcceptedPath, cache: KVCache, spec: TreeSpec
-    ) -> Proposer:
+    ) -> Proposer | None:
         """Return candidates below `path.next_root`, level by level, as a part of the step's graph.
+
+        None for none.
 
         cache: holds the committed text, and behind it the rows of `verified`. spec: the tree they
         are for.

@@ -140,14 +140,14 @@ class HydraProposer:
 
     def __init__(self, net: Hydra, backbone: Backbone, inputs: mx.array, branching: int) -> None:
         self.net, self.backbone, self.branching = net, backbone, branching
-        self.inputs = inputs
+        self.state = self.inputs = inputs
 
     def __call__(
         self, level: int, parents: mx.array, before: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, k) int32 and log-probabilities (W, k) float32."""
         del before
-        above = mx.take(self.inputs, places, axis=0)
+        above = mx.take(self.inputs if level else self.state, places, axis=0)
         rows = self.backbone.embedding_rows(parents)
         self.inputs = mx.concatenate([above, rows], axis=1)
         logits = self.net.logits(level, self.inputs, self.backbone)

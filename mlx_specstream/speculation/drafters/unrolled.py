@@ -63,10 +63,12 @@ class Unrolling:
         end: mx.array,
     ) -> None:
         self.drafter, self.kv, self.branching = drafter, kv, branching
-        self.states, self.end = states, end
+        self.end = end
         prefix = mx.ones((start,), dtype=mx.bool_)
-        self.seen = mx.concatenate([prefix, counts])[None]  # (W, S): whom the nodes above see
-        self.keys = mx.arange(start + counts.shape[0], dtype=mx.int32)  # (S,), their positions
+        # Of the level above: its states (1, W, h), whom its nodes see (W, S), the keys' positions.
+        self.states, self.seen = states, mx.concatenate([prefix, counts])[None]
+        self.keys = mx.arange(start + counts.shape[0], dtype=mx.int32)
+        self.path = self.states, self.seen, self.keys
 
     def __call__(
         self, level: int, parents: mx.array, before: mx.array, places: mx.array
@@ -75,6 +77,8 @@ class Unrolling:
         del before
         if level:
             self._read(level, parents, places)
+        else:  # a tree may be grown twice, the second time with what look-up found
+            self.states, self.seen, self.keys = self.path
         logits = self.drafter.logits(self.states)
         top = top_candidates(logits, self.states[0], self.branching)
         return self.drafter.token_ids(top.ids), top.log_probs
