@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..config import CacheConfig
+from ..config import MAX_STREAMS, CacheConfig, DecodeConfig, TreeSpec
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache, from_mlx_lm
@@ -23,9 +24,7 @@ log = logging.getLogger("mlx_specstream")
 Prompt = str | Sequence[int] | mx.array
 
 # mlx-lm's options that are not supported; None means that they are not in use.
-_UNSUPPORTED = ("draft_model", "input_embeddings", "stream")
-# mlx-lm's options that only qualify an unsupported one.
-_WITHOUT_EFFECT = ("num_draft_tokens",)
+_UNSUPPORTED = ("input_embeddings", "stream")
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:
@@ -41,8 +40,22 @@ def refuse_unknown(options: dict[str, Any]) -> None:
                     f"the option {name} of mlx-lm is not supported yet; leave it out, or use "
                     "mlx-lm itself for this."
                 )
-        elif name not in _WITHOUT_EFFECT:
+        else:
             raise OptionError(f"stream_generate has no option {name!r}.")
+
+
+def with_chain(config: DecodeConfig | None, num_draft_tokens: int) -> DecodeConfig:
+    """Return a config whose tree is a chain of so many drafts, as mlx-lm's draft models make it.
+
+    Raises:
+        OptionError: no such chain.
+    """
+    if not 1 <= num_draft_tokens <= MAX_STREAMS:
+        raise OptionError(
+            f"num_draft_tokens must be 1 to {MAX_STREAMS}, got {num_draft_tokens}; or name a tree."
+        )
+    chain = TreeSpec(kind="chain", branching=1, depth=num_draft_tokens)
+    return replace(config or DecodeConfig(), tree=chain)
 
 
 def wrapped_tokenizer(tokenizer: Any) -> TokenizerWrapper:

@@ -24,6 +24,7 @@ class LoadOptions(TypedDict):
     revision: str | None
     streams: str | None
     streams_revision: str | None
+    draft_model: str | None
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
@@ -47,6 +48,14 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         ),
     )
     parser.add_argument("--streams-revision", help="branch, tag or commit of streams on the hub")
+    parser.add_argument(
+        "--draft-model",
+        metavar="NAME",
+        help=(
+            "what drafts in place of streams: a smaller model of the same vocabulary, named as "
+            "--model is, or a folder of a converted drafter (Medusa, Hydra, EAGLE)"
+        ),
+    )
     parser.add_argument(
         "--trust-remote-code", nargs="*", action=_RefuseCode, help=argparse.SUPPRESS
     )
@@ -74,6 +83,12 @@ def add_decode_options(
         parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
     else:
         parser.add_argument("--tree", default=str(default.tree), help=tree_help)
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        help="draft a chain of N tokens, as --tree chainN does; mlx-lm's word",
+    )
     parser.add_argument(
         "--prune",
         metavar="KEEP[:THRESHOLD]",
@@ -163,6 +178,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
         "revision": arguments.revision,
         "streams": streams_option(arguments),
         "streams_revision": arguments.streams_revision,
+        "draft_model": arguments.draft_model,
     }
 
 
@@ -172,8 +188,11 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
     Raises:
         OptionError: an option cannot be read or is out of range.
     """
+    tree = arguments.tree if tree is None else tree
+    if arguments.num_draft_tokens is not None:
+        tree = f"chain{max(arguments.num_draft_tokens, 0)}"
     return DecodeConfig.of_words(
-        arguments.tree if tree is None else tree,
+        tree,
         prune=arguments.prune,
         schedule=arguments.schedule,
         use_conditioner=not arguments.no_conditioning,

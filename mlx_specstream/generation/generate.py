@@ -14,18 +14,20 @@ The module is not named `generate`, because `mlx_specstream.generate` is the fun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
 from ..config import CacheConfig, DecodeConfig
 from ..errors import OptionError
+from ..loading.drafter import drafter_of_model
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
-from ..speculation.decode import Decoder, StreamDecoder
+from ..speculation.decode import Decoder, StreamDecoder, drafter_decoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeProcessor
 from ..speculation.statistics import SpeculationStats
@@ -36,6 +38,7 @@ from .arguments import (
     prompt_ids,
     refuse_unknown,
     token_budget,
+    with_chain,
     wrapped_tokenizer,
 )
 from .response import GenerationResponse, summary
@@ -95,6 +98,8 @@ def stream_generate(
     continues: bool | None = None,
     keep_drafts: bool = False,
     seed: int | None = None,
+    draft_model: StreamModel | nn.Module | None = None,
+    num_draft_tokens: int | None = None,
     **mlx_lm_options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate an answer token by token.
@@ -121,6 +126,9 @@ def stream_generate(
             that `mx.random.seed` before the call repeats the answer. The same seed gives the
             same text with any tree and without speculation.
         keep_drafts: put every verified tree into its tokens' responses.
+        draft_model: a loaded model of the same vocabulary, as in mlx-lm, that drafts in place of
+            streams; better `load(..., draft_model=NAME)`, which compares the tokenizers.
+        num_draft_tokens: draft a chain of so many tokens, in place of the config's tree.
 
     Raises:
         OptionError: an argument that cannot be used. Raised by the call, before the first token.
@@ -129,6 +137,12 @@ def stream_generate(
     refuse_unknown(mlx_lm_options)
     if not isinstance(model, StreamModel):
         model = StreamModel.plain(model)
+    if draft_model is not None:
+        drafting = draft_model.model if isinstance(draft_model, StreamModel) else draft_model
+        drafter = drafter_of_model("given", drafting, model.backbone)
+        model = replace(model, streams=None, drafter=drafter)
+    if num_draft_tokens is not None:
+        config = with_chain(config, num_draft_tokens)
     tokenizer = wrapped_tokenizer(tokenizer)
     ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
     caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
@@ -174,6 +188,8 @@ def decoder_for(
 
     With the tree `auto` the first call may take some seconds, to measure what steps cost here.
     """
+    if model.drafter is not None and speculative:
+        return drafter_decoder(model.drafter, config or DecodeConfig(), token_sampler)
     if model.streams is None or not speculative:
         return plain_decoder(model.backbone, model.streams, token_sampler)
     config = config or DecodeConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ...config.drafter import AUTO_DEPTH
+from ...config import MAX_STREAMS
 from ...errors import ModelError
 from ...model.backbone import Backbone
 from ...model.cache import KVCache
@@ -17,7 +17,7 @@ from .unrolled import UnrolledDrafter
 
 
 class DraftModelDrafter(UnrolledDrafter):
-    """A draft model as a drafter; `depth` is how many levels it drafts.
+    """A draft model as a drafter.
 
     Raises:
         ModelError: its layers keep a state.
@@ -25,8 +25,8 @@ class DraftModelDrafter(UnrolledDrafter):
 
     reads_root = True
 
-    def __init__(self, backbone: Backbone, draft: Backbone, depth: int = AUTO_DEPTH) -> None:
-        self.backbone, self.draft, self.depth = backbone, draft, depth
+    def __init__(self, backbone: Backbone, draft: Backbone) -> None:
+        self.backbone, self.draft, self.depth = backbone, draft, MAX_STREAMS
         if draft.is_recurrent:
             raise ModelError(
                 f"a {draft.family} model cannot draft: some of its layers keep a state, which drafts "

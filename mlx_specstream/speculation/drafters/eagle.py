@@ -17,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...config import DrafterConfig
-from ...config.drafter import AUTO_DEPTH
 from ...model.backbone import Backbone
 from ...model.cache import KVCache, LayerView
 from ...model.masks import RowMask
@@ -61,7 +60,7 @@ class Eagle(nn.Module):
 
 
 class EagleDrafter(UnrolledDrafter):
-    """EAGLE's layer as a drafter; `depth` is how many levels it drafts."""
+    """EAGLE's layer as a drafter."""
 
     needs_next = True
 
@@ -70,9 +69,8 @@ class EagleDrafter(UnrolledDrafter):
         backbone: Backbone,
         config: DrafterConfig,
         tensors: Mapping[str, mx.array],
-        depth: int = AUTO_DEPTH,
     ) -> None:
-        self.backbone, self.depth, self.config = backbone, depth, config
+        self.backbone, self.depth, self.config = backbone, config.num_levels, config
         # A layer's input is the output of the layer below; of layer 0, the embeddings.
         self.taps = tuple(sorted({number - 1 for number in config.feature_layers} - {-1}))
         self.ids = tensors.get("d2t")
