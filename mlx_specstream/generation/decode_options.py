@@ -57,6 +57,13 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         ),
     )
     parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        dest="draft_chain",
+        help="draft a chain of N tokens, as --tree chainN does; mlx-lm's word",
+    )
+    parser.add_argument(
         "--trust-remote-code", nargs="*", action=_RefuseCode, help=argparse.SUPPRESS
     )
 
@@ -83,12 +90,6 @@ def add_decode_options(
         parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
     else:
         parser.add_argument("--tree", default=str(default.tree), help=tree_help)
-    parser.add_argument(
-        "--num-draft-tokens",
-        type=int,
-        metavar="N",
-        help="draft a chain of N tokens, as --tree chainN does; mlx-lm's word",
-    )
     parser.add_argument(
         "--prune",
         metavar="KEEP[:THRESHOLD]",
@@ -189,8 +190,11 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
         OptionError: an option cannot be read or is out of range.
     """
     tree = arguments.tree if tree is None else tree
-    if arguments.num_draft_tokens is not None:
-        tree = f"chain{max(arguments.num_draft_tokens, 0)}"
+    chain: int | None = getattr(arguments, "draft_chain", None)
+    if chain is not None:
+        if chain < 1:
+            raise OptionError(f"--num-draft-tokens must be at least 1, got {chain}.")
+        tree = f"chain{chain}"
     return DecodeConfig.of_words(
         tree,
         prune=arguments.prune,
