@@ -1,6 +1,7 @@
 """Each pass of an answer, drawn: who proposed the tokens it gave out, and what was rejected.
 
       3   sky¹ is² blue          stream 1 proposed " sky", stream 2 " is"; main said " blue"
+      4   the cellˡ wallˡ is     look-up proposed " cell" and " wall"
         ✗ ¹~air~ ²~looks~        what the streams had proposed in vain
 
 Colours tell the streams apart, superscripts do so without colour; rejected drafts are struck
@@ -17,6 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ...speculation.result import LOOK_UP
 from ..tokens import TokenTexts
 from .session import DraftStep
 from .text import on_one_line
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 STREAM_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+LOOK_UP_MARK, LOOK_UP_STYLE = "ˡ", "bright_green"
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -43,6 +46,8 @@ class DraftView:
         for stream in range(1, num_streams + 1):
             legend.append(" · ", style="dim")
             legend.append(f"stream {stream}{mark(stream)}", style=style_of(stream))
+        legend.append(" · ", style="dim")
+        legend.append(f"look-up{LOOK_UP_MARK}", style=LOOK_UP_STYLE)
         legend.append(" · ", style="dim")
         return legend.append("✗ ").append_text(self._struck("rejected"))
 
@@ -86,12 +91,16 @@ class DraftView:
 
 
 def mark(origin: int) -> str:
-    """Return the superscript of a stream, nothing for the main stream."""
+    """Return the superscript of a stream or of look-up, nothing for the main stream."""
+    if origin == LOOK_UP:
+        return LOOK_UP_MARK
     return str(origin).translate(_SUPERSCRIPTS) if origin else ""
 
 
 def style_of(origin: int) -> str:
-    """Return the style of a stream's tokens."""
+    """Return the style of a stream's tokens, or of those that were looked up."""
+    if origin == LOOK_UP:
+        return LOOK_UP_STYLE
     return STREAM_COLOURS[(origin - 1) % len(STREAM_COLOURS)] if origin else "bold"
 
 

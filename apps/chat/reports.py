@@ -40,7 +40,8 @@ def stats_table(session: ChatSession, speed: Speed | None) -> RenderableType:
         row("writing", _rate(last.generation_rate))
         if stats.drafted:
             row("per step", f"{stats.tokens_per_step:.2f} tokens")
-            row("drafts", f"{stats.accepted} of {stats.drafted} accepted")
+            found = f", {stats.looked_up} of them looked up" if stats.looked_up else ""
+            row("drafts", f"{stats.accepted} of {stats.drafted} accepted{found}")
             steps = ", ".join(f"{n}: {count}" for n, count in enumerate(stats.histogram) if count)
             row("steps", f"by drafts accepted {steps}")
     if session.mode != "plain":
@@ -94,7 +95,9 @@ def token_pieces(session: ChatSession, text: str) -> RenderableType:
 def why_no_drafts(session: ChatSession) -> str:
     """Return why the last answer has no drafts to show, and how to get an answer with some."""
     settings = session.settings
-    if session.model.streams is None:
+    if session.model.streams is None and session.mode == "look-up":
+        how = "nothing in the text was likely enough to come again; the model has no streams"
+    elif session.model.streams is None and session.model.drafter is None:
         how = "the model has no streams; `specstream train` makes some and --streams loads them"
     elif settings.mode == "plain":
         how = "/set mode speculative, then /retry"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ... import DecodeConfig, PruneSpec, TreeSpec, TypicalSpec
-from ...config import SamplingConfig
+from ...config import SamplingConfig, parse_drafts
 from ...errors import OptionError
 from ...generation.decode_options import decode_config
 from ...generation.sampling_options import sampling_config
@@ -121,6 +121,11 @@ def _decode(name: str, read: Callable[[str], Any], wanted: str, *values: str) ->
     return Setting(wanted, change, show, values)
 
 
+def _shown_drafts(settings: Settings) -> str:
+    drafts = settings.decode.drafts
+    return "auto" if drafts is None else ",".join(drafts) or "none"
+
+
 def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text in ("none", "off") else read(text)
 
@@ -155,6 +160,14 @@ SETTINGS: dict[str, Setting] = {
     "mode": _plain("mode", str, "speculative or plain", "speculative", "plain"),
     "tree": _decode(
         "tree", TreeSpec.parse, "auto, chain, chain3, 16 (rows) or 3^4", "auto", "chain", "8", "16"
+    ),
+    "drafts": Setting(
+        "streams,lookup, streams, lookup, none, or auto",
+        lambda s, text: replace(
+            s, decode=replace(s.decode, drafts=None if text == "auto" else parse_drafts(text))
+        ),
+        _shown_drafts,
+        ("auto", "streams,lookup", "streams", "lookup", "none"),
     ),
     "prune": _decode("prune", _optional(PruneSpec.parse), "8, 8:0.02 or none", "none", "8"),
     "schedule": _decode("schedule", str, "auto, inline or deferred", "auto", "inline", "deferred"),

@@ -136,7 +136,13 @@ class Scheduler:
             return [self._failed(answer, error)]
 
     def _steps(self, answer: RequestState) -> Iterator[StepResult]:
-        decoder = decoder_for(self.model, self.config, answer.token_sampler, self.speculative)
+        decoder = decoder_for(
+            self.model,
+            self.config,
+            answer.token_sampler,
+            self.speculative,
+            text=[*answer.request.prompt, *answer.given],
+        )
         return decoder.steps(answer.root, answer.cache, answer)
 
     def _together(self, batch: BatchDecoder) -> list[tuple[Request, Event]]:

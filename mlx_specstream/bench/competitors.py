@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
+NO_STREAMS = "none"
+
+
 @dataclass
 class Contest:
     """The model with everything that competes on it.
@@ -101,7 +104,9 @@ def open_contest(
             method = Method(**{**method.to_dict(), "streams": text})  # type: ignore[arg-type]
             default, others = parse_streams(text)
             for streams in (default, *others.values()):
-                if streams not in by_streams:
+                if streams == NO_STREAMS:  # look-up alone
+                    by_streams[streams] = model
+                elif streams not in by_streams:
                     weights = find_streams(streams, model.model, folder)
                     assert weights is not None
                     joined = Streams(model.backbone, weights.config, weights.tensors)
@@ -126,6 +131,7 @@ def setting_config(method: Method) -> DecodeConfig:
         prune=method.prune,
         schedule=method.schedule,
         use_conditioner=method.conditioning,
+        drafts=method.drafts,
     )
 
 

@@ -17,7 +17,9 @@ from ..errors import DataError, OptionError
 
 Kind = Literal["mlx-lm", "plain", "streams", "draft-model", "look-up"]
 KINDS = ("mlx-lm", "plain", "streams", "draft-model", "look-up")
-_SETTING = "tree=16 prune=8:0.02 schedule=deferred conditioning=no streams=NAME"
+_SETTING = (
+    "tree=16 prune=8:0.02 schedule=deferred conditioning=no streams=NAME drafts=streams,lookup"
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Method:
     """One way of decoding; which fields count depends on `kind`.
 
     tree, prune, schedule, conditioning: as on the command line. streams: a name for all
-    categories, then names for single ones: `demo-chat,sql=demo-sql`.
+    categories, then names for single ones: `demo-chat,sql=demo-sql`, or `none`. drafts: where they
+    come from, as on the command line.
     """
 
     kind: Kind
@@ -35,6 +38,7 @@ class Method:
     conditioning: bool = True
     streams: str = ""
     num_draft_tokens: int = 0
+    drafts: str | None = None
 
     @property
     def label(self) -> str:
@@ -52,6 +56,8 @@ class Method:
             words.append(self.schedule)
         if not self.conditioning:
             words.append("unconditioned")
+        if self.drafts is not None:
+            words.append(f"drafts {self.drafts}")
         return ", ".join(words)
 
     @property
@@ -137,7 +143,10 @@ def parse_setting(text: str, streams: str) -> Method:
     values: dict[str, str] = {}
     for word in text.split():
         key, _, value = word.partition("=")
-        if key not in ("tree", "prune", "schedule", "conditioning", "streams") or not value:
+        if (
+            key not in ("tree", "prune", "schedule", "conditioning", "streams", "drafts")
+            or not value
+        ):
             raise OptionError(f"cannot read {word!r} in a setting; write like '{_SETTING}'.")
         values[key] = value
     if values.get("conditioning", "yes") not in ("yes", "no"):
@@ -149,6 +158,7 @@ def parse_setting(text: str, streams: str) -> Method:
         schedule=values.get("schedule", "auto"),
         conditioning=values.get("conditioning", "yes") == "yes",
         streams=values.get("streams", streams),
+        drafts=values.get("drafts"),
     )
 
 

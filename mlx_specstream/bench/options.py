@@ -147,13 +147,15 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
     Raises:
         OptionError: a setting cannot be read.
     """
-    from .competitors import setting_config
+    from .competitors import NO_STREAMS, setting_config
 
     found = [MLX_LM, Method("plain")]
     sets = arguments.streams or [AUTO]
     for streams in sets:
-        if streams.lower() == "none":
-            continue
+        if streams.lower() == NO_STREAMS:
+            if arguments.drafts is None or "lookup" not in arguments.drafts:
+                continue
+            streams = NO_STREAMS
         parse_streams(streams)
         trees = arguments.tree or ([] if arguments.setting else [str(DecodeConfig().tree)])
         found += [
@@ -164,6 +166,7 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
                 schedule=arguments.schedule,
                 conditioning=not arguments.no_conditioning,
                 streams=streams,
+                drafts=arguments.drafts,
             )
             for tree in trees
         ]

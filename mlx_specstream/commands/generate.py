@@ -89,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_cache_options(parser)
     add_decode_options(parser, lossy=True)
     parser.add_argument(
+        "--lookup-files",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files that the answer may quote, to look drafts up in beside the text itself",
+    )
+    parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
     )
     parser.add_argument(
@@ -149,6 +156,7 @@ def main(argv: list[str]) -> int:
             *make_grammar_processors(arguments, tokenizer, vocab_size),
         ],
         config=config,
+        lookup_files=arguments.lookup_files,
         speculative=not arguments.no_speculation,
         stop=arguments.stop,
         continues=(

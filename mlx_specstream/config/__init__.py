@@ -14,13 +14,14 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 """
 
 from .cache import CacheConfig
-from .decode import DecodeConfig, PruneSpec, Schedule, TypicalSpec
+from .decode import DRAFTS, DecodeConfig, PruneSpec, Schedule, TypicalSpec, parse_drafts
 from .drafter import DrafterConfig, DrafterKind, LayerConfig
 from .sampling import SamplingConfig
 from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
 from .tree import TreeKind, TreeSpec
 
 __all__ = [
+    "DRAFTS",
     "FORMAT_VERSION",
     "MAX_STREAMS",
     "CacheConfig",
@@ -37,4 +38,5 @@ __all__ = [
     "TreeKind",
     "TreeSpec",
     "TypicalSpec",
+    "parse_drafts",
 ]

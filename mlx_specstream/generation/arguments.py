@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from ..config import MAX_STREAMS, CacheConfig, DecodeConfig, TreeSpec
-from ..errors import OptionError
+from ..errors import DataError, OptionError, brief
 from ..loading.load import StreamModel
 from ..model.cache import KVCache, from_mlx_lm
 from ..model.cache.kinds import check_quantised, quantization
+from ..speculation.drafters.lookup import FileIndex
 from ..speculation.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -123,6 +126,49 @@ def cache_for(
     if config.kv_bits is not None:
         given.quantize = quantization(config)
     return given
+
+
+def file_index(
+    tokenizer: TokenizerWrapper, files: Sequence[str | Path], vocab_size: int
+) -> FileIndex:
+    """Return the tokens of text files, indexed for look-up; made once for a tokenizer and files.
+
+    vocab_size: of the model; ids beyond, which it cannot read, are left out.
+
+    Raises:
+        DataError: a file cannot be read as text.
+    """
+    key = []
+    for file in files:
+        path = Path(file).expanduser()
+        try:
+            key.append((path, path.stat().st_mtime_ns))
+        except OSError as error:
+            raise unreadable(path, error) from None
+    known = _indices.setdefault(tokenizer, {})
+    if tuple(key) not in known:
+        tokens: list[int] = []
+        for path, _ in key:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise unreadable(path, error) from None
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            tokens += [token for token in ids if token < vocab_size]
+        known.clear()
+        known[tuple(key)] = FileIndex(tokens)
+    return known[tuple(key)]
+
+
+_indices: WeakKeyDictionary[TokenizerWrapper, dict[tuple[tuple[Path, int], ...], FileIndex]]
+_indices = WeakKeyDictionary()
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """Return the error of a look-up file that cannot be read."""
+    return DataError(
+        f"the look-up file {path} cannot be read as text ({brief(error)}); name UTF-8 text files."
+    )
 
 
 def token_budget(max_tokens: int, prompt_tokens: int, context_length: int | None) -> int:

@@ -75,7 +75,7 @@ def add_decode_options(
     several_trees: bool = False,
     lossy: bool = False,
 ) -> None:
-    """Add --tree, --prune, --schedule and --no-conditioning; if `lossy`, --lossy-typical.
+    """Add --tree, --drafts, --prune, --schedule and --no-conditioning; if `lossy`, --lossy-typical.
 
     `tree` is the default of --tree, None for the general one. Only a verb whose every output
     says when it is lossy may offer that.
@@ -90,6 +90,15 @@ def add_decode_options(
         parser.add_argument("--tree", action="append", help=f"{tree_help}; may be repeated")
     else:
         parser.add_argument("--tree", default=str(default.tree), help=tree_help)
+    parser.add_argument(
+        "--drafts",
+        metavar="{streams,lookup|streams|lookup|none}",
+        help=(
+            "where drafts come from: the model's streams, or look-up: what followed when the text "
+            "read so before, which works for any model (default: both with the tree 'auto', "
+            "streams with another)"
+        ),
+    )
     parser.add_argument(
         "--prune",
         metavar="KEEP[:THRESHOLD]",
@@ -201,6 +210,7 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
         schedule=arguments.schedule,
         use_conditioner=not arguments.no_conditioning,
         typical=getattr(arguments, "lossy_typical", None),
+        drafts=arguments.drafts,
     )
 
 
@@ -212,6 +222,7 @@ def described(config: DecodeConfig) -> dict[str, object]:
     values["prune"] = None if prune is None else {"keep": prune.keep, "threshold": prune.threshold}
     values["typical"] = None if config.typical is None else asdict(config.typical)
     values["lossy"] = config.lossy
+    values["drafts"] = None if config.drafts is None else list(config.drafts)
     return values
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
-from ..config import CacheConfig, DecodeConfig
+from ..config import CacheConfig, DecodeConfig, parse_drafts
 from ..errors import OptionError
 from ..loading.drafter import drafter_of_model
 from ..loading.load import StreamModel
@@ -27,13 +28,17 @@ from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
-from ..speculation.decode import Decoder, StreamDecoder, drafter_decoder
+from ..planner.lookup import lookup_planner
+from ..speculation.decode import Decoder, DraftDecoder, StreamDecoder, drafter_decoder
+from ..speculation.drafters import NoDrafter
+from ..speculation.drafters.lookup import FileIndex, LookUp
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeProcessor
 from ..speculation.statistics import SpeculationStats
 from .arguments import (
     Prompt,
     cache_for,
+    file_index,
     needed_sampler,
     prompt_ids,
     refuse_unknown,
@@ -93,6 +98,8 @@ def stream_generate(
     prefill_step_size: ChunkSize = PREFILL_CHUNK,
     prompt_progress_callback: Progress | None = None,
     config: DecodeConfig | None = None,
+    drafts: str | None = None,
+    lookup_files: Sequence[str | Path] = (),
     speculative: bool = True,
     stop: Sequence[str] = (),
     continues: bool | None = None,
@@ -117,6 +124,9 @@ def stream_generate(
             first four always among them); also for models that mlx-lm ignores it for.
         kv_bits, kv_group_size, quantized_kv_start: store rows in a few bits, from so many on.
         config: how to decode; None for the tree that pays here, plain decoding included.
+        drafts: where drafts come from, in place of what `config` says: `streams,lookup` (which
+            `lookup` alone works for any model), `streams`, `lookup` or `none`.
+        lookup_files: text files that the answer may quote, to be looked up in beside the text.
         speculative: False decodes one token per pass, with the same result.
         stop: strings that end the answer and are not part of it.
         prefill_step_size: prompt tokens per pass, or `PacedChunks` for a prompt someone waits for.
@@ -161,7 +171,12 @@ def stream_generate(
     for process in token_sampler.processors:
         if isinstance(process, TreeProcessor):
             process.begin(len(ids))
-    decoder = decoder_for(model, config, token_sampler, speculative)
+    if drafts is not None:
+        config = replace(config or DecodeConfig(), drafts=parse_drafts(drafts))
+    files = None
+    if lookup_files:
+        files = file_index(tokenizer, lookup_files, model.backbone.vocab_size)
+    decoder = decoder_for(model, config, token_sampler, speculative, files=files)
     if not isinstance(decoder, PlainDecoder):
         decoder.keep_drafts = keep_drafts
     if continues is None:
@@ -182,18 +197,51 @@ def stream_generate(
 
 
 def decoder_for(
-    model: StreamModel, config: DecodeConfig | None, token_sampler: TokenSampler, speculative: bool
+    model: StreamModel,
+    config: DecodeConfig | None,
+    token_sampler: TokenSampler,
+    speculative: bool,
+    *,
+    files: FileIndex | None = None,
+    text: Sequence[int] = (),
 ) -> Decoder:
     """Return the loop over token ids that generates with these settings.
 
     With the tree `auto` the first call may take some seconds, to measure what steps cost here.
+
+    Args:
+        files: what else to look up in. text: what precedes the answer, if more is known of it than
+            the prompt that the loop will be given.
+
+    Raises:
+        OptionError: look-up alone was asked for where it cannot be.
     """
-    if model.drafter is not None and speculative:
-        return drafter_decoder(model.drafter, config or DecodeConfig(), token_sampler)
-    if model.streams is None or not speculative:
-        return plain_decoder(model.backbone, model.streams, token_sampler)
-    config = config or DecodeConfig()
-    planner = planner_for(model, config)
-    if planner is not None:
-        return AutoDecoder(model.streams, config, token_sampler, planner)
-    return StreamDecoder(model.streams, config, token_sampler)
+    backbone, config = model.backbone, config or DecodeConfig()
+    streams = model.streams if speculative and config.uses_streams else None
+    lookup = None
+    if speculative and config.looks_up:
+        lookup = LookUp.of(backbone, files, text)
+    if model.drafter is not None and speculative and config.uses_streams:
+        return drafter_decoder(model.drafter, config, token_sampler, lookup=lookup)
+    if streams is None and lookup is None:
+        return plain_decoder(backbone, model.streams, token_sampler)
+    if streams is None and model.streams is not None and model.streams.shared:
+        raise OptionError(
+            "look-up alone cannot be used with streams of shared mode, which are a part of every "
+            "pass; use drafts 'streams,lookup' or 'none'."
+        )
+    planner = None if streams is None else planner_for(model, config)
+    if planner is not None or (streams is None and config.tree.kind == "auto"):
+        lookups = None if lookup is None else lookup_planner(backbone)
+        return AutoDecoder(
+            streams, config, token_sampler, planner, False, lookup, lookups, backbone
+        )
+    if streams is not None:
+        return StreamDecoder(streams, config, token_sampler, lookup=lookup)
+    if config.tree.kind == "product":
+        raise OptionError(
+            f"the tree {config.tree} is made of streams' candidates; with drafts 'lookup' name a "
+            "number of rows, such as 8, or 'auto'."
+        )
+    token_sampler.typical = config.typical
+    return DraftDecoder(NoDrafter(backbone), config.tree, token_sampler, lookup=lookup)

@@ -19,7 +19,7 @@ class GenerationResponse:
     """One token with the text it completes: mlx-lm's fields, and the figures of speculation.
 
     text: may be empty, for a character or a stop string may still be incomplete. origin: who
-    proposed the token, its stream 1..γ, or 0 for the main stream. stats: figures up to and
+    proposed the token, its stream 1..γ, -1 for look-up, or 0 for the main stream. stats: figures up to and
     including the pass this token came from. draft: the tree that pass verified, if drafts were
     asked for. logits: (V,), before processors, on the device.
     finish_reason: `stop` (end of turn, stop string), `length`, or None before the last token.
@@ -41,8 +41,8 @@ class GenerationResponse:
 
     @property
     def from_draft(self) -> bool:
-        """Tell whether a stream had proposed the token."""
-        return self.origin > 0
+        """Tell whether a draft had proposed the token."""
+        return self.origin != 0
 
     @property
     def prompt_rate(self) -> float | None:

@@ -90,6 +90,13 @@ class StreamModel:
         limit = getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    @property
+    def drafting(self) -> str:
+        """Return lossless or shared, or plain where nothing drafts but look-up."""
+        if self.drafter is not None:
+            return "lossless"
+        return "plain" if self.streams is None else self.streams.config.mode
+
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, chunk: ChunkSize = PREFILL_CHUNK
     ) -> Iterator[int]:

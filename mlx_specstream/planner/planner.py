@@ -145,6 +145,16 @@ class Planner:
         """Return the drafts accepted per step in the records, never 0."""
         return max(self.profile.tokens_per_step(plan) - 1, 0.01)
 
+    def looked_up(self, length: int) -> None:
+        """Note a step of look-up alone, which is not timed, in place of a plain one."""
+        self.context, self._then = length, None
+        if self._until_probe is not None:
+            self._until_probe = max(1, self._until_probe - 1)
+
+    def worth(self, plan: StepSetting) -> tuple[float, float]:
+        """Return the tokens that a step should yield at this ease, and its price in plain tokens."""
+        return 1 + (self.ease or 0.0) * self._recorded(plan), self._cost(plan)
+
     def plain_tokens_ahead(self) -> int | None:
         """Return how many more plain tokens are certain, None for any number."""
         return self._until_probe

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .result import LOOK_UP
+
 
 @dataclass(frozen=True)
 class SpeculationStats:
     """Figures of one answer, or of several added up.
 
     passes: forward passes after the prompt. tokens: tokens given out. drafted: draft tokens
-    verified. accepted: tokens given out that a stream had proposed. histogram: entry n counts
-    the passes in which n drafts were accepted. lossy: by typical acceptance, so the text is not
-    the model's own.
+    verified. accepted: tokens given out that a draft had proposed, looked_up: those of them by
+    look-up. histogram: entry n counts the passes in which n drafts were accepted. lossy: by typical
+    acceptance, so the text is not the model's own.
     """
 
     passes: int = 0
@@ -22,6 +24,7 @@ class SpeculationStats:
     accepted: int = 0
     histogram: tuple[int, ...] = ()
     lossy: bool = False
+    looked_up: int = 0
 
     @property
     def tokens_per_step(self) -> float:
@@ -36,10 +39,12 @@ class SpeculationStats:
     def after(self, origins: Sequence[int], drafted: int) -> SpeculationStats:
         """Return the figures with one more pass.
 
-        origins: of the tokens it gave out, the stream that had proposed each, 0 for none.
+        origins: of the tokens it gave out, the stream that had proposed each, `LOOK_UP`, or 0 for
+        none.
         """
-        accepted = sum(origin > 0 for origin in origins)
-        one = SpeculationStats(1, len(origins), drafted, accepted, (0,) * accepted + (1,))
+        accepted, looked_up = sum(o != 0 for o in origins), sum(o == LOOK_UP for o in origins)
+        histogram = (0,) * accepted + (1,)
+        one = SpeculationStats(1, len(origins), drafted, accepted, histogram, looked_up=looked_up)
         return self + one
 
     def __add__(self, other: SpeculationStats) -> SpeculationStats:
@@ -52,6 +57,7 @@ class SpeculationStats:
             self.accepted + other.accepted,
             tuple(a + b for a, b in zip(mine, theirs, strict=True)),
             self.lossy or other.lossy,
+            self.looked_up + other.looked_up,
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -62,6 +68,7 @@ class SpeculationStats:
             "tokens_per_step": round(self.tokens_per_step, 4),
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "looked_up": self.looked_up,
             "acceptance_rate": round(self.acceptance_rate, 4),
             "histogram": list(self.histogram),
             "lossy": self.lossy,
@@ -69,8 +76,9 @@ class SpeculationStats:
 
     def __str__(self) -> str:
         steps = " ".join(f"{n}:{count}" for n, count in enumerate(self.histogram))
+        found = f", {self.looked_up} of them looked up" if self.looked_up else ""
         return (
             f"{self.tokens} tokens in {self.passes} passes, {self.tokens_per_step:.2f} per pass; "
-            f"{self.accepted} of {self.drafted} drafts accepted; passes by drafts accepted {steps}"
+            f"{self.accepted} of {self.drafted} drafts accepted{found}; passes by drafts accepted {steps}"
             + ("; lossy (typical acceptance)" if self.lossy else "")
         )

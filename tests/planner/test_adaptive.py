@@ -103,7 +103,7 @@ def test_any_sequence_of_plans_gives_the_plain_text(data: st.DataObject) -> None
     governor = Whims(draw(st.lists(choice, min_size=1, max_size=12)), draw(st.booleans()))
     prompt = prompt_of(draw(st.integers(1, 30)), 12, seed)
     sampler = make_sampler(1.0) if draw(st.booleans()) else None
-    run = decode(auto_decoder(streams, governor, TokenSampler(sampler, seed=seed)), prompt, 24)  # type: ignore[arg-type]
+    run = decode(auto_decoder(streams, governor, TokenSampler(sampler, seed=seed)), prompt, 24)
     wanted = plain(streams, prompt, 24, token_sampler=TokenSampler(sampler, seed=seed))
     if sampler is None:
         assert_same_text(run.tokens, wanted)
@@ -124,7 +124,7 @@ def test_the_governor_learns_who_drafted_what() -> None:
     four, nine = StepSetting.parse("4"), StepSetting.parse("9")
     # A restart drafts a tree; the plan that follows verifies it and builds the next.
     governor = Whims([None, None, four, four, nine, nine, None, None])
-    run = decode(auto_decoder(streams, governor), [1, 2, 3], 60)  # type: ignore[arg-type]
+    run = decode(auto_decoder(streams, governor), [1, 2, 3], 60)
     for drafted_by, result, _ in governor.told:
         assert result.drafted == (0 if drafted_by is None else drafted_by.rows(3) - 1)
     first = [drafted_by for drafted_by, _, _ in governor.told[:8]]
@@ -155,7 +155,7 @@ def test_plain_decoding_schedules_nothing_that_is_thrown_away(
             StepSetting.parse("chain")
         ] * 50
         governor = Whims(plans, foresees)
-        decode(auto_decoder(streams, governor), [1, 2, 3], 30)  # type: ignore[arg-type]
+        decode(auto_decoder(streams, governor), [1, 2, 3], 30)
         assert len(passes) == 9 + wasted
 
 
@@ -163,7 +163,7 @@ def test_drafts_are_kept_where_there_are_any() -> None:
     streams = random_streams(small_model(vocab=12), stream_config(num_streams=3))
     decoder = auto_decoder(streams, Whims([None, StepSetting.parse("4"), StepSetting.parse("4")]))
     decoder.keep_drafts = True
-    run = decode(decoder, [1, 2, 3], 20)  # type: ignore[arg-type]
+    run = decode(decoder, [1, 2, 3], 20)
     assert {len(step.draft.tokens) for step in run.steps if step.draft} == {1, 4}
     assert any(step.draft is None for step in run.steps)
 
@@ -179,7 +179,7 @@ def test_processors_see_the_right_history() -> None:
     wanted = plain(streams, [1, 2, 3], 24, token_sampler=TokenSampler(None, (ban,)))
     governor = Whims([None, None, StepSetting.parse("6"), StepSetting.parse("chain2"), None])
     decoder = auto_decoder(streams, governor, TokenSampler(None, (ban,)))
-    assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
+    assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)
 
 
 def test_switching_does_not_change_what_a_seed_draws() -> None:
@@ -191,7 +191,7 @@ def test_switching_does_not_change_what_a_seed_draws() -> None:
     wanted = plain(streams, [1, 2, 3], 24, token_sampler=token_sampler())
     for whims in ([None], [StepSetting.parse("6"), None, None, StepSetting.parse("chain2")]):
         decoder = auto_decoder(streams, Whims(whims), token_sampler())
-        assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)  # type: ignore[arg-type]
+        assert_same_text(decode(decoder, [1, 2, 3], 24).tokens, wanted)
 
 
 def test_switching_does_not_bias_what_is_drawn() -> None:

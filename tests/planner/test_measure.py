@@ -345,7 +345,7 @@ def test_a_planner_lives_with_its_model(joined: StreamModel, measured: list[Cost
     assert planner_for(joined, DecodeConfig(schedule="deferred")) is not planner
     assert len(measured) == 1
     assert planner.plans == [P("4")]
-    run = decode(AutoDecoder(joined.streams, DecodeConfig(), TokenSampler(), planner), [1, 2], 30)  # type: ignore[arg-type]
+    run = decode(AutoDecoder(joined.streams, DecodeConfig(), TokenSampler(), planner), [1, 2], 30)
     assert run.tokens[:30] == plain(joined.streams, [1, 2], 30).tokens[:30]  # type: ignore[arg-type]
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_specstream.config import TreeSpec
+from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import DraftDecoder
+from mlx_specstream.speculation.decode import DraftDecoder, drafter_decoder
 from mlx_specstream.speculation.drafters import Drafter
 from mlx_specstream.speculation.drafters.draft_model import DraftModelDrafter
+from mlx_specstream.speculation.drafters.lookup import LookUp
 from mlx_specstream.speculation.drafters.own_rows import OwnRows
 from mlx_specstream.speculation.drafters.trained import trained_drafter
 from mlx_specstream.speculation.plain import PlainDecoder
@@ -34,6 +35,12 @@ TOLERANCE = 2e-4
 
 def backbone_of(family: str = "llama", vocab: int = 12, **sizes: object) -> Backbone:
     return Backbone(small_model(family, vocab=vocab, **sizes))
+
+
+def drafted(
+    drafter: Drafter, tree: TreeSpec, token_sampler: TokenSampler | None = None
+) -> DraftDecoder:
+    return drafter_decoder(drafter, DecodeConfig(tree), token_sampler or TokenSampler())
 
 
 def run(
@@ -132,7 +139,7 @@ def test_the_text_is_that_of_plain_decoding(kind: str, tree: str) -> None:
     for sampler in (None, make_sampler(temp=4.0)):
         plain = PlainDecoder(backbone, TokenSampler(sampler, seed=7))
         expected = tokens_of(run(plain, PROMPT, 24, backbone.new_cache()))
-        decoder = DraftDecoder(drafter, TreeSpec.parse(tree), TokenSampler(sampler, seed=7))
+        decoder = drafted(drafter, TreeSpec.parse(tree), TokenSampler(sampler, seed=7))
         steps = run(decoder, PROMPT, 24, cache := backbone.new_cache())
         found = tokens_of(steps)
         assert found[:24] == expected[:24]
@@ -157,7 +164,7 @@ def test_two_tokens_are_drawn_from_the_models_own_distribution(kind: str) -> Non
     counts = np.zeros(36)
     for seed in range(600):
         sampler = TokenSampler(make_sampler(temp=1.0), seed=seed)
-        decoder = DraftDecoder(drafter, TreeSpec(rows=4), sampler)
+        decoder = drafted(drafter, TreeSpec(rows=4), sampler)
         cache = backbone.new_cache()
         a, b, *_ = tokens_of(run(decoder, start, 2, cache))
         counts[6 * a + b] += 1
@@ -196,7 +203,7 @@ def assert_rows_are_fresh(drafter: Drafter, cache: KVCache, text: list[int]) -> 
 def test_own_rows_follow_steps_edits_and_copies(kind: str, tree: str) -> None:
     backbone = backbone_of()
     drafter = random_drafter(kind, backbone)
-    decoder = DraftDecoder(drafter, TreeSpec.parse(tree), TokenSampler())
+    decoder = drafted(drafter, TreeSpec.parse(tree))
     cache = backbone.new_cache()
     text = list(PROMPT)
     text += tokens_of(run(decoder, text, 12, cache))
@@ -222,7 +229,7 @@ def test_text_that_the_drafter_has_not_read_is_left_out(kind: str) -> None:
     backbone = backbone_of()
     drafter = random_drafter(kind, backbone)
     cache = backbone.new_cache()
-    decoder = DraftDecoder(drafter, TreeSpec(rows=6), TokenSampler())
+    decoder = drafted(drafter, TreeSpec(rows=6))
     text = list(PROMPT)
     text += tokens_of(run(decoder, text, 6, cache))
     said = text[cache.length :]
@@ -245,7 +252,7 @@ def test_a_draft_model_with_windows_drafts_beyond_them() -> None:
     backbone = backbone_of()
     draft = Backbone(small_model("gemma3_text", vocab=12, window=6))
     drafter = DraftModelDrafter(backbone, draft)
-    decoder = DraftDecoder(drafter, TreeSpec(rows=6), TokenSampler())
+    decoder = drafted(drafter, TreeSpec(rows=6))
     cache = backbone.new_cache()
     answer = tokens_of(run(decoder, PROMPT, 30, cache))
     assert answer[:30] == plainly(backbone, PROMPT, 30)[:30]
@@ -267,7 +274,24 @@ def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(mx.array, name, counted)
     for kind in KINDS:
         drafter = random_drafter(kind, backbone_of())
-        decoder = DraftDecoder(drafter, TreeSpec(rows=6), TokenSampler())
+        decoder = drafted(drafter, TreeSpec(rows=6))
         waits.clear()
         steps = run(decoder, PROMPT, 12, drafter.backbone.new_cache())
         assert len(waits) == len(steps), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_look_up_joins_the_drafters_tree(kind: str) -> None:
+    """The tree is grown a second time, from the first level on, with what look-up found."""
+    backbone = backbone_of()
+    drafter = random_drafter(kind, backbone)
+    said = [*PROMPT, *PROMPT, *PROMPT[:3]]
+    lookup = LookUp.of(backbone, None, ())
+    config = DecodeConfig(TreeSpec(rows=6))
+    decoder = drafter_decoder(drafter, config, TokenSampler(), keep_drafts=True, lookup=lookup)
+    steps = run(decoder, said, 20, cache := backbone.new_cache())
+    found = tokens_of(steps)
+    assert found[:20] == plainly(backbone, said, 20)[:20]
+    assert any(any(step.looked_up) for step in steps)
+    if kind in WITH_ROWS:
+        assert_rows_are_fresh(drafter, cache, said + found)

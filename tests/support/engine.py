@@ -21,7 +21,8 @@ from mlx_lm.generate import generate_step
 from mlx_specstream.config import DecodeConfig, StreamConfig
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.planner.adaptive import AutoDecoder
+from mlx_specstream.speculation.decode import DraftDecoder, StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
@@ -128,7 +129,7 @@ class Decoded:
 
 
 def decode(
-    decoder: StreamDecoder | PlainDecoder,
+    decoder: DraftDecoder | PlainDecoder | AutoDecoder,
     prompt: Sequence[int],
     max_tokens: int,
     *,
@@ -137,7 +138,8 @@ def decode(
     chunk: int = 2048,
 ) -> Decoded:
     """Run `decoder` from `prompt` until it has emitted at least `max_tokens`."""
-    backbone = decoder.backbone if isinstance(decoder, PlainDecoder) else decoder.streams.backbone
+    backbone = decoder.drafter.backbone if isinstance(decoder, DraftDecoder) else decoder.backbone
+    assert backbone is not None
     cache = cache or KVCache(backbone.num_layers)
     decoder.token_sampler.history[:] = prompt
     decoder.prefill(prompt[:-1], cache, chunk=chunk)

@@ -18,7 +18,7 @@ let stopping = null; // of the answer under way
 let leaving = false;
 let streams = null; // how many; null until the server has said so
 
-const styleOf = (origin) => `s${((origin - 1) % COLOURS) + 1}`;
+const styleOf = (origin) => (origin < 0 ? "lookup" : `s${((origin - 1) % COLOURS) + 1}`);
 
 function element(name, style, text) {
   const made = document.createElement(name);
@@ -97,7 +97,8 @@ class AnswerView {
       if (origin && word) {
         if (word !== part) parent.append(part.slice(0, part.length - word.length));
         const made = parent.appendChild(element("span", styleOf(origin), word));
-        made.title = `guessed by stream ${origin}, confirmed by the model`;
+        const by = origin < 0 ? "looked up in the text" : `guessed by stream ${origin}`;
+        made.title = `${by}, confirmed by the model`;
       } else {
         parent.append(part);
       }

@@ -28,33 +28,39 @@ _calibrations: WeakKeyDictionary[Backbone, Calibration] = WeakKeyDictionary()
 class LookUp:
     """Looks up the end of one text in itself, and in files.
 
-    calibration: how often what was found was right.
+    calibration: how often what was found was right. known: the text up to the prompt's end, where
+    more of it is known than the prompt.
     """
 
     calibration: Calibration = field(default_factory=Calibration)
     files: FileIndex | None = None
+    known: Sequence[int] = ()
     text: TextIndex = field(default_factory=TextIndex)
     _found: list[Occurrence] | None = None
 
     @classmethod
-    def of(cls, backbone: Backbone, files: FileIndex | None = None) -> LookUp:
+    def of(
+        cls, backbone: Backbone, files: FileIndex | None = None, known: Sequence[int] = ()
+    ) -> LookUp:
         """Return one for a model, which remembers how often look-up was right."""
-        return cls(_calibrations.setdefault(backbone, Calibration()), files)
+        return cls(_calibrations.setdefault(backbone, Calibration()), files, known)
 
     def begin(self, prompt: Sequence[int], cache: KVCache, history: Sequence[int] = ()) -> None:
         """Take in a prompt that follows what `cache` holds, its last token included.
 
-        history: the text up to the prompt's end, if more of it is known than the prompt.
+        history: as `known`, which comes first.
         """
-        told = history if tuple(history[-len(prompt) :]) == tuple(prompt) else prompt
-        start = max(0, cache.length + len(prompt) - len(told))
+        told = prompt
+        for known in (self.known, history):
+            if len(known) > len(told) and list(known[-len(prompt) :]) == list(prompt):
+                told = known
+        told = told[-(cache.length + len(prompt)) :]
+        start = cache.length + len(prompt) - len(told)
         text = _texts.setdefault(cache, TextIndex(start))
         text.truncate(cache.length)
-        if text.end < cache.length:  # some were computed unseen
-            if text.end < start or text.start > start:
-                text = _texts[cache] = TextIndex(start)
-            text.extend(told[text.end - start : len(told) - len(prompt)])
-        text.extend(prompt)
+        if text.end < start or text.start > start:  # some were computed unseen
+            text = _texts[cache] = TextIndex(start)
+        text.extend(told[text.end - start :])
         self.calibration.fade()
         self.text, self._found = text, None
 

@@ -1,0 +1,111 @@
+"""Whether to verify looked-up drafts where nothing else drafts, and how many rows of them.
+
+A step of several rows costs more than a token of plain decoding, and waits for the host, which plain
+decoding does not. What it costs is learnt by the clock while decoding, from a cautious guess; what it
+yields is what look-up expects of itself, which is learnt too. A step is made where that pays, so an
+answer that quotes nothing is decoded plainly throughout.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..model.backbone import Backbone
+from ..speculation.drafters.lookup import Continuations
+from .identity import this_machine
+
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows of a step
+MARGIN = 0.1  # a step must promise so much more tokens per second than plain decoding
+SMOOTHING = 0.2  # weight of the newest timing
+TRUST = 0.05  # weight of one expected draft in the share of them that is accepted
+LONGEST = 3.0  # a timing that took this much longer than expected was interrupted
+SLOPE = {"metal": 0.04, "cuda": 0.02}  # of a plain token, that another row is thought to cost
+DEAR_ROWS = 0.12  # the same elsewhere
+
+
+@dataclass
+class LookUpPlanner:
+    """Chooses the rows of look-up steps for one model; lives across answers.
+
+    slope: what a row is thought to cost in plain tokens, until steps have been timed. plain_s:
+    smoothed seconds of a plain token, 0 before the first. ratios: what steps of each size cost.
+    """
+
+    slope: float = DEAR_ROWS
+    clock: Callable[[], float] = time.perf_counter
+    plain_s: float = 0.0
+    ratios: dict[int, float] = field(default_factory=dict)
+    trust: float = 1.0
+    _then: float | None = None
+    _paused: float = 0.0
+
+    def cost(self, rows: int) -> float:
+        """Return what a step of so many rows costs in plain tokens."""
+        if rows in self.ratios:
+            return self.ratios[rows]
+        guess = 1 + self.slope * (rows - 1)
+        if not self.ratios:
+            return guess
+        near = min(self.ratios, key=lambda known: abs(known - rows))
+        return guess * self.ratios[near] / (1 + self.slope * (near - 1))
+
+    def choose(self, found: Continuations) -> int:
+        """Return the rows of the step that pays most, root included; 0 where plain decoding does."""
+        best, rows = 1 + MARGIN, 0
+        for size in SIZES:
+            if size > 2 and size > 2 * (1 + len(found)):
+                break
+            rate = (1 + self.trust * found.expected(size - 1)) / self.cost(size)
+            if rate > best:
+                best, rows = rate, size
+        return rows
+
+    def begin(self) -> None:
+        """Learn that an answer begins, which may quote more than the last."""
+        self._then = None
+        self.trust += 0.1 * (1 - self.trust)
+
+    def after(self, kind: int | None) -> None:
+        """Take in that a step is done: rows of look-up, 0 for a plain token, None for anything else."""
+        then, self._then = self._then, self.clock()
+        if then is None or kind is None:
+            return
+        seconds = self._then - then
+        if kind == 0:
+            if self.plain_s:
+                seconds = min(seconds, LONGEST * self.plain_s)
+                self.plain_s += SMOOTHING * (seconds - self.plain_s)
+            else:
+                self.plain_s = seconds
+        elif self.plain_s:
+            known = self.cost(kind)
+            ratio = min(seconds / self.plain_s, LONGEST * known)
+            self.ratios[kind] = known + SMOOTHING * (ratio - known)
+
+    def accepted(self, expected: float, accepted: int) -> None:
+        """Take in how many drafts of a step were accepted, and how many should have been."""
+        if expected > 0:
+            share = self.trust + TRUST * (accepted - self.trust * expected)
+            self.trust = min(1.2, max(0.1, share))
+
+    def pause(self) -> None:
+        """Note when the caller takes over."""
+        self._paused = self.clock()
+
+    def resume(self) -> None:
+        """Do not time the step under way if the caller was long."""
+        if self.clock() - self._paused > 0.5 * self.plain_s:
+            self._then = None
+
+
+_planners: weakref.WeakKeyDictionary[Backbone, LookUpPlanner] = weakref.WeakKeyDictionary()
+
+
+def lookup_planner(backbone: Backbone) -> LookUpPlanner:
+    """Return a model's planner of look-up steps, made at the first call."""
+    if backbone not in _planners:
+        _planners[backbone] = LookUpPlanner(SLOPE.get(this_machine().backend, DEAR_ROWS))
+    return _planners[backbone]
