@@ -221,6 +221,7 @@ class OwnRowsDrafter(Drafter):
         super().commit(verdict, cache)
         own, L = self.rows_of(cache), cache.length
         if own.step_at == L:
-            own.known = L + len(verdict.tokens) - own.first
-            own.kv.advance(own.known + self.reads_root - own.kv.length)
+            end = L + len(verdict.tokens) - own.first
+            own.kv.advance(end + self.reads_root - own.kv.length)
+            own.known = 0 if own.features is None else end
         own.step_at = -1
