@@ -13,6 +13,8 @@ adapter folder ◄── checkpoint ◄── optimizer ◄── gradients of t
 | `compare.py` | what shared mode costs or gains in quality: plain next-token LoRA of the same budget beside it |
 | `data.py` | training texts as token ids, from mlx-lm's data formats: chat, completions, tools, text |
 | `decode_eval.py` | what training gave, in the currency of decoding: tokens per step over held-out prompts |
+| `drafter_loss.py` | the losses of drafters that are not streams: what each head or layer is to predict |
+| `drafters.py` | training such a drafter: the same texts, batches, optimiser and budget as streams |
 | `early_exit.py` | training the early-exit pruner: next-token loss where the streams join [SS §3.1.3, §4.1] |
 | `estimate.py` | what a run will take, said before it starts: memory by arithmetic, memory and time by a trial |
 | `figures.py` | how good drafts are, teacher-forced over held-out texts, with the whole vocabulary |

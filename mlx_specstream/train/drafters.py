@@ -16,9 +16,14 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from ..config import DrafterConfig, LayerConfig
+from ..config import DecodeConfig, DrafterConfig, LayerConfig, TreeSpec
 from ..errors import OptionError
+from ..loading.drafter import drafter_in
+from ..loading.load import StreamModel
 from ..model.backbone import Backbone
+from ..speculation.decode import decode, drafter_decoder
+from ..speculation.result import MaxTokens
+from ..speculation.sampling import TokenSampler
 from ..weights.drafter import drafter_shapes, save_drafter
 from ..weights.fingerprint import fingerprint
 from .batches import BatchPlan, Selection
@@ -158,6 +163,21 @@ def train_drafter(
         metadata={"trained_by": "specstream train", "updates": str(len(losses))},
     )
     return losses
+
+
+def tokens_per_pass(
+    model: StreamModel, folder: Path, texts: Sequence[Example], max_tokens: int
+) -> float:
+    """Return the tokens per pass of chains on the texts' prompts, 1.0 without any."""
+    drafter = drafter_in(folder, model.model, model.backbone)
+    config = DecodeConfig(TreeSpec.parse("chain"))
+    tokens = passes = 0
+    for text in texts:
+        decoder = drafter_decoder(drafter, config, TokenSampler(history=list(text.prompt)))
+        steps = decode(decoder, text.prompt, model.backbone.new_cache(), MaxTokens(max_tokens))
+        for step in steps:
+            tokens, passes = tokens + len(step.tokens), passes + 1
+    return tokens / passes if passes else 1.0
 
 
 def _gradients(

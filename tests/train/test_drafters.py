@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_specstream import cli, load
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.drafter import drafter_in
@@ -19,6 +22,7 @@ from mlx_specstream.train.drafter_loss import UNROLLED, DrafterObjective
 from mlx_specstream.train.drafters import DRAFTERS, drafter_config, train_drafter, untrained
 from mlx_specstream.train.options import TrainOptions
 from tests.reference import drafters as reference
+from tests.support import tiny
 from tests.support.drafters import random_drafter_tensors
 from tests.support.engine import small_model
 
@@ -100,3 +104,21 @@ def test_a_model_without_known_layers_is_refused_in_a_sentence() -> None:
             drafter_config("eagle", backbone, 3)
     finally:
         backbone.model.args.intermediate_size = kept
+
+
+def test_the_verb_trains_a_drafter_that_loads(tmp_path, capsys) -> None:
+    base = tiny.save_tiny_model(tmp_path / "base")
+    texts = [{"prompt": f"say {n}", "completion": "na " * 8} for n in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(text) for text in texts))
+    out = tmp_path / "out"
+    words = ["train", "--model", str(base), "--data", str(data), "--adapter-path", str(out)]
+    words += ["--drafter", "eagle3", "--iters", "3", "--batch-size", "2", "--verdict-tokens", "8"]
+    assert cli.main(words) == 0
+    assert f"--draft-model {out}" in capsys.readouterr().out
+    model, _ = load(str(base), draft_model=out)
+    assert model.drafter is not None
+    assert cli.main(words) == 2  # what is there is kept
+    assert "exists" in capsys.readouterr().err
+    assert cli.main([*words[:6], str(tmp_path / "other"), *words[7:], "--mode", "shared"]) == 2
+    assert "--mode is for streams" in capsys.readouterr().err
