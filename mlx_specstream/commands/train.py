@@ -35,7 +35,6 @@ from ..train.state import SavedState, resumable
 from ..train.task import Task
 from ..train.warm_start import warm_start
 from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
-from ..weights.files import refuse_existing
 from ..weights.fingerprint import base_dims
 
 CPU_VOCABULARY = 5120
@@ -179,7 +178,6 @@ def train_other(
         if given:
             raise OptionError(f"{flag} is for streams; leave it out with --drafter.")
     folder = Path(args.adapter_path).expanduser()
-    refuse_existing(folder)
     name = Path(args.model).name if Path(args.model).exists() else args.model
     losses = train_drafter(
         args.drafter,

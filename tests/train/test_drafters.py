@@ -119,6 +119,6 @@ def test_the_verb_trains_a_drafter_that_loads(tmp_path, capsys) -> None:
     model, _ = load(str(base), draft_model=out)
     assert model.drafter is not None
     assert cli.main(words) == 2  # what is there is kept
-    assert "exists" in capsys.readouterr().err
+    assert "is left as it is" in capsys.readouterr().err
     assert cli.main([*words[:6], str(tmp_path / "other"), *words[7:], "--mode", "shared"]) == 2
     assert "--mode is for streams" in capsys.readouterr().err
