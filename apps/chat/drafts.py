@@ -68,18 +68,20 @@ class DraftView:
         return rows
 
     def _rejected(self, step: DraftStep) -> Text:
-        """Return the drafts that were not accepted, stream by stream."""
+        """Return the drafts that were not accepted, look-up's first, then stream by stream."""
         text, draft = Text(), step.draft
         if draft is None:
             return text
         nodes = set(range(len(draft.tokens))) - set(draft.accepted)
-        for stream in sorted({draft.depths[node] for node in nodes} - {0}):
+        found = set(draft.looked_up)
+        by = {node: LOOK_UP if node in found else draft.depths[node] for node in nodes}
+        for stream in sorted(set(by.values()) - {0}):
             text.append(" " if text else "")
             text.append(mark(stream), style=style_of(stream))
             words = [
                 _word(TokenTexts(self.tokenizer).next(draft.tokens[node]))
                 for node in sorted(nodes)
-                if draft.depths[node] == stream
+                if by[node] == stream
             ]
             for place, word in enumerate(dict.fromkeys(words)):
                 text.append(" " if place else "").append_text(self._struck(word))

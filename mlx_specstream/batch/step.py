@@ -66,7 +66,7 @@ class BatchStepper:
         Raises:
             OptionError, StreamsError: as `BatchDecoder`.
         """
-        streams = model.streams
+        streams, speculative = model.streams, speculative and config.uses_streams
         if streams is None or not (speculative or streams.shared):
             return cls(model.backbone, None, depth=0, inline=False, conditioner=None)
         if config.prune is not None or config.stream_nodes:

@@ -232,7 +232,7 @@ def decoder_for(
         )
     planner = None if streams is None else planner_for(model, config)
     if planner is not None or (streams is None and config.tree.kind == "auto"):
-        lookups = None if lookup is None else lookup_planner(backbone)
+        lookups = None if lookup is None else lookup_planner(model)
         return AutoDecoder(
             streams, config, token_sampler, planner, False, lookup, lookups, backbone
         )

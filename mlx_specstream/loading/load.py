@@ -206,7 +206,8 @@ def load(
             mx.eval(joined.arrays)
     elif streams == AUTO:
         log.warning(
-            "note: there are no streams for %s, so it decodes plainly, one token per pass.",
+            "note: there are no streams for %s, so drafts come from look-up alone, where an answer "
+            "repeats what is in the text.",
             path_or_hf_repo,
         )
     result = StreamModel(

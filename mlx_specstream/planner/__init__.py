@@ -16,6 +16,7 @@
 | `trace.py` | one recorded answer |
 | `record.py` | recording it |
 | `correction.py` | what steps really cost, by the clock while decoding |
+| `lookup.py` | whether steps of look-up alone pay, and how many rows of it |
 """
 
 from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates

@@ -237,12 +237,13 @@ class AutoDecoder(Decoder):
         More rows are for continuations that have none among the plan's own.
         """
         assert self.governor is not None
+        assert self.lookups is not None
         own = self._rows_of(plan)
         tokens, cost = self.governor.worth(plan)
         within = found.expected(own - 1)
         tokens = max(tokens, 1 + within)
         best, chosen = tokens / cost, plan
-        for rows in SIZES:
+        for rows in self.lookups.sizes:
             if rows <= own or rows > 2 * (1 + len(found)) or plan.prune is not None:
                 continue
             wider = replace(plan, tree=TreeSpec("best", rows=rows))

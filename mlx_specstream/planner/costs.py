@@ -106,7 +106,7 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
         schedule,
         prunable=bool(trained.pruner_rank and recorded and recorded.has_pruned),
         ends_known=bool(recorded and recorded.has_ends),
-        attention=_attention(model),
+        attention=fused_attention(model),
     )
     first = [f"chain{trained.num_streams}" if name == "chain" else name for name in _FIRST]
     if (prior := published_costs(model, plans)) is not None:
@@ -234,7 +234,7 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(m, QuantizedSwitchLinear | SwitchLinear) for m in model.modules())
 
 
-def _attention(model: StreamModel) -> FusedAttention | None:
+def fused_attention(model: StreamModel) -> FusedAttention | None:
     """Return what Metal's fused attention takes of this model; None on other back ends."""
     if this_machine().backend != "metal":
         return None

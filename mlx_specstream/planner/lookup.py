@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..model.backbone import Backbone
 from ..speculation.drafters.lookup import Continuations
+from .costs import fused_attention, is_planned
 from .identity import this_machine
+
+if TYPE_CHECKING:
+    from ..loading.load import StreamModel
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # rows of a step
 MARGIN = 0.1  # a step must promise so much more tokens per second than plain decoding
@@ -30,12 +35,15 @@ DEAR_ROWS = 0.12  # the same elsewhere
 class LookUpPlanner:
     """Chooses the rows of look-up steps for one model; lives across answers.
 
-    slope: what a row is thought to cost in plain tokens, until steps have been timed. plain_s:
+    sizes: to choose from, ascending.
+    slope: what a row is thought to cost in plain tokens, until steps have been timed. clock: seconds;
+    None times nothing. plain_s:
     smoothed seconds of a plain token, 0 before the first. ratios: what steps of each size cost.
     """
 
     slope: float = DEAR_ROWS
-    clock: Callable[[], float] = time.perf_counter
+    sizes: Sequence[int] = SIZES
+    clock: Callable[[], float] | None = time.perf_counter
     plain_s: float = 0.0
     ratios: dict[int, float] = field(default_factory=dict)
     trust: float = 1.0
@@ -55,7 +63,7 @@ class LookUpPlanner:
     def choose(self, found: Continuations) -> int:
         """Return the rows of the step that pays most, root included; 0 where plain decoding does."""
         best, rows = 1 + MARGIN, 0
-        for size in SIZES:
+        for size in self.sizes:
             if size > 2 and size > 2 * (1 + len(found)):
                 break
             rate = (1 + self.trust * found.expected(size - 1)) / self.cost(size)
@@ -70,6 +78,8 @@ class LookUpPlanner:
 
     def after(self, kind: int | None) -> None:
         """Take in that a step is done: rows of look-up, 0 for a plain token, None for anything else."""
+        if self.clock is None:
+            return
         then, self._then = self._then, self.clock()
         if then is None or kind is None:
             return
@@ -93,19 +103,28 @@ class LookUpPlanner:
 
     def pause(self) -> None:
         """Note when the caller takes over."""
-        self._paused = self.clock()
+        self._paused = self.clock() if self.clock is not None else 0.0
 
     def resume(self) -> None:
         """Do not time the step under way if the caller was long."""
-        if self.clock() - self._paused > 0.5 * self.plain_s:
+        if self.clock is not None and self.clock() - self._paused > 0.5 * self.plain_s:
             self._then = None
 
 
 _planners: weakref.WeakKeyDictionary[Backbone, LookUpPlanner] = weakref.WeakKeyDictionary()
 
 
-def lookup_planner(backbone: Backbone) -> LookUpPlanner:
-    """Return a model's planner of look-up steps, made at the first call."""
+def lookup_planner(model: StreamModel) -> LookUpPlanner:
+    """Return a model's planner of look-up steps, made at the first call.
+
+    Where measuring is turned off, it times nothing. Passes that fall off the fused attention plain
+    decoding is on are not considered.
+    """
+    backbone = model.backbone
     if backbone not in _planners:
-        _planners[backbone] = LookUpPlanner(SLOPE.get(this_machine().backend, DEAR_ROWS))
+        slope = SLOPE.get(this_machine().backend, DEAR_ROWS)
+        attention = fused_attention(model)
+        sizes = [rows for rows in SIZES if attention is None or not attention.loses(rows)]
+        clock = time.perf_counter if is_planned(None) else None
+        _planners[backbone] = LookUpPlanner(slope, sizes, clock)
     return _planners[backbone]

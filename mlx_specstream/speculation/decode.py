@@ -64,6 +64,8 @@ def decode(
     decoder.prefill(prompt[:-1], cache, on_progress, chunk)
     step = decoder.first_step(prompt[-1], cache)
     step.schedule()
+    if decoder.lookup is not None:
+        decoder.lookup.read()
     while True:
         # Plain decoding starts the next pass from a token that the host has not read yet.
         ahead = decoder.step_ahead(step, cache)
@@ -333,8 +335,13 @@ def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) ->
         decoder.lookup.take(tokens)
     draft, tree = None, step.tree
     if decoder.keep_drafts:
+        found = [] if tree.looked_up is None else to_ints(tree.looked_up)
         draft = DraftRecord(
-            to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
+            to_ints(tree.tokens),
+            to_ints(tree.parents),
+            to_ints(tree.depths),
+            nodes,
+            [node for node, looked_up in enumerate(found) if looked_up],
         )
     logits = step.logits[: len(tokens)]
     return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected, verdict.looked_up)

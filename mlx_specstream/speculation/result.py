@@ -17,12 +17,16 @@ LOOK_UP = -1
 
 @dataclass(frozen=True)
 class DraftRecord:
-    """A verified tree on the host: node 0 is the root; `accepted` are the nodes of its path."""
+    """A verified tree on the host: node 0 is the root; `accepted` are the nodes of its path.
+
+    looked_up: the nodes that look-up was surer of than streams.
+    """
 
     tokens: list[int]
     parents: list[int]
     depths: list[int]
     accepted: list[int]
+    looked_up: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

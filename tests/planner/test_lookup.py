@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_specstream.config import DecodeConfig
+from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.backbone import Backbone
+from mlx_specstream.planner import lookup
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.lookup import DEAR_ROWS, MARGIN, SIZES, LookUpPlanner, lookup_planner
+from mlx_specstream.planner.settings import FusedAttention
 from mlx_specstream.speculation.drafters.lookup import Continuations, LookUp
 from mlx_specstream.speculation.result import LOOK_UP
 from mlx_specstream.speculation.sampling import TokenSampler
@@ -107,9 +110,21 @@ def test_promises_that_are_not_kept_are_believed_less() -> None:
 
 
 def test_a_model_has_one_planner() -> None:
-    backbone = Backbone(small_model())
-    assert lookup_planner(backbone) is lookup_planner(backbone)
-    assert lookup_planner(backbone).slope == DEAR_ROWS or mx.metal.is_available()
+    model = StreamModel.plain(small_model())
+    planner = lookup_planner(model)
+    assert lookup_planner(model) is planner
+    assert planner.clock is None, "where measuring is turned off, nothing is timed"
+    assert planner.slope == DEAR_ROWS or mx.metal.is_available()
+    assert tuple(planner.sizes) == SIZES
+
+
+def test_passes_without_fused_attention_are_not_considered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lookup, "fused_attention", lambda _: FusedAttention(14, 2, 64))
+    planner = lookup_planner(StreamModel.plain(small_model(seed=9)))
+    assert planner.sizes == [2, 3, 4, 12, 16, 24, 32]
+    assert planner.choose(chain_of(*[0.999] * 5)) == 4
 
 
 def without_streams(

@@ -16,8 +16,9 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import step as step_module
 from mlx_specstream.speculation.accept import AcceptedPath, accept
-from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.drafters import Verified
+from mlx_specstream.speculation.decode import DraftDecoder, StreamDecoder
+from mlx_specstream.speculation.drafters import NoDrafter, Verified
+from mlx_specstream.speculation.drafters.lookup import FileIndex, LookUp
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
@@ -249,6 +250,34 @@ def first_tokens(decoder: StreamDecoder, cache: KVCache, number: int) -> list[in
     for result in steps:
         text += result.tokens
     return text[:number]
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_looking_up_does_not_bias_what_is_drawn(rows: int) -> None:
+    """Alone, or (0 rows) in the streams' tree: a file says what follows the prompt, often rightly."""
+    streams, options = streams_of("lossless"), {"temp": 1.0}
+    wanted = three_tokens("lossless", options)
+    likely = max(wanted, key=wanted.__getitem__)
+    files = FileIndex([*PROMPT, *likely, 0, 2, *PROMPT, likely[0], 7, 1])
+    mx.random.seed(3)
+    counts: Counter[tuple[int, ...]] = Counter()
+    looked_up = 0
+    for _ in range(150):
+        token_sampler = TokenSampler(make_sampler(**options), history=list(PROMPT))
+        lookup = LookUp(files=files)
+        decoder: DraftDecoder = StreamDecoder(streams, SHAPES["tree"], token_sampler, lookup=lookup)
+        if rows:
+            drafter = NoDrafter(streams.backbone)
+            decoder = DraftDecoder(drafter, TreeSpec(rows=rows), token_sampler, lookup=lookup)
+        cache = KVCache(streams.backbone.num_layers)
+        decoder.prefill(PROMPT[:-1], cache)
+        text: list[int] = []
+        for result in decoder.steps(PROMPT[-1], cache, MaxTokens(3)):
+            text += result.tokens
+            looked_up += sum(result.looked_up)
+        counts[tuple(text[:3])] += 1
+    assert looked_up > 20
+    assert chi_square_p(counts, wanted) > LEVEL
 
 
 @pytest.mark.parametrize(

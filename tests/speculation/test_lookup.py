@@ -28,6 +28,7 @@ from mlx_specstream.speculation.drafters.lookup import (
 )
 from mlx_specstream.speculation.drafters.lookup.calibration import PRIOR, Calibration, groups
 from mlx_specstream.speculation.drafters.lookup.continuations import continuations
+from mlx_specstream.speculation.drafters.lookup.merge import DOUBT
 from mlx_specstream.speculation.drafters.lookup.text import LONGEST, PLACES, TextIndex
 from mlx_specstream.speculation.result import LOOK_UP, MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
@@ -232,13 +233,18 @@ def merged_scores(
             return
         chances: dict[int, float] = {}
         own = {} if node is None else below.get(node, {})
-        rest = max(1 - sum(found.given[n] for n in own.values()), 1e-6)
+        given = {token: found.given[child] for token, child in own.items()}
         if level < levels:
             ids, values = propose(level, mx.array([path[-1]]), mx.array([0]), mx.array([0]))
-            for token, value in zip(ids[0].tolist(), values[0].tolist(), strict=True):  # type: ignore[arg-type]
-                chances[token] = rest * math.exp(value)
-        for token, child in own.items():
-            chances[token] = chances.get(token, 0.0) + found.given[child]
+            theirs = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))  # type: ignore[arg-type]
+            best, least = max(theirs.values()), min(theirs.values())
+            for token, chance in given.items():  # believed less if the drafter is of another mind
+                odds = chance / (1 - chance) * math.exp(DOUBT * (theirs.get(token, least) - best))
+                given[token] = odds / (1 + odds)
+            rest = max(1 - sum(given.values()), 1e-6)
+            chances = {token: rest * math.exp(value) for token, value in theirs.items()}
+        for token, chance in given.items():
+            chances[token] = chances.get(token, 0.0) + chance
         for token, chance in chances.items():
             longer = (*path, token)
             scores[longer] = score + math.log(chance) - 1e-4
@@ -423,16 +429,20 @@ def test_a_conversation_remembers_what_was_said_and_forgets_what_was_taken_back(
     lookup.take([4, 5])
     cache.length = 4  # 1 2 3 4 are in it, 5 is the next prompt's first
     lookup.begin([5, 6, 1, 2], cache)
+    lookup.read()
     assert lookup.text.tokens == [1, 2, 3, 4, 5, 6, 1, 2]
     assert lookup.continuations(2, 2).tokens == [3, 4]
     cache.length = 1  # gone back
     lookup.begin([8, 1], cache)
+    lookup.read()
     assert lookup.text.tokens == [1, 8, 1]
     cache.length = 9  # some were computed by others
     lookup.begin([7, 7], cache)
+    lookup.read()
     assert (lookup.text.start, lookup.text.tokens) == (9, [7, 7])
     other = LookUp(known=[*range(9), 7, 7])
     other.begin([7, 7], cache)
+    other.read()
     assert (other.text.start, other.text.tokens) == (0, [*range(9), 7, 7])
 
 

@@ -56,7 +56,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, and how it is speculated on: `drafts` are `streams` (random) or `table` (often right)."""
+    """A scene, and how it is speculated on.
+
+    drafts: `streams` (random), `table` (often right), or `none`: no drafter but look-up, which
+    `decode.drafts` may add to either; `auto` lets a random governor and look-up's planner choose.
+    """
 
     number: int
     scene: Scene
@@ -82,14 +86,20 @@ def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "los
         chunk=int(shared.choice([1, 3, 8, 17, 64])),
         turns=_turns(shared),
         seed=int(shared.integers(0, 2**31)),
-        slack=int(shared.choice([4, 64])),
+        slack=int(shared.choice([32, 64])),  # more than the drafts of any path
         drop=int(shared.choice([0, 7, 256])),
         mode=mode,
     )
     own = np.random.default_rng([seed, 3, number])
     decode, drafts = _decode_config(own), str(own.choice(["streams", "table"]))
+    lookups = np.random.default_rng([seed, 4, number])
     if mode == "shared":
         decode = replace(decode, schedule="inline", stream_nodes=0)
+    elif lookups.random() < 0.3:
+        drafts = str(lookups.choice(["none", "auto"]))
+    if drafts == "none" or lookups.random() < 0.5:
+        names = ("lookup",) if drafts == "none" else ("streams", "lookup")
+        decode = replace(decode, drafts=names)
     return Case(number, scene, decode, drafts)
 
 

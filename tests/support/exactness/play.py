@@ -9,6 +9,7 @@ prefix cache says it can, so both decide alike and nothing of ours is in mlx-lm'
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,8 +22,13 @@ from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.model.cache import KVCache, from_mlx_lm
 from mlx_specstream.model.cache.kinds import check_quantised
-from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.planner.adaptive import AutoDecoder
+from mlx_specstream.planner.lookup import LookUpPlanner
+from mlx_specstream.planner.settings import StepSetting
+from mlx_specstream.speculation.decode import Decoder, DraftDecoder, StreamDecoder
+from mlx_specstream.speculation.drafters import NoDrafter
+from mlx_specstream.speculation.drafters.lookup import LookUp
+from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.support.exactness.choices import processors_for
@@ -74,14 +80,9 @@ def play(case: Case) -> Outcome:
         if prefix.kv.depends_on_passes and reused != wanted.reused:
             told = f"{where}reused {reused} tokens, not {wanted.reused}"
             return Outcome(case, "mismatch", tokens, accepted, told)
-        decode = case.decode
-        if streams.backbone.is_recurrent:  # a state follows one path
-            decode = DecodeConfig(tree=TreeSpec.parse("chain"))
         processors = processors_for(scene, number, streams.backbone.vocab_size)
         token_sampler = TokenSampler(None, tuple(processors), list(wanted.prompt))
-        decoder = StreamDecoder(streams, decode, token_sampler)
-        if case.drafts == "table":
-            with_table(decoder)
+        decoder = _decoder(case, streams, token_sampler)
         found, _, right = _answer(decoder, scene, prefix.kv, rest, len(wanted.tokens))
         prefix.settle(wanted.whole + found)
         tokens, accepted = tokens + len(found), accepted + right
@@ -93,6 +94,58 @@ def play(case: Case) -> Outcome:
         if told := rows_differ(prefix.kv, wanted.rows, streams.backbone.dtype, wanted.ahead):
             return Outcome(case, "mismatch", tokens, accepted, where + told)
     return Outcome(case, "identical", tokens, accepted)
+
+
+def _decoder(case: Case, streams: Streams, token_sampler: TokenSampler) -> Decoder:
+    """Return what decodes a turn of a case."""
+    backbone, decode = streams.backbone, case.decode
+    lookup = LookUp.of(backbone) if "lookup" in (decode.drafts or ()) else None
+    if backbone.is_recurrent:  # a state follows one path
+        decode = DecodeConfig(tree=TreeSpec.parse("chain"))
+    if case.drafts == "none":
+        tree = decode.tree if decode.tree.kind != "product" else TreeSpec("best", rows=7)
+        return DraftDecoder(NoDrafter(backbone), tree, token_sampler, lookup=lookup)
+    if case.drafts == "auto":
+        whims = Whims(backbone.is_recurrent, case.number)
+        lookups = LookUpPlanner(slope=0.01, clock=lambda: 0.0)
+        auto = replace(decode, schedule="auto", stream_nodes=0, prune=None)
+        return AutoDecoder(streams, auto, token_sampler, whims, lookup=lookup, lookups=lookups)
+    decoder = StreamDecoder(streams, decode, token_sampler, lookup=lookup)
+    return with_table(decoder) if case.drafts == "table" else decoder
+
+
+class Whims:
+    """A governor that changes its mind at random, between trees and plain decoding."""
+
+    def __init__(self, recurrent: bool, seed: int) -> None:
+        words = ("chain1", "chain", "chain2") if recurrent else ("chain", "4", "9", "5 inline")
+        self.plans = [None, *map(StepSetting.parse, words)]
+        self.random = random.Random(seed)
+
+    def begin(self, length: int) -> StepSetting | None:
+        del length
+        return self.random.choice(self.plans)
+
+    def after(
+        self, result: StepResult, drafted_by: StepSetting | None, length: int
+    ) -> StepSetting | None:
+        del result, drafted_by
+        return self.begin(length)
+
+    def looked_up(self, length: int) -> None:
+        """Go on as before."""
+
+    def worth(self, plan: StepSetting) -> tuple[float, float]:
+        return 1.5, 1 + 0.01 * plan.rows(3)
+
+    def plain_tokens_ahead(self) -> int | None:
+        return self.random.choice([1, 2])
+
+    def pause(self) -> None:
+        """Nothing is timed."""
+
+    def resume(self) -> None:
+        """Nothing is timed."""
 
 
 @lru_cache(maxsize=2)
@@ -202,7 +255,7 @@ def _prefix(scene: Scene) -> PrefixCache:
 
 
 def _answer(
-    decoder: StreamDecoder, scene: Scene, kv: KVCache, rest: Sequence[int], length: int
+    decoder: Decoder, scene: Scene, kv: KVCache, rest: Sequence[int], length: int
 ) -> tuple[list[int], list[mx.array], int]:
     """Decode one answer; cut it to its length as `stream_generate` does.
 

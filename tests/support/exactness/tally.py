@@ -10,7 +10,18 @@ from pathlib import Path
 from mlx_specstream.weights.files import atomic_file
 from tests.support.exactness.compare import Outcome
 
-KINDS = ("family", "precision", "cache", "drafts", "choice", "tree", "schedule", "pruning", "turns")
+KINDS = (
+    "family",
+    "precision",
+    "cache",
+    "drafts",
+    "lookup",
+    "choice",
+    "tree",
+    "schedule",
+    "pruning",
+    "turns",
+)
 
 
 @dataclass
@@ -43,6 +54,7 @@ class Tally:
             "precision": scene.precision,
             "cache": scene.cache,
             "drafts": case.drafts,
+            "lookup": "yes" if "lookup" in (case.decode.drafts or ()) else "no",
             "choice": scene.choice,
             "tree": str(case.decode.tree),
             "schedule": case.decode.schedule,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from .text import Occurrence
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 10, 15, 24)  # where the classes of match lengths begin
-PRIOR = (0.12, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93)
+PRIOR = (0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9, 0.95)
 PRIOR_WEIGHT = 6.0  # of the prior, in tokens
 MEMORY = 60.0  # tokens of a kind that count; older ones fade
 KEPT = 0.5  # of what was learnt, when another answer begins

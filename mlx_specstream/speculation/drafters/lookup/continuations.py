@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .calibration import Calibration, groups
 from .text import Occurrence
 
-LEAST = 0.02  # probability of a path that is worth a node
+LEAST = 0.05  # probability of a path that is worth a node
 
 
 @dataclass(frozen=True)

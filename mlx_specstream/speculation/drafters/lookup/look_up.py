@@ -37,6 +37,7 @@ class LookUp:
     known: Sequence[int] = ()
     text: TextIndex = field(default_factory=TextIndex)
     _found: list[Occurrence] | None = None
+    _unread: Sequence[int] = ()
 
     @classmethod
     def of(
@@ -60,12 +61,17 @@ class LookUp:
         text.truncate(cache.length)
         if text.end < start or text.start > start:  # some were computed unseen
             text = _texts[cache] = TextIndex(start)
-        text.extend(told[text.end - start :])
         self.calibration.fade()
-        self.text, self._found = text, None
+        self.text, self._found, self._unread = text, None, told[text.end - start :]
+
+    def read(self) -> None:
+        """Index the prompt; a good moment is while the device is at work."""
+        self.text.extend(self._unread)
+        self._unread = ()
 
     def take(self, tokens: Sequence[int]) -> None:
         """Append tokens that were drawn, and learn from each whether it could be looked up."""
+        self.read()
         for token in tokens:
             self.calibration.learn(groups(self.occurrences), token)
             self.text.extend([token])
@@ -75,6 +81,7 @@ class LookUp:
     def occurrences(self) -> list[Occurrence]:
         """Return the earlier places of the text's end."""
         if self._found is None:
+            self.read()
             self._found = self.text.occurrences()
             if self.files is not None:
                 self._found += self.files.occurrences(self.text.tokens[-32:])

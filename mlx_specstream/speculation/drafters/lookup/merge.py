@@ -6,6 +6,10 @@ by level as always, and every kept node knows which continuation it stands for, 
     candidates of a parent = its continuations, and the drafter's with what those leave of the
                              probability; one that both name is one candidate with both shares
 
+A continuation that the drafter thinks unlikely beside its own best, q(c) « q(best), is believed less:
+its log-odds are lowered by `DOUBT` · log(q(best) / q(c)). That takes most from short matches against a
+drafter that is sure, and little from long ones.
+
 Below the drafter's last level the continuations go on alone, as host-known nodes that hang on
 whatever of them was kept. Of all nodes together the best stay.
 """
@@ -22,6 +26,7 @@ from ....config import TreeSpec
 from ...tree import LEVEL_COST, DraftTree, Proposer, best_rows, grow
 from .continuations import Continuations
 
+DOUBT = 0.15
 _NEVER = -1e30  # of a score: what ranks below is no draft
 
 
@@ -81,8 +86,7 @@ class MergedProposer:
             below[row, : len(own)] = own
         given = np.array([*found.given, 0.0], np.float32)[below]
         with np.errstate(divide="ignore"):
-            self.log_given = mx.array(np.log(given))
-        self.log_rest = mx.array(np.log(np.maximum(1 - given.sum(1, keepdims=True), 1e-6)))
+            self.log_odds = mx.array(np.log(given) - np.log(np.maximum(1 - given, 1e-6)))
         self.below = mx.array(below + 1)
         self.tokens = mx.array(np.array([*found.tokens, 0], np.int32)[below])
         self.rows: list[mx.array] = []
@@ -102,14 +106,18 @@ class MergedProposer:
         ids, log_probs = self.propose(level, parents, before, places)
         root = mx.zeros(parents.shape, dtype=mx.int32)
         self.rows.append(root if level == 0 else self.descend(parents, places))
-        below, tokens, log_given, log_rest = (
+        below, tokens, log_odds = (
             mx.take(table, self.rows[-1], axis=0)
-            for table in (self.below, self.tokens, self.log_given, self.log_rest)
+            for table in (self.below, self.tokens, self.log_odds)
         )
-        looked_up = log_given > -mx.inf
-        log_probs = log_probs + log_rest
+        looked_up = log_odds > -mx.inf
         same = (ids[:, :, None] == tokens[:, None, :]) & looked_up[:, None, :]
         theirs = mx.max(mx.where(same, log_probs[:, :, None], -mx.inf), axis=1)
+        least, best = (f(log_probs, axis=1, keepdims=True) for f in (mx.min, mx.max))
+        doubt = DOUBT * (best - mx.maximum(theirs, least))
+        given = mx.sigmoid(log_odds - mx.where(doubt > 0, doubt, 0.0))
+        log_rest = mx.log(mx.maximum(1 - mx.sum(given, axis=1, keepdims=True), 1e-6))
+        log_given, log_probs, theirs = mx.log(given), log_probs + log_rest, theirs + log_rest
         self.theirs[below.reshape(-1)] = (theirs >= log_given).reshape(-1)
         log_given = mx.where(looked_up, mx.logaddexp(log_given, theirs), -mx.inf)
         log_probs = mx.where(mx.any(same, axis=2), -mx.inf, log_probs)
