@@ -23,6 +23,7 @@ def model_card(plan: ConversionPlan, name: str, figures: Mapping[str, str]) -> s
             *_provenance(plan),
             "",
             *_streams(plan),
+            *_drafter(plan),
             *_table("What `specstream convert --check` measured", figures),
             *_usage(plan, name),
         ]
@@ -33,6 +34,8 @@ def _front_matter(plan: ConversionPlan) -> list[str]:
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
     if plan.streams:
         lines.append("- speculative-streaming")
+    if plan.drafter:
+        lines.append(f"- {plan.drafter.config.kind}")
     if plan.base_name:
         lines.append(f"base_model: {json.dumps(plan.base_name)}")
     return [*lines, "---", ""]
@@ -51,7 +54,8 @@ def _provenance(plan: ConversionPlan) -> list[str]:
             mode = quantisation.get("mode", "affine")
             lines.append(f"Quantised to {bits} bits in groups of {group} ({mode}).")
     elif plan.base_name:
-        lines.append(f"Stream weights alone; they belong to the base model `{plan.base_name}`.")
+        what = "A drafter's" if plan.drafter else "Stream"
+        lines.append(f"{what} weights alone; they belong to the base model `{plan.base_name}`.")
     return lines
 
 
@@ -76,6 +80,19 @@ def _streams(plan: ConversionPlan) -> list[str]:
     return _table("Streams", rows)
 
 
+def _drafter(plan: ConversionPlan) -> list[str]:
+    if plan.drafter is None:
+        return []
+    specs = plan.drafter.tensors
+    count = sum(math.prod(spec.shape) for spec in specs if spec.dtype in FLOATS)
+    kinds = ", ".join(sorted({spec.dtype for spec in specs if spec.dtype in FLOATS}))
+    config = plan.drafter.config
+    rows = {"kind": config.kind, "parameters": f"{count:,} ({kinds})"}
+    if config.num_heads:
+        rows["heads"] = str(config.num_heads)
+    return _table("Drafter", rows)
+
+
 def _table(title: str, rows: Mapping[str, str]) -> list[str]:
     if not rows:
         return []
@@ -84,6 +101,10 @@ def _table(title: str, rows: Mapping[str, str]) -> list[str]:
 
 
 def _usage(plan: ConversionPlan, name: str) -> list[str]:
+    if plan.drafter is not None:
+        base = plan.base_name or "BASE"
+        command = f"specstream generate --model {base} --draft-model {name} --prompt hello"
+        return ["## Use", "", "```bash", "pip install mlx-specstream", command, "```", ""]
     if plan.streams is None:
         return [
             "## Use",

@@ -22,8 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specstream convert",
         description=(
-            "Convert a PyTorch, PEFT, safetensors or GGUF checkpoint, with or without streams, "
-            "into an MLX folder. Nothing in a checkpoint is ever run."
+            "Convert a PyTorch, PEFT, safetensors or GGUF checkpoint, with or without streams, or a "
+            "published drafter (Medusa, Hydra, EAGLE, EAGLE-3), into an MLX folder. "
+            "Nothing in a checkpoint is ever run."
         ),
     )
     add = parser.add_argument
@@ -109,6 +110,10 @@ def main(argv: list[str]) -> int:
     from .plan import make_plan
 
     plan = make_plan(options_of(arguments))
+    if arguments.check and plan.drafter is not None:
+        raise OptionError(
+            "--check compares models and their streams; a drafter is converted without."
+        )
     for note in plan.notes:
         _say(f"note: {note}.")
     if arguments.dry_run:

@@ -116,7 +116,7 @@ def sort_names(
         renamed = _renamed_by_user(tensor.name, user)
         if renamed is None or ".original_module." in renamed:
             continue
-        name = _unwrapped(renamed)
+        name = unwrapped(renamed)
         for rule in LAYOUTS["streams"]:
             if match := rule.pattern.fullmatch(name):
                 turned = tensor.transposed() if rule.transpose else tensor
@@ -152,7 +152,7 @@ def _renamed_by_user(name: str, user: tuple[Rule, ...]) -> str | None:
     return name
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """Take wrappers off; a PEFT model's `base_model.model.` included."""
     for _ in range(16):
         for rule in LAYOUTS["wrappers"]:

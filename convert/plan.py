@@ -27,6 +27,7 @@ from .adapters import (
 )
 from .base import BasePlan, LoraPair, plan_base
 from .configs import base_config, base_name
+from .drafters import Base, DrafterPlan, drafter_kind, plan_drafter
 from .hub import locate
 from .names import read_rules, sort_names
 from .quantise import Quantisation
@@ -78,7 +79,10 @@ class Source:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone)."""
+    """A whole conversion. `base` is None if the base was not at hand (adapter folder alone).
+
+    A drafter that is not streams is written alone; its base is only compared.
+    """
 
     options: Options
     path: Path
@@ -88,16 +92,18 @@ class ConversionPlan:
     files: dict[str, Path | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     source: Source | None = None
+    drafter: DrafterPlan | None = None
 
     @property
     def writes_base(self) -> bool:
-        """Whether base weights are written, not only used to check the streams."""
-        return self.base is not None and not self.options.adapter_only
+        """Whether base weights are written, not only used to check what belongs to them."""
+        return self.base is not None and not self.options.adapter_only and self.drafter is None
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is written."""
         base = self.base.tensors if self.base and self.writes_base else ()
-        return [*base, *(self.streams.tensors if self.streams else ())]
+        adapters = [part.tensors for part in (self.streams, self.drafter) if part is not None]
+        return [*base, *(tensor for tensors in adapters for tensor in tensors)]
 
     def num_bytes(self) -> int:
         """The bytes of all tensors written."""
@@ -114,6 +120,8 @@ def make_plan(options: Options) -> ConversionPlan:
     """
     path = locate(options.source, options.revision)
     checkpoint = open_checkpoint(path)
+    if (kind := drafter_kind(checkpoint)) is not None:
+        return _plan_drafter(kind, checkpoint, options)
     rules = read_rules(options.rules)
     everything = [*checkpoint.tensors.values(), *checkpoint.side.values()]
     own_base, named = sort_names(everything, rules)
@@ -145,6 +153,34 @@ def make_plan(options: Options) -> ConversionPlan:
     name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
     notes = _notes(base, streams, files)
     return ConversionPlan(options, path, base, name, streams, files, notes, source)
+
+
+def _plan_drafter(kind: str, checkpoint: Checkpoint, options: Options) -> ConversionPlan:
+    """Plan a drafter that is not streams, and its base's fingerprint if the base is at hand.
+
+    The base is not fetched unless --base asks for it: it may be many gigabytes, and people have it
+    as an MLX folder already.
+    """
+    if options.quantisation or options.dtype or options.rules or options.merge_lora != "none":
+        raise OptionError(
+            f"{checkpoint.path} holds a drafter ({kind}), not a model: it is converted with "
+            "--base and --stream-dtype alone."
+        )
+    name = base_name(checkpoint.config)
+    near = [path for path in (name, checkpoint.folder / (name or "")) if path and name]
+    found = next((path for path in map(Path, near) if (path / CONFIG).is_file()), None)
+    plan, base = None, None
+    notes: tuple[str, ...] = ()
+    if options.base or found:
+        base_checkpoint = open_checkpoint(locate(options.base or str(found)))
+        tensors, _ = sort_names(base_checkpoint.tensors.values())
+        plan = _plan_base(base_checkpoint, tensors, {}, options)
+        base = Base(plan.config, plan.dims())
+        name = name if name and _HUB_ID.fullmatch(name) else _name_of(base_checkpoint, options)
+    else:
+        notes = ("the base model was not at hand: the drafter carries no fingerprint of it",)
+    drafter = plan_drafter(kind, checkpoint, base, options.stream_dtype)
+    return ConversionPlan(options, checkpoint.path, plan, name, None, notes=notes, drafter=drafter)
 
 
 def _name_of(base: Checkpoint, options: Options) -> str:

@@ -134,6 +134,12 @@ class Tensor(TensorSpec):
         read, own = self.read, self.dtype
         return self._after(f"{own} to {dtype}", lambda: cast_bits(read(), own, dtype), dtype=dtype)
 
+    def offsets_to_ids(self) -> Tensor:
+        """Return offsets d (n,), integers, as the ids i + d of their places i, I32."""
+        read, size = self.read, self.shape[0]
+        ids = lambda: (read() + np.arange(size)).astype(np.int32)  # noqa: E731
+        return self._after("offsets to ids", ids, dtype="I32")
+
     def merged(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Return W + scale · B·A as float32, of the LoRA pair a (in, r) and b (r, out)."""
         weight, a, b = self.cast("F32"), a.cast("F32"), b.cast("F32")

@@ -2,7 +2,7 @@
 
 model.safetensors, or model-00001-of-0000N.safetensors ..., model.safetensors.index.json
 config.json, tokenizer files, README.md
-streams.safetensors, streams_config.json
+streams.safetensors, streams_config.json    or drafter.safetensors, drafter_config.json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, OptionError, printable
 from ..weights.checkpoint import save_streams
+from ..weights.drafter import save_drafter
 from ..weights.files import atomic_folder
 from ..weights.tensorfile import FLOATS, TensorWriter, to_mlx
 from .card import model_card
@@ -66,6 +67,8 @@ def write_plan(
                 _write_file(folder / name, content)
         if plan.streams is not None:
             _write_streams(plan, folder, notify)
+        if plan.drafter is not None:
+            _write_drafter(plan, folder, notify)
         figures = prove(folder) if prove else {}
         card = model_card(plan, printable(target.name), figures)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -119,16 +122,33 @@ def _write_tensor(writer: TensorWriter, tensor: Tensor) -> None:
         writer.copy(path, tensor.start)
 
 
+def _made(tensors: Sequence[Tensor], notify: Progress) -> dict[str, mx.array]:
+    """Return what tensors become, by name."""
+    made = {}
+    for tensor in tensors:
+        made[tensor.name] = to_mlx(tensor.make()[0], tensor.dtype)
+        notify(tensor.nbytes)
+    return made
+
+
+def _write_drafter(plan: ConversionPlan, folder: Path, notify: Progress) -> None:
+    assert plan.drafter is not None
+    save_drafter(
+        folder,
+        plan.drafter.config,
+        _made(plan.drafter.tensors, notify),
+        base_model=plan.base_name,
+        fingerprint=plan.base.fingerprint() if plan.base else None,
+        metadata={"converted_from": plan.path.name},
+    )
+
+
 def _write_streams(plan: ConversionPlan, folder: Path, notify: Progress) -> None:
     assert plan.streams is not None
-    tensors = {}
-    for tensor in plan.streams.tensors:
-        tensors[tensor.name] = to_mlx(tensor.make()[0], tensor.dtype)
-        notify(tensor.nbytes)
     save_streams(
         folder,
         plan.streams.config,
-        tensors,
+        _made(plan.streams.tensors, notify),
         base_model=plan.base_name,
         fingerprint=plan.base.fingerprint() if plan.base else None,
         metadata={"converted_from": plan.path.name},

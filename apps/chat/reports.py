@@ -97,7 +97,7 @@ def why_no_drafts(session: ChatSession) -> str:
     settings = session.settings
     if session.model.streams is None and session.mode == "look-up":
         how = "nothing in the text was likely enough to come again; the model has no streams"
-    elif session.model.streams is None:
+    elif session.model.streams is None and session.model.drafter is None:
         how = "the model has no streams; `specstream train` makes some and --streams loads them"
     elif settings.mode == "plain":
         how = "/set mode speculative, then /retry"

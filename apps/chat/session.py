@@ -134,12 +134,12 @@ class ChatSession:
     @property
     def mode(self) -> str:
         """Return lossless, shared, plain, or lossy (with typical acceptance)."""
-        if self.model.streams is None and self.settings.mode != "plain":
-            return "look-up" if self.settings.decode.looks_up else "plain"
-        if self.model.streams is None or self.settings.mode == "plain":
+        mode, decode = self.model.drafting, self.settings.decode
+        if self.settings.mode == "plain":
             return "plain"
-        mode = self.model.streams.config.mode
-        if self.settings.decode.lossy:
+        if mode == "plain":
+            return "look-up" if decode.looks_up else "plain"
+        if decode.lossy:
             return "lossy" if mode == "lossless" else f"{mode}, lossy"
         return mode
 

@@ -271,8 +271,8 @@ def start_service(
     limit = _smaller(limits.max_prompt_tokens, None if context is None else context - 1)
     return Service(
         model_name=served_name(model.name),
-        streams_name=served_name(model.streams_name) if streams is not None else "",
-        mode="plain" if streams is None or not speculative else streams.config.mode,
+        streams_name=served_name(model.streams_name) if model.streams_name else "",
+        mode=model.drafting if speculative else "plain",
         num_streams=0 if streams is None or not speculative else streams.num_streams,
         context_length=context,
         limits=limits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..config import DecodeConfig
 from ..errors import ModelError, OptionError, StreamsError
+from ..loading.drafter import drafter_in, is_trained_drafter
 from ..loading.load import StreamModel, load, model_folder
 from ..speculation.streams import Streams
 from ..weights.fingerprint import fingerprint
@@ -105,6 +106,9 @@ def open_competitors(
             for streams in (default, *others.values()):
                 if streams == NO_STREAMS:  # look-up alone
                     by_streams[streams] = model
+                elif streams not in by_streams and is_trained_drafter(streams):
+                    drafting = drafter_in(Path(streams).expanduser(), model.model, model.backbone)
+                    by_streams[streams] = replace(model, streams_name=streams, drafter=drafting)
                 elif streams not in by_streams:
                     weights = find_streams(streams, model.model, folder)
                     assert weights is not None

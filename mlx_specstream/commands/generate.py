@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlx_specstream")
 
 DEFAULT_MAX_TOKENS = 256
-_NOT_YET = (
-    "--draft-model",
-    "--image",
-)
+_NOT_YET = ("--image",)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from ..loading.load import StreamModel, load
 from ..model.backbone import Backbone
 from ..train.batches import select
 from ..train.data import Example, read_records, split_held_out, tokenize
+from ..train.drafters import DRAFTERS, tokens_per_pass, train_drafter
 from ..train.initialise import hidden_rms, untrained, with_next_token
 from ..train.objective import LosslessObjective
 from ..train.options import FIELDS, PRESETS, TrainOptions, add_option
@@ -53,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a .jsonl file, a folder with train.jsonl and valid.jsonl, or a hub data set",
     )
     parser.add_argument("--adapter-path", default="streams", help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--drafter",
+        choices=DRAFTERS,
+        help="train this in place of streams, --num-streams heads deep; for --draft-model",
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="(%(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --adapter-path, if there is one"
@@ -122,6 +128,8 @@ def main(argv: list[str]) -> int:
     world = mx.distributed.init()
     model, tokenizer = load(args.model, streams=None)
     train, valid = read_data(args.data, tokenizer, model, options, world.rank() == 0)
+    if args.drafter:
+        return train_other(args, options, model, train, valid)
     task = make_task(args, options, model, tokenizer, train, valid, saved)
     trainer = Trainer(task, make_objective(task), saved=saved, world=world)
     figures = trainer.run()
@@ -129,6 +137,46 @@ def main(argv: list[str]) -> int:
         print(gain(figures, folder))
         if options.compare_plain_lora:
             print(comparison(trainer))
+    return 0
+
+
+def train_other(
+    args: argparse.Namespace,
+    options: TrainOptions,
+    model: StreamModel,
+    train: Sequence[Example],
+    valid: Sequence[Example],
+) -> int:
+    """Train a drafter that is not streams, and say what it gives on held-out prompts.
+
+    Raises:
+        OptionError: an option that goes with streams alone.
+    """
+    for given, flag in (
+        (args.resume, "--resume"),
+        (args.resume_adapter_file, "--resume-adapter-file"),
+        (options.mode != "lossless", "--mode"),
+        (options.part != "streams", "--part"),
+    ):
+        if given:
+            raise OptionError(f"{flag} is for streams; leave it out with --drafter.")
+    folder = Path(args.adapter_path).expanduser()
+    name = Path(args.model).name if Path(args.model).exists() else args.model
+    losses = train_drafter(
+        args.drafter,
+        model.backbone,
+        options,
+        train,
+        folder,
+        name,
+        sampled_vocab=_sampled(options),
+    )
+    prompts = list(valid or train)[: options.verdict_prompts]
+    per_pass = tokens_per_pass(model, folder, prompts, options.verdict_tokens)
+    print(
+        f"{args.drafter}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last; {per_pass:.2f} "
+        f"tokens per pass on held-out prompts.\nIt is in {folder}; use it with --draft-model {folder}."
+    )
     return 0
 
 
@@ -246,10 +294,7 @@ def _config(options: TrainOptions, backbone: Backbone) -> StreamConfig:
 
 def make_objective(task: Task) -> LosslessObjective:
     """Return what computes the gradients of the task's mode."""
-    options = task.options
-    size = options.sampled_vocab
-    if size < 0:
-        size = CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
+    options, size = task.options, _sampled(task.options)
     texts = (example.tokens[example.prompt_length :] for example in task.train)
     sampler = VocabularySampler.of_size(task.backbone.vocab_size, texts, size)
     objective: type[LosslessObjective] = LosslessObjective
@@ -258,6 +303,13 @@ def make_objective(task: Task) -> LosslessObjective:
     elif options.mode == "shared":
         objective = SharedObjective
     return objective(task.backbone, task.config, options, sampler)
+
+
+def _sampled(options: TrainOptions) -> int:
+    """Return how many tokens the head computes in a step, 0 for all."""
+    if options.sampled_vocab >= 0:
+        return options.sampled_vocab
+    return CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
 
 
 def gain(figures: dict[str, dict[str, float]], folder: Path) -> str:

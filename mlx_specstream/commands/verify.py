@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
         else built_in_prompts()[: arguments.num_prompts]
     )
     model, tokenizer = load(arguments.model, **load_options(arguments))
-    if model.streams is None:
+    if model.streams is None and model.drafter is None:
         raise StreamsError(
             f"{arguments.model} has no streams, so there is nothing to verify; name some with "
-            "--streams."
+            "--streams, or what drafts with --draft-model."
         )
     if not arguments.json:
         _say("\n".join(conditions(model)))

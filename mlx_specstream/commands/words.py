@@ -43,8 +43,8 @@ _BATCH = "every prompt is answered alone here; leave it out"
 _TRAINING = "`specstream train` has a schedule of its own; leave it out, or see --preset"
 MLX_LM_FLAGS = {
     "--trust-remote-code": "mlx-specstream never runs code that a model brings along; leave it out",
-    "--draft-model": "the model's own streams draft here; leave it out, or see --streams",
-    "--num-draft-tokens": "how much is drafted is --tree: chain3 drafts three tokens",
+    "--draft-model": "generate, chat, serve and verify take it; leave it out here",
+    "--num-draft-tokens": "verbs that decode take it; leave it out here",
     "--use-default-chat-template": _TEMPLATE,
     "--chat-template": "put the template into the model's folder as chat_template.jinja",
     "--chat-template-args": "generate takes such an object as --chat-template-config",

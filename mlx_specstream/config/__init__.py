@@ -7,6 +7,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 |---|---|
 | `bounds.py` | numbers as callers give them: of the right kind and within bounds |
 | `streams.py` | `StreamConfig`: the trained streams, as `streams_config.json` describes them |
+| `drafter.py` | `DrafterConfig`: trained heads or a layer that draft in place of streams |
 | `tree.py` | `TreeSpec`: the shape of the draft trees, and how the command line says it |
 | `decode.py` | `DecodeConfig`: tree, pruning, schedule and acceptance of a run |
 | `sampling.py` | `SamplingConfig`: temperature, samplers, penalties and their bounds |
@@ -15,6 +16,7 @@ Whether it fits a particular base model is checked where the two meet (`streams.
 
 from .cache import CacheConfig
 from .decode import DRAFTS, DecodeConfig, PruneSpec, Schedule, TypicalSpec, parse_drafts
+from .drafter import DrafterConfig, DrafterKind, LayerConfig
 from .sampling import SamplingConfig
 from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
 from .tree import TreeKind, TreeSpec
@@ -25,6 +27,9 @@ __all__ = [
     "MAX_STREAMS",
     "CacheConfig",
     "DecodeConfig",
+    "DrafterConfig",
+    "DrafterKind",
+    "LayerConfig",
     "Mode",
     "PruneSpec",
     "RopeOffset",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from ..config import CacheConfig, DecodeConfig
+from ..config import MAX_STREAMS, CacheConfig, DecodeConfig, TreeSpec
 from ..config.bounds import whole
 from ..errors import DataError, OptionError, brief, shown
 from ..loading.load import StreamModel
@@ -29,9 +30,7 @@ log = logging.getLogger("mlx_specstream")
 Prompt = str | Sequence[int] | mx.array
 
 # mlx-lm's options that are not supported; None means that they are not in use.
-_UNSUPPORTED = ("draft_model", "input_embeddings", "stream")
-# mlx-lm's options that only qualify an unsupported one.
-_WITHOUT_EFFECT = ("num_draft_tokens",)
+_UNSUPPORTED = ("input_embeddings", "stream")
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:
@@ -47,8 +46,22 @@ def refuse_unknown(options: dict[str, Any]) -> None:
                     f"the option {name} of mlx-lm is not supported yet; leave it out, or use "
                     "mlx-lm itself for this."
                 )
-        elif name not in _WITHOUT_EFFECT:
+        else:
             raise OptionError(f"stream_generate has no option {name!r}.")
+
+
+def with_chain(config: DecodeConfig | None, num_draft_tokens: int) -> DecodeConfig:
+    """Return a config whose tree is a chain of so many drafts, as mlx-lm's draft models make it.
+
+    Raises:
+        OptionError: no such chain.
+    """
+    if not 1 <= num_draft_tokens <= MAX_STREAMS:
+        raise OptionError(
+            f"num_draft_tokens must be 1 to {MAX_STREAMS}, got {num_draft_tokens}; or name a tree."
+        )
+    chain = TreeSpec(kind="chain", branching=1, depth=num_draft_tokens)
+    return replace(config or DecodeConfig(), tree=chain)
 
 
 def wrapped_tokenizer(tokenizer: Any) -> TokenizerWrapper:

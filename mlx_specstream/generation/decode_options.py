@@ -25,6 +25,7 @@ class LoadOptions(TypedDict):
     streams: str | None
     streams_revision: str | None
     pipeline: bool
+    draft_model: str | None
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME) -> None:
@@ -53,6 +54,21 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         ),
     )
     parser.add_argument("--streams-revision", help="branch, tag or commit of streams on the hub")
+    parser.add_argument(
+        "--draft-model",
+        metavar="NAME",
+        help=(
+            "what drafts in place of streams: a smaller model of the same vocabulary, named as "
+            "--model is, or a folder of a converted drafter (Medusa, Hydra, EAGLE)"
+        ),
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=int,
+        metavar="N",
+        dest="draft_chain",
+        help="draft a chain of N tokens, as --tree chainN does; mlx-lm's word",
+    )
     parser.add_argument(
         "--trust-remote-code", nargs="*", action=_RefuseCode, help=argparse.SUPPRESS
     )
@@ -179,6 +195,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
         "streams": streams_option(arguments),
         "streams_revision": arguments.streams_revision,
         "pipeline": arguments.pipeline,
+        "draft_model": arguments.draft_model,
     }
 
 
@@ -188,8 +205,14 @@ def decode_config(arguments: argparse.Namespace, tree: str | None = None) -> Dec
     Raises:
         OptionError: an option cannot be read or is out of range.
     """
+    tree = arguments.tree if tree is None else tree
+    chain: int | None = getattr(arguments, "draft_chain", None)
+    if chain is not None:
+        if chain < 1:
+            raise OptionError(f"--num-draft-tokens must be at least 1, got {chain}.")
+        tree = f"chain{chain}"
     return DecodeConfig.of_words(
-        arguments.tree if tree is None else tree,
+        tree,
         prune=arguments.prune,
         schedule=arguments.schedule,
         use_conditioner=not arguments.no_conditioning,

@@ -23,13 +23,14 @@ import mlx.nn as nn
 from ..config import CacheConfig, DecodeConfig, parse_drafts
 from ..config.bounds import whole
 from ..errors import OptionError
+from ..loading.drafter import drafter_of_model
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
 from ..planner.lookup import lookup_planner
-from ..speculation.decode import Decoder, DraftDecoder, StreamDecoder
+from ..speculation.decode import Decoder, DraftDecoder, StreamDecoder, drafter_decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import FileIndex, LookUp
 from ..speculation.plain import PlainDecoder, plain_decoder
@@ -47,6 +48,7 @@ from .arguments import (
     refuse_uncallable,
     refuse_unknown,
     token_budget,
+    with_chain,
     wrapped_tokenizer,
 )
 from .response import GenerationResponse, summary
@@ -108,6 +110,8 @@ def stream_generate(
     continues: bool | None = None,
     keep_drafts: bool = False,
     seed: int | None = None,
+    draft_model: StreamModel | nn.Module | None = None,
+    num_draft_tokens: int | None = None,
     **mlx_lm_options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate an answer token by token.
@@ -137,6 +141,9 @@ def stream_generate(
             that `mx.random.seed` before the call repeats the answer. The same seed gives the
             same text with any tree and without speculation.
         keep_drafts: put every verified tree into its tokens' responses.
+        draft_model: a loaded model of the same vocabulary, as in mlx-lm, that drafts in place of
+            streams; better `load(..., draft_model=NAME)`, which compares the tokenizers.
+        num_draft_tokens: draft a chain of so many tokens, in place of the config's tree.
 
     Raises:
         OptionError: an argument that cannot be used. Raised by the call, before the first token.
@@ -145,6 +152,12 @@ def stream_generate(
     refuse_unknown(mlx_lm_options)
     if not isinstance(model, StreamModel):
         model = StreamModel.plain(model)
+    if draft_model is not None:
+        drafting = draft_model.model if isinstance(draft_model, StreamModel) else draft_model
+        drafter = drafter_of_model("given", drafting, model.backbone)
+        model = replace(model, streams=None, drafter=drafter)
+    if num_draft_tokens is not None:
+        config = with_chain(config, num_draft_tokens)
     tokenizer = wrapped_tokenizer(tokenizer)
     ids = prompt_ids(tokenizer, prompt, model.backbone.vocab_size)
     caching = CacheConfig(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
@@ -217,6 +230,8 @@ def decoder_for(
     lookup = None
     if speculative and config.looks_up:
         lookup = LookUp.of(backbone, files, text)
+    if model.drafter is not None and speculative and config.uses_streams:
+        return drafter_decoder(model.drafter, config, token_sampler, lookup=lookup)
     if streams is None and lookup is None:
         return plain_decoder(backbone, model.streams, token_sampler)
     if streams is None and model.streams is not None and model.streams.shared:

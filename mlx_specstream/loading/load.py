@@ -21,11 +21,14 @@ from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
 from ..model.probe import check_backbone
+from ..speculation.drafters import Drafter
 from ..speculation.randomness import share_seed
 from ..speculation.streams import Streams
+from ..weights.drafter import CONFIG_FILE
 from ..weights.hub import fetch, refuse_revision
 from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME, resolve_demo
+from .drafter import drafter_in, drafter_of_model, is_trained_drafter
 from .gemma import GEMMA_NAME, resolve_gemma
 from .parallel import divided, own_arrays
 from .tokenizer import check_tokenizer_files, decode_by_vocabulary
@@ -37,14 +40,14 @@ log = logging.getLogger("mlx_specstream")
 
 # What mlx-lm fetches, less Python files, plus the streams.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model", "model*.safetensors")
-STREAM_FILES = ("streams.safetensors",)
+STREAM_FILES = ("streams.safetensors", "drafter.safetensors")
 
 
 @dataclass(frozen=True)
 class StreamModel:
-    """An mlx-lm model with the view that decodes it, and its streams if it has any.
+    """An mlx-lm model with the view that decodes it, and its streams or another drafter if it has any.
 
-    `name` is what it was loaded as, `streams_name` where the streams come from.
+    `name` is what it was loaded as, `streams_name` where the streams or the drafter come from.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class StreamModel:
     streams: Streams | None = None
     name: str = ""
     streams_name: str = ""
+    drafter: Drafter | None = None
 
     @classmethod
     def plain(cls, model: nn.Module) -> StreamModel:
@@ -89,6 +93,13 @@ class StreamModel:
         limit = getattr(getattr(self.model, "args", None), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    @property
+    def drafting(self) -> str:
+        """Return lossless or shared, or plain where nothing drafts but look-up."""
+        if self.drafter is not None:
+            return "lossless"
+        return "plain" if self.streams is None else self.streams.config.mode
+
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, chunk: ChunkSize = PREFILL_CHUNK
     ) -> Iterator[int]:
@@ -97,7 +108,8 @@ class StreamModel:
         For callers that do other work between chunks. The prompt's last token is not for here:
         `stream_generate` begins from it.
         """
-        forward = self.backbone.forward if self.streams is None else self.streams.forward
+        parts = (self.drafter, self.streams, self.backbone)
+        forward = next(part.forward for part in parts if part is not None)
         return prefill_chunks(forward, tokens, cache, chunk)
 
 
@@ -114,6 +126,7 @@ def load(
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
     pipeline: bool = False,
+    draft_model: str | Path | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper]: ...
 
 
@@ -130,6 +143,7 @@ def load(
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
     pipeline: bool = False,
+    draft_model: str | Path | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper, dict[str, Any]]: ...
 
 
@@ -145,6 +159,7 @@ def load(
     streams: str | Path | None = AUTO,
     streams_revision: str | None = None,
     pipeline: bool = False,
+    draft_model: str | Path | None = None,
 ) -> tuple[StreamModel, TokenizerWrapper] | tuple[StreamModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model, its tokenizer and its streams.
 
@@ -156,15 +171,22 @@ def load(
         adapter_path: a folder of LoRA adapters, as mlx_lm.lora writes one.
         streams_revision: branch, tag or commit of streams on the hub.
         streams: `auto` (what the model's folder holds, else a shipped set for this base, else
-            none), None (decode plainly), a folder, a hub id or the name of a shipped set.
+            none), None (decode plainly), a folder, a hub id or the name of a shipped set. A folder
+            of another drafter is taken as one.
+        draft_model: what drafts in place of streams: a smaller model of the same vocabulary, named
+            as a model is, or a folder of a converted drafter (Medusa, Hydra, EAGLE).
         pipeline: among several processes (`mlx.launch`) divide the model by layers, even where each
             layer could be divided.
 
     Raises:
         ModelError: the model is missing, damaged, needs code of its own, is of an unsupported
-            family, or does not compute the same through our view as in mlx-lm.
+            family, or does not compute the same through our view as in mlx-lm; or the draft model
+            is, or has another vocabulary.
         StreamsError: the streams are missing, damaged, or of another base.
+        OptionError: both streams and a draft model were named.
     """
+    if draft_model is not None and streams not in (AUTO, None):
+        raise OptionError("streams and a draft model cannot both draft; name one of them.")
     if adapter_path is not None:
         adapter_path = str(adapter_folder(adapter_path))
     folder = model_folder(path_or_hf_repo, revision)
@@ -190,6 +212,18 @@ def load(
             mx.eval(own_arrays(backbone))
         if len(backbone.stages.own) == backbone.num_layers:
             check_backbone(backbone)
+    if draft_model is None and streams is not None and is_trained_drafter(streams):
+        draft_model = streams
+    if draft_model is not None:
+        if together is not None:
+            raise ModelError(
+                "several processes draft with streams or look-up alone; leave the draft model out."
+            )
+        drafter = _drafter(str(draft_model), model, backbone, tokenizer)
+        result = StreamModel(
+            model, backbone, None, path_or_hf_repo, str(draft_model), drafter=drafter
+        )
+        return (result, tokenizer, config) if return_config else (result, tokenizer)
     weights = find_streams(streams, model, folder, streams_revision)
     joined = None
     if weights is not None:
@@ -207,6 +241,19 @@ def load(
         model, backbone, joined, path_or_hf_repo, str(weights.folder) if weights else ""
     )
     return (result, tokenizer, config) if return_config else (result, tokenizer)
+
+
+def _drafter(
+    name: str, model: nn.Module, backbone: Backbone, tokenizer: TokenizerWrapper
+) -> Drafter:
+    """Load what drafts: a folder of a trained drafter, here or on the hub, or a draft model."""
+    folder = Path(name).expanduser()
+    if not is_trained_drafter(folder):
+        folder = model_folder(name)
+    if is_trained_drafter(folder):
+        return drafter_in(folder, model, backbone)
+    draft, its_tokenizer, _ = _load_mlx_lm(folder, name, None, None, None, lazy=False)
+    return drafter_of_model(name, draft, backbone, (tokenizer, its_tokenizer))
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:
@@ -234,7 +281,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
             f"{name} is a file, but a model is a folder with config.json and model*.safetensors; "
             "name that folder, or make one with specstream convert."
         )
-    if not (folder / "config.json").is_file():
+    if not any((folder / file).is_file() for file in ("config.json", CONFIG_FILE)):
         raise ModelError(
             f"{name} holds no config.json, so it is no model folder; name a folder that mlx-lm "
             "loads, or make one with specstream convert."

@@ -20,6 +20,7 @@ from functools import cache as once
 import mlx.core as mx
 
 from ..config import DecodeConfig, StreamConfig, TreeSpec
+from ..config.drafter import AUTO_DEPTH
 from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
@@ -224,6 +225,28 @@ class DraftDecoder(Decoder):
         """Wait for a step and return what it decided."""
         del cache
         return step.report.read()[0]
+
+
+def drafter_decoder(
+    drafter: Drafter,
+    config: DecodeConfig,
+    token_sampler: TokenSampler,
+    keep_drafts: bool = False,
+    lookup: LookUp | None = None,
+) -> DraftDecoder:
+    """Return the loop with a drafter other than streams, over one model.
+
+    Where the tree does not say how deep, it is `AUTO_DEPTH` levels at most; a tree `auto` is not
+    planned. Beside layers that keep a state it is a chain.
+    """
+    token_sampler.typical = config.typical
+    tree = config.tree
+    depth = min(tree.depth or AUTO_DEPTH, drafter.depth)
+    if drafter.backbone.is_recurrent and tree.kind != "chain" and tree.rows > 1:
+        rows = depth if tree.kind == "product" else tree.rows - 1
+        _note_chains(drafter.backbone.family)
+        tree = TreeSpec(kind="chain", branching=1, depth=min(depth, rows))
+    return DraftDecoder(drafter, replace(tree, depth=depth), token_sampler, keep_drafts, lookup)
 
 
 class StreamDecoder(DraftDecoder):

@@ -19,6 +19,8 @@ PyTorch trainer in `convert/pytorch/` uses the same.
 | `data.py` | training texts as token ids, from mlx-lm's data formats: chat, completions, tools, text |
 | `decode_eval.py` | what training gave, in the currency of decoding: tokens per step over held-out prompts |
 | `distilled.py` | self-distillation's data: prompts to answer, and answers that a stopped run continues |
+| `drafter_loss.py` | the losses of drafters that are not streams: what each head or layer is to predict |
+| `drafters.py` | training such a drafter: the same texts, batches, optimiser and budget as streams |
 | `early_exit.py` | training the early-exit pruner: next-token loss where the streams join [SS §3.1.3, §4.1] |
 | `estimate.py` | what a run will take, said before it starts: memory by arithmetic, memory and time by a trial |
 | `figures.py` | how good drafts are, teacher-forced over held-out texts, with the whole vocabulary |

@@ -3,6 +3,8 @@
 | file | the idea it holds |
 |---|---|
 | `checkpoint.py` | `streams.safetensors` and `streams_config.json`, read and written |
+| `adapter_files.py` | an adapter folder: a file of tensors, and a config that says what they are |
+| `drafter.py` | `drafter.safetensors` and `drafter_config.json`: other drafters than streams |
 | `stream_tensors.py` | the tensors that streams consist of: names and shapes |
 | `parts.py` | linear layers of which every process holds a part |
 | `fingerprint.py` | know a base model again |

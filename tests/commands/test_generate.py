@@ -242,7 +242,9 @@ def test_an_interrupt_exits_130(
         (["-p", "hi", "--max-kv-size", "4"], "max_kv_size must be above 4"),
         (["-p", "hi", "--kv-bits", "4"], "cannot use a cache of 4 bits in groups of 64"),
         (["-p", "hi", "--prompt-cache-file", "no.safetensors"], "there is no prompt cache no"),
-        (["-p", "hi", "--draft-model", "x"], "--draft-model of mlx-lm is not supported"),
+        (["-p", "hi", "--draft-model", "x/y z"], "the path x/y z does not exist"),
+        (["-p", "hi", "--num-draft-tokens", "99"], "tree depth must be 0 to"),
+        (["-p", "hi", "--image", "x"], "--image of mlx-lm is not supported"),
         (["-p", "hi", "--streams", "nowhere"], "there are no streams 'nowhere'"),
     ],
 )

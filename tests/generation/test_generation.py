@@ -342,7 +342,8 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty stop string": (PROMPT, {"stop": [""]}, "stop strings"),
     "rotating cache": (PROMPT, {"max_kv_size": 3}, "max_kv_size must be above 4"),
     "quantised cache": (PROMPT, {"kv_bits": 8}, "cannot use a cache of 8 bits in groups of 64"),
-    "draft model": (PROMPT, {"draft_model": object()}, "draft_model of mlx-lm is not supported"),
+    "embeddings": (PROMPT, {"input_embeddings": object()}, "input_embeddings of mlx-lm is not"),
+    "no chain": (PROMPT, {"num_draft_tokens": 0}, "num_draft_tokens must be 1 to"),
     "unknown option": (PROMPT, {"temprature": 1}, "no option 'temprature'"),
     "another model's cache": (PROMPT, {"prompt_cache": KVCache(3)}, "3 layers and the model 4"),
 }

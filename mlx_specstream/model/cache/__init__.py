@@ -22,7 +22,7 @@ or a stream is never part of the cache, and never costs a row that is still need
 """
 
 from .kinds import new_cache
-from .kv import KVCache, PassCache
+from .kv import Companion, KVCache, PassCache
 from .mlx_lm import as_mlx_lm, from_mlx_lm, to_mlx_lm
 from .quantized import QuantizedLayer, QuantizedPass
 from .rotating import SLACK, RotatingLayer
@@ -32,6 +32,7 @@ from .state import StateLayer
 __all__ = [
     "GROWTH",
     "SLACK",
+    "Companion",
     "KVCache",
     "LayerKV",
     "LayerPass",

@@ -27,6 +27,18 @@ class PassCache(Protocol):
         ...
 
 
+class Companion(Protocol):
+    """What a drafter keeps beside a KV cache, brought in line with the committed text."""
+
+    def follow(self, length: int) -> None:
+        """Take note that the committed text now has `length` tokens."""
+        ...
+
+    def copy(self, length: int) -> Companion:
+        """Return what belongs to a copy of the cache, rewound to `length` tokens."""
+        ...
+
+
 class KVCache:
     """The caches of all layers and the number of rows that are committed text.
 
@@ -35,7 +47,8 @@ class KVCache:
     committed, as in mlx-lm's plain decoding: between two passes, never within one.
 
     `next_is_generated`: the token behind the committed text was drawn by a step, which counts where rows
-    depend on the passes they were computed in (`depends_on_passes`).
+    depend on the passes they were computed in (`depends_on_passes`). companion: what the drafter
+    that decodes with this cache keeps of the same text.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -43,6 +56,7 @@ class KVCache:
         self.length = 0
         self.quantize: Quantization | None = None
         self.next_is_generated = False
+        self.companion: Companion | None = None
         self._quantise_next_pass = False
 
     @classmethod
@@ -208,6 +222,8 @@ class KVCache:
                 self.next_is_generated,
                 self._quantise_next_pass,
             )
+        if self.companion is not None:
+            result.companion = self.companion.copy(length)
         return result
 
     @property
@@ -224,6 +240,8 @@ class KVCache:
         self.length = length
         for layer in self.layers:
             layer.follow(length)
+        if self.companion is not None:
+            self.companion.follow(length)
 
     def _turn(self, index: int) -> None:
         """Store a plain layer's rows in a few bits if that is due, as a part of the next graph."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_specstream.config import CacheConfig, DecodeConfig, Mode, PruneSpec, TreeSpec
+from tests.support.drafters import KINDS
 
 GROUP = 20  # cases in a row with the same model, which takes longer to make than to decode with
 SHARE = 5  # cases in a row that differ in drafts alone, so that mlx-lm plays their turns once
@@ -59,7 +60,8 @@ class Case:
     """A scene, and how it is speculated on.
 
     drafts: `streams` (random), `table` (often right), or `none`: no drafter but look-up, which
-    `decode.drafts` may add to either; `auto` lets a random governor and look-up's planner choose.
+    `decode.drafts` may add to either; `auto` lets a random governor and look-up's planner choose. Or
+    a kind of another drafter, with random weights.
     """
 
     number: int
@@ -100,6 +102,9 @@ def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "los
     if drafts == "none" or lookups.random() < 0.5:
         names = ("lookup",) if drafts == "none" else ("streams", "lookup")
         decode = replace(decode, drafts=names)
+    others = np.random.default_rng([seed, 5, number])
+    if mode == "lossless" and drafts in ("streams", "table") and others.random() < 0.3:
+        drafts = str(others.choice(KINDS))
     return Case(number, scene, decode, drafts)
 
 

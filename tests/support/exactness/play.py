@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,12 +26,18 @@ from mlx_specstream.model.cache.kinds import check_quantised
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.lookup import LookUpPlanner
 from mlx_specstream.planner.settings import StepSetting
-from mlx_specstream.speculation.decode import Decoder, DraftDecoder, StreamDecoder
-from mlx_specstream.speculation.drafters import NoDrafter
+from mlx_specstream.speculation.decode import (
+    Decoder,
+    DraftDecoder,
+    StreamDecoder,
+    drafter_decoder,
+)
+from mlx_specstream.speculation.drafters import Drafter, NoDrafter
 from mlx_specstream.speculation.drafters.lookup import LookUp
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
+from tests.support.drafters import KINDS, random_drafter
 from tests.support.exactness.choices import processors_for
 from tests.support.exactness.compare import Outcome, explain, rows_differ
 from tests.support.exactness.draw import CONTINUE, Case, Scene
@@ -100,6 +107,12 @@ def _decoder(case: Case, streams: Streams, token_sampler: TokenSampler) -> Decod
     """Return what decodes a turn of a case."""
     backbone, decode = streams.backbone, case.decode
     lookup = LookUp.of(backbone) if "lookup" in (decode.drafts or ()) else None
+    if case.drafts in KINDS:
+        scene = case.scene
+        wide = scene.cache == "quantised"
+        model = (scene.family, scene.model_seed, scene.precision, wide, scene.mode)
+        drafter = _drafter(case.drafts, *model)
+        return drafter_decoder(drafter, decode, token_sampler, lookup=lookup)
     if backbone.is_recurrent:  # a state follows one path
         decode = DecodeConfig(tree=TreeSpec.parse("chain"))
     if case.drafts == "none":
@@ -112,6 +125,12 @@ def _decoder(case: Case, streams: Streams, token_sampler: TokenSampler) -> Decod
         return AutoDecoder(streams, auto, token_sampler, whims, lookup=lookup, lookups=lookups)
     decoder = StreamDecoder(streams, decode, token_sampler, lookup=lookup)
     return with_table(decoder) if case.drafts == "table" else decoder
+
+
+@lru_cache(maxsize=16)
+def _drafter(kind: str, *model: Any) -> Drafter:
+    """Return a random drafter over the model of a scene."""
+    return random_drafter(kind, streams_for(*model).backbone)
 
 
 class Whims:
