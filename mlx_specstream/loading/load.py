@@ -172,6 +172,7 @@ def load(
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)
         if not lazy:
+            joined.prepare()
             # What is not computed yet can only be computed in the thread that loaded it.
             mx.eval(joined.arrays)
     elif streams == AUTO:

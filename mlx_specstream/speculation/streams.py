@@ -25,50 +25,21 @@ streams: training opens it gently from a large negative value.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..config import StreamConfig
 from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
+from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes
 from .condition import unit
 
-
-class RowSplit(threading.local):
-    """Where the stream rows of a thread's pass begin; adapters of streams act from there on."""
-
-    num_main = 0
-
-
-class StreamLinear(nn.Module):
-    """A base linear layer, plus LoRA on the rows from `split.num_main` on (or on all rows).
-
-    lora_a: (in, r), lora_b: (r, out), the scale already multiplied into lora_b.
-    """
-
-    def __init__(
-        self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, split: RowSplit | None
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        object.__setattr__(self, "split", split)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
-        first = 0 if self.split is None else self.split.num_main
-        if first == 0:
-            return y + (x @ self.lora_a) @ self.lora_b
-        if first == x.shape[-2]:
-            return y
-        delta = (x[..., first:, :] @ self.lora_a) @ self.lora_b
-        return mx.concatenate([y[..., :first, :], y[..., first:, :] + delta], axis=-2)
+MERGED_BYTES = 256 << 20  # of weights with their adapters in them, beside the base's
 
 
 class Streams:
@@ -113,6 +84,8 @@ class Streams:
             self._adapted(index) if index in adapted else backbone.layers[index]
             for index in range(N)
         ]
+        self.joined: list[mx.array] = []
+        self.apart: list[nn.Module] = []  # the upper layers for stream rows alone, if merged
 
     def tensor(self, name: str) -> mx.array:
         """Return a tensor by name.
@@ -134,7 +107,22 @@ class Streams:
             if isinstance(module, StreamLinear)
         ]
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
-        return [*self.tensors.values(), *own]
+        apart = [array for layer in self.apart for _, array in tree_flatten(layer.parameters())]
+        return [*self.tensors.values(), *own, *self.joined, *apart]
+
+    def prepare(self) -> None:
+        """Get ready for decoding, where few kernels count: see `adapters.py`. Not for training.
+
+        W + B·A is kept for passes of stream rows alone. Such a pass reads the layers' weights
+        again in any case; main rows have their own layers, the base's.
+        """
+        self.joined = [array for layer in self.layers for array in join(layer)]
+        adapted = self.layers[self.first_msa :]
+        if self.shared or sum(map(merged_bytes, adapted)) > MERGED_BYTES:
+            return
+        found = [merged(layer) for layer in adapted]
+        if all(layer is not None for layer in found):
+            self.apart = [layer for layer in found if layer is not None]
 
     def _adapted(self, index: int) -> nn.Module:
         """Return layer `index` with LoRA joined to its target modules where tensors exist."""
@@ -233,7 +221,9 @@ class Streams:
                     row.num_heads = gate.shape[0]
                 tail = 0 if row.span is None else row.span.tail
                 allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
-            hidden = self.layers[index](hidden, allowed, row)
+            own = self.apart and num_main == 0 and index >= self.first_msa
+            layer = self.apart[index - self.first_msa] if own else self.layers[index]
+            hidden = layer(hidden, allowed, row)
         return hidden
 
     def _gated(
