@@ -35,8 +35,8 @@ from .condition import (
 from .prune import Pruner, prune
 from .result import StepReport
 from .sampling import TokenSampler
-from .streams import Streams, pass_mask
-from .tree import DraftTree, Proposer, ancestors, build, likely_ends, root_only
+from .streams import Streams, lower_triangle, pass_mask
+from .tree import DraftTree, Proposer, build, likely_ends, root_only
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Stepper:
         backbone, upper = streams.backbone, streams.upper
         lower_rows, T = None, tree.num_nodes
 
-        seen = ancestors(tree.parents, tree.depth)
+        seen = tree.seen
         positions = tree.depths + length
         mask = _mask(seen, positions, length)
         hidden = self.lower(tree, cache, mask)
@@ -163,7 +163,7 @@ class Stepper:
             tree, kept = prune(tree, scores, self.prune)
             if tree.num_nodes < T:
                 hidden, lower_rows, T = mx.take(hidden, kept, axis=1), kept, tree.num_nodes
-                seen = ancestors(tree.parents, tree.depth)
+                seen = tree.seen
                 positions = tree.depths + length
                 mask = _mask(seen, positions, length)
 
@@ -191,7 +191,7 @@ class Stepper:
         """Return the nodes' rows at the input of the first MSA layer, (1, T, h); no streams yet."""
         streams, length = self.streams, cache.length
         positions = tree.depths + length
-        mask = mask or _mask(ancestors(tree.parents, tree.depth), positions, length)
+        mask = mask or _mask(tree.seen, positions, length)
         hidden = streams.backbone.embed(tree.tokens)
         T = tree.num_nodes
         return streams.run(hidden, T, streams.lower, cache, length, positions, mask)
@@ -217,7 +217,7 @@ class Stepper:
         own = streams.positions(mx.take(verified.positions, node))
         prefix = mx.ones((G, length), dtype=mx.bool_)
         on_path = mx.broadcast_to(mx.take(verified.seen, node, axis=0), (G, T))
-        earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
+        earlier = lower_triangle(G)
         allowed = mx.concatenate([prefix, on_path, earlier], axis=1)
         keys = mx.concatenate([verified.positions, own])
         mask = RowMask(allowed, lambda: (own, _keys(keys, length)))

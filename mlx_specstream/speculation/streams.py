@@ -26,6 +26,7 @@ streams: training opens it gently from a large negative value.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +39,7 @@ from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
 from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes
 from .condition import unit
+from .tree import ints
 
 MERGED_BYTES = 256 << 20  # of weights with their adapters in them, beside the base's
 
@@ -178,9 +180,8 @@ class Streams:
 
         main: (n,) or (B, n) int32. Returns (n·γ,) or (B, n·γ).
         """
-        offsets = mx.arange(1, self.num_streams + 1, dtype=mx.int32)
-        if self.config.rope_offset == "position":
-            offsets = mx.zeros_like(offsets)
+        beyond = self.config.rope_offset != "position"
+        offsets = ints(tuple(j * beyond for j in range(1, self.num_streams + 1)))
         return (main[..., None] + offsets).flatten(-2)
 
     def forward(self, tokens: mx.array, cache: KVCache) -> mx.array:
@@ -271,6 +272,12 @@ def rotate_values(values: mx.array, angles: mx.array) -> mx.array:
     return turned.reshape(values.shape).astype(values.dtype)
 
 
+@cache
+def lower_triangle(rows: int) -> mx.array:
+    """Return a constant (rows, rows) bool: who comes no later."""
+    return mx.array([[column <= row for column in range(rows)] for row in range(rows)])
+
+
 def pass_mask(
     ancestor_mask: mx.array,
     num_streams: int,
@@ -293,7 +300,7 @@ def pass_mask(
         if nodes is not None:
             itself, above = mx.take(itself, nodes, axis=0), mx.take(above, nodes, axis=0)
         own = mx.repeat(itself.T, G, axis=1)
-        earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
+        earlier = lower_triangle(G)
         among = mx.kron(mx.eye(itself.shape[0], dtype=mx.bool_), earlier)
         main = [ancestor_mask, own if main_sees_streams else mx.zeros_like(own)]
         streams = [mx.repeat(above, G, axis=0), among]

@@ -20,8 +20,9 @@ Pure functions of arrays: nothing here knows a model, and nothing waits for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -42,7 +43,8 @@ class DraftTree:
 
     tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
-    float32, what the nodes' paths were ranked by, if the tree was ranked.
+    float32, what the nodes' paths were ranked by, if the tree was ranked. above: the parents on
+    the host, where they are the same in every tree of its kind: chains, products.
     """
 
     tokens: mx.array
@@ -51,10 +53,21 @@ class DraftTree:
     depth: int
     alive: mx.array | None = None
     scores: mx.array | None = None
+    above: tuple[int, ...] | None = None
 
     @property
     def num_nodes(self) -> int:
         return int(self.tokens.shape[0])
+
+    @property
+    def is_chain(self) -> bool:
+        """Tell whether every node is known to have the one before it as its parent."""
+        return self.above == _chain_parents(self.num_nodes)
+
+    @property
+    def seen(self) -> mx.array:
+        """Return who descends from whom, as `ancestors` has it; no work where that is fixed."""
+        return ancestors(self.parents, self.depth) if self.above is None else _fixed(self.above)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -74,15 +87,16 @@ class DraftTree:
 
 def root_only(token: mx.array) -> DraftTree:
     """Return the tree of one node; `token` is a scalar or (1,) integer array."""
-    zero = mx.zeros((1,), dtype=mx.int32)
-    return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0)
+    zero = ints((0,))
+    return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0, above=(0,))
 
 
 def chain(tokens: mx.array) -> DraftTree:
     """Return root and drafts in a row, (T,) integers, as a tree."""
     T = tokens.shape[0]
-    nodes = mx.arange(T, dtype=mx.int32)
-    return DraftTree(tokens.astype(mx.int32), mx.maximum(nodes - 1, 0), nodes, depth=T - 1)
+    above = _chain_parents(T)
+    nodes = ints(tuple(range(T)))
+    return DraftTree(tokens.astype(mx.int32), ints(above), nodes, depth=T - 1, above=above)
 
 
 def ancestors(parents: mx.array, depth: int) -> mx.array:
@@ -91,8 +105,7 @@ def ancestors(parents: mx.array, depth: int) -> mx.array:
     `parents` is (T,) int32 with parents[0] = 0; `depth` bounds the depth of any node. A node
     sees what its parent sees, and itself.
     """
-    T = parents.shape[0]
-    itself = mx.eye(T, dtype=mx.bool_)
+    itself = _itself(parents.shape[0])
     seen = itself
     for _ in range(depth):
         seen = itself | mx.take(seen, parents, axis=0)
@@ -115,8 +128,8 @@ def build(
     """
     root = root.reshape(1).astype(mx.int32)
     widths = spec.level_widths(num_streams)
-    tokens, scores = [root], [mx.zeros((1,), dtype=mx.float32)]
-    parents = [mx.zeros((1,), dtype=mx.int32)]
+    tokens, scores = [root], [mx.array([0.0])]
+    parents: list[tuple[int, ...] | mx.array] = [(0,)]  # on the host where they are fixed
     depths = [0]
     first, level_tokens, level_scores = 0, root, scores[0]
     level_before = before.reshape(1).astype(mx.int32)
@@ -127,27 +140,40 @@ def build(
             k = spec.branching
             best = mx.argsort(-log_probs, axis=-1)[:, :k]
             ids, log_probs = (mx.take_along_axis(a, best, axis=-1) for a in (ids, log_probs))
-        paths = (level_scores[:, None] + (log_probs - _LEVEL_COST)).reshape(-1)
+        paths = (level_scores[:, None] + log_probs).reshape(-1)
         ids = ids.reshape(-1)
         width = min(width, above * k)
+        place: mx.array | None = None  # of each kept node's parent in the level above
         if width < above * k:
             best = _best(paths, width)
             paths, ids = mx.take(paths, best), mx.take(ids, best)
+            place = best // k if above > 1 else None
+        if place is None:
+            fixed = tuple(i // k if above > 1 else 0 for i in range(width))
+            parents.append(tuple(first + i for i in fixed))
+            place = ints(fixed)
         else:
-            best = mx.arange(above * k, dtype=mx.int32)
-        parents.append(first + best // k)
+            parents.append(place + first if first else place)
         first = sum(int(t.shape[0]) for t in tokens)
         tokens.append(ids.astype(mx.int32))
         scores.append(paths)
         depths += [level + 1] * width
-        level_before = mx.take(level_tokens, best // k)
+        one = above == 1
+        level_before = (
+            mx.broadcast_to(level_tokens, (width,)) if one else mx.take(level_tokens, place)
+        )
         level_tokens, level_scores = tokens[-1], paths
+    fixed_parents = tuple(i for part in parents if isinstance(part, tuple) for i in part)
+    is_fixed = len(fixed_parents) == len(depths)
     tree = DraftTree(
         mx.concatenate(tokens),
-        mx.concatenate(parents).astype(mx.int32),
-        mx.array(depths, dtype=mx.int32),
+        ints(fixed_parents)
+        if is_fixed
+        else mx.concatenate([ints(p) if isinstance(p, tuple) else p for p in parents]),
+        ints(tuple(depths)),
         depth=len(widths),
-        scores=mx.concatenate(scores),
+        scores=mx.concatenate(scores) - _costs(tuple(depths)),
+        above=fixed_parents if is_fixed else None,
     )
     if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
         # The root's score 0 is the highest of all, so it is always among the best.
@@ -161,8 +187,8 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
 
     `kept` is (m,) int32, ascending, holds node 0 and with every node its parent.
     """
-    place = mx.zeros((tree.num_nodes,), dtype=mx.int32)
-    place[kept] = mx.arange(kept.shape[0], dtype=mx.int32)
+    nothing = ints((0,) * tree.num_nodes)
+    place = nothing.at[kept].add(ints(tuple(range(kept.shape[0]))))
     return DraftTree(
         mx.take(tree.tokens, kept),
         mx.take(place, mx.take(tree.parents, kept)),
@@ -197,4 +223,40 @@ def best_nodes(scores: mx.array, count: int) -> mx.array:
 
 
 def _best(scores: mx.array, count: int) -> mx.array:
+    if count == 1:
+        return mx.argmax(scores, keepdims=True).astype(mx.int32)
     return mx.argsort(-scores)[:count].astype(mx.int32)
+
+
+@cache
+def ints(values: Iterable[int]) -> mx.array:
+    """Return a constant (n,) int32 for a tuple, the same array every time: a step need not make it.
+
+    Not to be written into.
+    """
+    return mx.array(list(values), dtype=mx.int32)
+
+
+@cache
+def _costs(depths: tuple[int, ...]) -> mx.array:
+    return mx.array([depth * _LEVEL_COST for depth in depths])
+
+
+@cache
+def _itself(nodes: int) -> mx.array:
+    return mx.array([[i == j for j in range(nodes)] for i in range(nodes)])
+
+
+@cache
+def _fixed(above: tuple[int, ...]) -> mx.array:
+    """Return the ancestors of a tree whose parents are known."""
+    rows: list[list[bool]] = []
+    for node, parent in enumerate(above):
+        rows.append(rows[parent].copy() if node else [False] * len(above))
+        rows[node][node] = True
+    return mx.array(rows)
+
+
+@cache
+def _chain_parents(nodes: int) -> tuple[int, ...]:
+    return tuple(max(node - 1, 0) for node in range(nodes))
