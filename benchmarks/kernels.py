@@ -34,11 +34,32 @@ from mlx_specstream.speculation.step import Step
 from mlx_specstream.speculation.streams import Streams
 
 CONTEXT = 100
-FUSED = {"rms_norm": "Sinh", "layer_norm": "Cosh", "rope": "ArcSinh", "scaled_dot_product_attention": "ArcTan"}
+FUSED = {
+    "rms_norm": "Sinh",
+    "layer_norm": "Cosh",
+    "rope": "ArcSinh",
+    "scaled_dot_product_attention": "ArcTan",
+}
 """What a fused operation is drawn as while kernels are counted: one that no decoder computes."""
 VIEWS = frozenset(
-    "Broadcast BroadcastAxes ExpandDims Squeeze Transpose Slice Reshape Flatten Unflatten AsStrided "
-    "View Split StopGradient Contiguous Depends NumberOfElements".split()
+    [
+        "Broadcast",
+        "BroadcastAxes",
+        "ExpandDims",
+        "Squeeze",
+        "Transpose",
+        "Slice",
+        "Reshape",
+        "Flatten",
+        "Unflatten",
+        "AsStrided",
+        "View",
+        "Split",
+        "StopGradient",
+        "Contiguous",
+        "Depends",
+        "NumberOfElements",
+    ]
 )
 _NODE = re.compile(r'\[label ="(\w+)", shape=rectangle\]')
 

@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from ..config import CacheConfig
 from ..errors import ModelError, OptionError
+from .attention import in_pieces
 from .cache import GROWTH, SLACK, KVCache, PassCache, Span, StateLayer, new_cache
 from .families import LayerCall, keep_states, refusal, take_apart, uniform
 from .masks import Mask, RowMask, causal_mask
@@ -206,7 +207,10 @@ class Backbone:
 
 
 def view_layer(layer: nn.Module) -> nn.Module:
-    """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows."""
+    """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows.
+
+    On a Mac its attention takes rows in pieces that MLX's kernels know (`attention.py`).
+    """
     view = copy.copy(layer)
     for name, child in list(view.items()):
         if _is_rope(name, child):
@@ -215,7 +219,7 @@ def view_layer(layer: nn.Module) -> nn.Module:
             object.__setattr__(view, name, RowRope(child))
         elif isinstance(child, nn.Module):
             view[name] = view_layer(child)
-    return view
+    return in_pieces(view)
 
 
 def _is_rope(name: str, module: Any) -> bool:

@@ -24,6 +24,7 @@ from mlx_lm.utils import get_total_parameters
 from ..config import DecodeConfig
 from ..errors import OptionError, OutputError
 from ..loading.model_cache import cache_folder
+from ..model.attention import FusedAttention
 from ..speculation.streams import Streams
 from ..weights.files import atomic_file
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
@@ -33,7 +34,7 @@ from .identity import identity, this_machine, weight_bits
 from .measure import BUDGET_S, measure
 from .planner import Planner
 from .prior import ModelSize, chip_of, prior_curve
-from .settings import FusedAttention, StepSetting, candidates
+from .settings import StepSetting, candidates
 
 if TYPE_CHECKING:
     from ..loading.load import StreamModel

@@ -15,7 +15,7 @@ where candidates come from, so decoding stays exactly lossless.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -161,7 +161,7 @@ class ConditionedProposer:
         if weights.from_grandparent is not None:
             rows = unit(self.backbone.embedding_rows(grandparents))
             of_stream = mx.addmm(of_stream, rows, weights.from_grandparent)
-        return nn.silu(e[:, :m] + of_stream), e[:, m:]
+        return _silu_of_sum(e[:, :m], of_stream), e[:, m:]
 
     def __call__(
         self, level: int, parents: mx.array, grandparents: mx.array
@@ -171,7 +171,8 @@ class ConditionedProposer:
         keys, adapter_keys = (at(part, level).T for part in self.keys)
         gain = mx.addmm(of_adapter @ adapter_keys, state, keys).astype(mx.float32)
         scores = at(self.marginal.log_probs, level) + gain
-        log_probs = scores + (at(self.mass, level) - mx.logsumexp(scores, axis=-1, keepdims=True))
+        total = mx.logsumexp(scores, axis=-1, keepdims=True)
+        log_probs = _normalised(scores, at(self.mass, level), total)
         return mx.broadcast_to(at(self.marginal.ids, level), scores.shape), log_probs
 
     def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
@@ -206,6 +207,16 @@ class MarginalProposer:
         shape = (parents.shape[0], self.marginal.ids.shape[1])
         ids, log_probs = at(self.marginal.ids, level), at(self.marginal.log_probs, level)
         return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_of_sum(x: mx.array, y: mx.array) -> mx.array:
+    return nn.silu(x + y)
+
+
+@partial(mx.compile, shapeless=True)
+def _normalised(scores: mx.array, mass: mx.array, total: mx.array) -> mx.array:
+    return scores + (mass - total)
 
 
 def at(array: mx.array, row: int) -> mx.array:

@@ -166,12 +166,12 @@ class Streams:
         """
         if self.init_map is not None:
             a, b = self.init_map
-            main = main + (main @ a) @ b
+            main = mx.addmm(main, main @ a, b)
         if self.next_token_map is not None:
             assert following is not None
             a, b = self.next_token_map
             rows = unit(self.backbone.embedding_rows(following.flatten()))
-            main = main + ((rows @ a) @ b).reshape(main.shape)
+            main = mx.addmm(main, (rows @ a).reshape(*main.shape[:2], -1), b)
         B, n, h = main.shape
         return (main[:, :, None] + self.embeddings).reshape(B, n * self.num_streams, h)
 

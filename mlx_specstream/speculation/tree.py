@@ -147,7 +147,7 @@ def build(
         if width < above * k:
             best = _best(paths, width)
             paths, ids = mx.take(paths, best), mx.take(ids, best)
-            place = best // k if above > 1 else None
+            place = (best // k).astype(mx.int32) if above > 1 else None
         if place is None:
             fixed = tuple(i // k if above > 1 else 0 for i in range(width))
             parents.append(tuple(first + i for i in fixed))
@@ -219,13 +219,13 @@ def likely_ends(tree: DraftTree, count: int) -> mx.array:
 
 def best_nodes(scores: mx.array, count: int) -> mx.array:
     """Return the indices of the `count` highest of `scores` (T,), ascending, (count,) int32."""
-    return mx.sort(_best(scores, count))
+    return mx.sort(_best(scores, count)).astype(mx.int32)
 
 
 def _best(scores: mx.array, count: int) -> mx.array:
     if count == 1:
-        return mx.argmax(scores, keepdims=True).astype(mx.int32)
-    return mx.argsort(-scores)[:count].astype(mx.int32)
+        return mx.argmax(scores, keepdims=True)
+    return mx.argsort(-scores)[:count]
 
 
 @cache
