@@ -41,26 +41,11 @@ FUSED = {
     "scaled_dot_product_attention": "ArcTan",
 }
 """What a fused operation is drawn as while kernels are counted: one that no decoder computes."""
-VIEWS = frozenset(
-    [
-        "Broadcast",
-        "BroadcastAxes",
-        "ExpandDims",
-        "Squeeze",
-        "Transpose",
-        "Slice",
-        "Reshape",
-        "Flatten",
-        "Unflatten",
-        "AsStrided",
-        "View",
-        "Split",
-        "StopGradient",
-        "Contiguous",
-        "Depends",
-        "NumberOfElements",
-    ]
-)
+VIEWS = {
+    *("Broadcast", "BroadcastAxes", "ExpandDims", "Squeeze", "Transpose", "Slice", "Reshape"),
+    *("Flatten", "Unflatten", "AsStrided", "View", "Split", "StopGradient", "Contiguous"),
+    *("Depends", "NumberOfElements"),
+}
 _NODE = re.compile(r'\[label ="(\w+)", shape=rectangle\]')
 
 

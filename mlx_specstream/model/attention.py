@@ -106,7 +106,7 @@ def on_metal() -> bool:
 
 def in_pieces(module: nn.Module) -> nn.Module:
     """Return `module`, or a copy that attends in pieces if its own code calls mlx-lm's attention."""
-    call = getattr(type(module), "__call__", None)
+    call = type(module).__dict__.get("__call__")
     if not isinstance(call, FunctionType) or _NAME not in call.__code__.co_names:
         return module
     if call.__globals__.get(_NAME) is not base.scaled_dot_product_attention:

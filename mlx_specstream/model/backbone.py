@@ -107,7 +107,10 @@ class Backbone:
         return self.around.norm(hidden)
 
     def head(self, normed: mx.array) -> mx.array:
-        """Return logits (1, R, V) of normed hidden states (1, R, h)."""
+        """Return logits (1, R, V) of normed hidden states (1, R, h).
+
+        Take rows by `squeeze(0)`, a view: `[0]` would copy them all.
+        """
         return self.around.finish(self.around.product(normed))
 
     def head_rows(self, tokens: mx.array) -> mx.array:
@@ -203,7 +206,7 @@ class Backbone:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (R, V) of hidden states (1, R, h) before the final norm."""
-        return self.head(self.norm(hidden))[0]
+        return self.head(self.norm(hidden)).squeeze(0)
 
 
 def view_layer(layer: nn.Module) -> nn.Module:

@@ -89,7 +89,7 @@ def typical_choice(
         logits: (1, V), the node's, processed. tokens: (T,) int32, the tree's.
         children: (T,) bool, which nodes are the node's children. drawn: (1,) int32.
     """
-    log_probs = logits.astype(mx.float32)[0]
+    log_probs = logits.astype(mx.float32).squeeze(0)
     log_probs = log_probs - mx.logsumexp(log_probs)
     probabilities = mx.exp(log_probs)
     # A forbidden token adds nothing: 0 · log 0 is 0.

@@ -10,10 +10,11 @@ A GPU takes about as long to start one of these small products as to compute it,
 from __future__ import annotations
 
 import threading
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..model.backbone import view_layer
 
@@ -125,3 +126,8 @@ def merged_bytes(layer: nn.Module) -> int:
     """Return the bytes that `merged` takes beside the layer."""
     adapted = (m for m in layer.modules() if isinstance(m, StreamLinear))
     return sum(cast(mx.array, m.base.weight).nbytes for m in adapted)
+
+
+def own_weights(layer: nn.Module) -> list[mx.array]:
+    """Return all weights of a layer, shared ones included."""
+    return [cast(mx.array, array) for _, array in cast(Any, tree_flatten(layer.parameters()))]

@@ -119,7 +119,7 @@ class Stepper:
             tree = root_only(tree.tokens[:1])
         verified = self.verify(tree, cache)
         tree = verified.tree
-        logits = self.streams.backbone.head(verified.last)[0]
+        logits = self.streams.backbone.head(verified.last).squeeze(0)
         drawn, finite = self.token_sampler(logits, tree)
         path = accept(tree, verified.seen, drawn)
         finite = finite & ~mx.any(mx.isnan(verified.last))
@@ -232,7 +232,7 @@ class Stepper:
         count = self.tree.branching
         if self.conditioner is not None:
             count = max(count, NUM_CANDIDATES)
-        marginal = top_candidates(backbone.head(normed)[0], normed[0], count)
+        marginal = top_candidates(backbone.head(normed).squeeze(0), normed.squeeze(0), count)
         if self.conditioner is None:
             return MarginalProposer(marginal)
         return ConditionedProposer(self.conditioner, backbone, marginal)

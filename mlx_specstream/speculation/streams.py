@@ -30,14 +30,13 @@ from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..config import StreamConfig
 from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
-from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes
+from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes, own_weights
 from .condition import unit
 from .tree import ints
 
@@ -109,7 +108,7 @@ class Streams:
             if isinstance(module, StreamLinear)
         ]
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
-        apart = [array for layer in self.apart for _, array in tree_flatten(layer.parameters())]
+        apart = [array for layer in self.apart for array in own_weights(layer)]
         return [*self.tensors.values(), *own, *self.joined, *apart]
 
     def prepare(self) -> None:

@@ -57,12 +57,12 @@ def test_a_plain_token_is_mlx_lms() -> None:
 @pytest.mark.parametrize(
     ("streams", "words", "merge", "most"),
     [
-        ("demo-chat", "chain", True, 850),
-        ("demo-chat", "16", True, 894),
-        ("demo-chat", "16:8", True, 950),
-        ("demo-chat", "chain", False, 982),
-        ("demo-sql", "chain4", True, 832),
-        ("demo-sql", "4 inline", True, 928),
+        ("demo-chat", "chain", True, 847),
+        ("demo-chat", "16", True, 891),
+        ("demo-chat", "16:8", True, 935),
+        ("demo-chat", "chain", False, 979),
+        ("demo-sql", "chain4", True, 829),
+        ("demo-sql", "4 inline", True, 925),
     ],
 )
 def test_a_step(streams: str, words: str, merge: bool, most: int) -> None:
