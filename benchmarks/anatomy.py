@@ -26,6 +26,7 @@ from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
@@ -66,6 +67,8 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
     """
     decoder = StreamDecoder(streams, config, TokenSampler())
     stepper, cache = decoder.stepper, KVCache(streams.backbone.num_layers)
+    drafter = stepper.drafter
+    assert isinstance(drafter, StreamDrafter)
     decoder.prefill(prompt[:-1], cache)
     first = stepper.step(root_only(mx.array([prompt[-1]])), cache)
     decoder.finish(first, cache)
@@ -84,14 +87,14 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
 
     def forward() -> None:
         head, norm = streams.backbone.head, streams.backbone.norm
-        verified = stepper.verify(tree, cache)
+        verified = drafter.verify(tree, cache)
         logits = head(verified.last)
         # Whose streams run is known after the head. With a constant in its place (which the argmax
         # of one value is as well) MLX runs both passes layer by layer together and finds weights
         # in the processor's cache, which no step can.
         node = 0 * mx.argmax(logits[0, 0, :2])
         root = mx.argmax(logits[0, 0])
-        stream_states = stepper.stream_states(verified, node, root, cache)
+        stream_states = drafter.stream_states(verified, node, root, cache)
         mx.eval(logits, head(norm(stream_states)))
 
     def token() -> None:
@@ -114,12 +117,12 @@ def measure(streams: Streams, config: DecodeConfig, prompt: Sequence[int], round
                 times[name].append(time.perf_counter() - begin)
     T, G = tree.num_nodes, streams.num_streams
     m = T if config.prune is None else min(T, config.prune.keep)
-    with_streams = min(m, config.stream_nodes or m) if stepper.inline else 1
+    with_streams = min(m, config.stream_nodes or m) if drafter.inline else 1
     outside = [a - b for a, b in zip(times["step"], times["forward"], strict=True)]
     in_tokens = [a / b for a, b in zip(times["step"], times["mlx_lm"], strict=True)]
     return Anatomy(
         tree=str(config.tree) + (f" → {m}" if m < T else ""),
-        schedule=("inline" if stepper.inline else "deferred")
+        schedule=("inline" if drafter.inline else "deferred")
         + (f":{config.stream_nodes}" if config.stream_nodes else ""),
         lower_rows=T,
         upper_rows=m + with_streams * G,

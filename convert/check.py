@@ -29,9 +29,9 @@ from ..errors import OptionError
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
+from ..speculation.drafters import StreamDrafter
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
-from ..speculation.step import Stepper
 from ..speculation.streams import Streams
 from ..speculation.tree import root_only
 from ..weights.checkpoint import load_streams
@@ -201,7 +201,7 @@ def _trace_streams(streams: Streams, prompt: list[int]) -> Trace:
     decoder = StreamDecoder(streams, config, TokenSampler(), keep_drafts=True)
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
-    look = Stepper(streams, config.tree, inline=True, token_sampler=TokenSampler())
+    look = StreamDrafter(streams, inline=True)
     root = root_only(mx.array([prompt[-1]]))
     alone = replace(look, inline=False).verify(root, cache)
     following = mx.argmax(streams.backbone.head(alone.last)[0], axis=-1)

@@ -18,6 +18,7 @@ from ..loading.load import StreamModel
 from ..model.backbone import Backbone
 from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
 from ..speculation.decode import StreamDecoder
+from ..speculation.drafters import StreamDrafter
 from ..speculation.result import StepReport
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
@@ -75,7 +76,8 @@ class BatchStepper:
             )
         depth = len(config.tree.level_widths(streams.num_streams)) if speculative else 0
         chain = TreeSpec(kind="chain", branching=1, depth=depth)
-        parts = StreamDecoder(streams, replace(config, tree=chain), TokenSampler()).stepper
+        parts = StreamDecoder(streams, replace(config, tree=chain), TokenSampler()).drafter
+        assert isinstance(parts, StreamDrafter)
         return cls(model.backbone, streams, depth, parts.inline, parts.conditioner)
 
     @property

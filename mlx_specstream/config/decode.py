@@ -10,6 +10,7 @@ from .streams import Mode
 from .tree import TreeSpec
 
 Schedule = Literal["auto", "inline", "deferred"]
+DRAFTS = ("streams", "lookup")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,22 @@ class TypicalSpec:
         return f"{self.epsilon:g}:{self.delta:g}"
 
 
+def parse_drafts(text: str) -> tuple[str, ...]:
+    """Read `streams,lookup`, one of them, or `none`.
+
+    Raises:
+        OptionError: the text has none of these forms.
+    """
+    words = [word.strip() for word in text.lower().replace("look-up", "lookup").split(",")]
+    if words == ["none"]:
+        return ()
+    if not words or any(word not in DRAFTS for word in words):
+        raise OptionError(
+            f"cannot read the drafts {text!r}; use 'streams,lookup', 'streams', 'lookup' or 'none'."
+        )
+    return tuple(name for name in DRAFTS if name in words)
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How to decode: the tree, pruning, when streams run, whether parents condition candidates.
@@ -115,6 +132,9 @@ class DecodeConfig:
     (lossless mode only); `auto` takes `deferred` where it is possible. Inline, `stream_nodes`
     > 0 gives streams only to that many nodes, the likeliest for the accepted path to end at; a
     step that ends elsewhere drafts nothing (lossless mode only).
+
+    `drafts`: where drafts come from, a selection of `DRAFTS`; () decodes plainly. None takes all
+    there are with the tree `auto`, and streams alone with a tree that was asked for.
 
     `typical`: None decodes exactly what the model would say; a `TypicalSpec` is lossy.
 
@@ -128,6 +148,17 @@ class DecodeConfig:
     use_conditioner: bool = True
     stream_nodes: int = 0
     typical: TypicalSpec | None = None
+    drafts: tuple[str, ...] | None = None
+
+    @property
+    def uses_streams(self) -> bool:
+        """Tell whether streams draft, where there are any."""
+        return self.drafts is None or "streams" in self.drafts
+
+    @property
+    def looks_up(self) -> bool:
+        """Tell whether drafts are looked up in the text."""
+        return self.tree.kind == "auto" if self.drafts is None else "lookup" in self.drafts
 
     @property
     def lossy(self) -> bool:
@@ -135,6 +166,11 @@ class DecodeConfig:
         return self.typical is not None
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.drafts or () if name not in DRAFTS]:
+            raise OptionError(
+                f"drafts come from {', '.join(map(repr, DRAFTS))}, a selection of these or none, "
+                f"not from {unknown[0]!r}."
+            )
         if self.stream_nodes < 0:
             raise OptionError(f"stream_nodes must be at least 0 (all), got {self.stream_nodes}.")
         if self.stream_nodes and self.schedule != "inline":
@@ -153,6 +189,7 @@ class DecodeConfig:
         schedule: str = "auto",
         use_conditioner: bool = True,
         typical: str | None = None,
+        drafts: str | None = None,
     ) -> DecodeConfig:
         """Read each part in its command-line form; the schedule is `auto`, `deferred`, `inline` or `inline:2`.
 
@@ -173,6 +210,7 @@ class DecodeConfig:
             stream_nodes=int(count or 0),
             use_conditioner=use_conditioner,
             typical=None if typical is None else TypicalSpec.parse(typical),
+            drafts=None if drafts is None else parse_drafts(drafts),
         )
 
     @classmethod

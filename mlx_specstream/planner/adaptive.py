@@ -24,6 +24,7 @@ import mlx.core as mx
 from ..config import DecodeConfig
 from ..model.cache import KVCache
 from ..speculation.decode import Decoder, StreamDecoder
+from ..speculation.drafters.lookup import LookUp
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.result import StepResult
 from ..speculation.sampling import TokenSampler
@@ -72,6 +73,7 @@ class AutoDecoder(Decoder):
     token_sampler: TokenSampler
     governor: Governor
     keep_drafts: bool = False
+    lookup: LookUp | None = None
     plain: PlainDecoder | StreamDecoder = field(init=False)
     _steppers: dict[StepSetting, Stepper] = field(init=False, default_factory=dict)
     _speculative: StreamDecoder = field(init=False)

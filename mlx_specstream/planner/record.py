@@ -17,10 +17,10 @@ import numpy as np
 from ..config import DecodeConfig, PruneSpec, TreeSpec
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
+from ..speculation.drafters import StreamDrafter
 from ..speculation.prune import path_scores
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
-from ..speculation.step import Stepper
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree, best_nodes, build, chain, end_chances, select
 from .acceptance import RECORDED_ROWS
@@ -53,9 +53,9 @@ def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -
     """Return the records of every token of `text`, which follows `prompt`."""
     prune = PruneSpec(1) if streams.config.pruner_rank else None
     decoder = StreamDecoder(streams, DecodeConfig(prune=prune), TokenSampler())
-    stepper = replace(
-        decoder.stepper, tree=TreeSpec("best", rows=RECORDED_ROWS), inline=True, prune=None
-    )
+    assert isinstance(decoder.drafter, StreamDrafter)
+    drafter = replace(decoder.drafter, inline=True, prune=None)
+    spec = TreeSpec("best", rows=RECORDED_ROWS)
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)
     before = [prompt[-1], *text[:-1]]
@@ -63,17 +63,17 @@ def positions_of(streams: Streams, prompt: Sequence[int], text: Sequence[int]) -
     for first in range(0, len(text), CHUNK):
         nodes = before[first : first + CHUNK]
         said = mx.array(list(text[first : first + len(nodes)]))
-        verified = stepper.verify(chain(mx.array(nodes)), cache, said)
+        verified = drafter.verify(chain(mx.array(nodes)), cache, said)
         assert verified.streams is not None
         trees = []
         for place in range(len(nodes)):
             states = verified.streams[:, place]
             root = mx.array([text[first + place]])
-            proposer = stepper.candidates(states)
+            proposer = drafter.candidates(states, spec.branching)
             last = mx.array(nodes[place])
-            trees.append(build(root, stepper.tree, streams.num_streams, proposer, last))
+            trees.append(build(root, spec, streams.num_streams, proposer, last))
         mx.eval([[*tree.arrays, tree.scores] for tree in trees])
-        exits = _exit_scores(stepper, nodes[0], trees, cache)
+        exits = _exit_scores(drafter, nodes[0], trees, cache)
         cache.advance(len(nodes))
         for place, tree in enumerate(trees):
             following = text[first + place + 1 :]
@@ -130,14 +130,14 @@ def _best(tree: DraftTree, rows: int) -> tuple[DraftTree, mx.array]:
 
 
 def _exit_scores(
-    stepper: Stepper, token: int, trees: Sequence[DraftTree], cache: KVCache
+    drafter: StreamDrafter, token: int, trees: Sequence[DraftTree], cache: KVCache
 ) -> list[dict[int, tuple[DraftTree, mx.array]]]:
     """Return the best-first trees of `PRUNED_ROWS` at each place, with their early-exit scores.
 
     The trees' roots are the tokens after `token`, which follows the committed text, in a row;
     their nodes branch off there, all in one pass. Empty without a pruner.
     """
-    if stepper.pruner is None:
+    if drafter.pruner is None:
         return []
     n = len(trees)
     widest = [_best(tree, PRUNED_ROWS[-1])[0] for tree in trees]
@@ -158,14 +158,14 @@ def _exit_scores(
         mx.concatenate(depths),
         depth=n + max(tree.depth for tree in widest),
     )
-    hidden = stepper.lower(forest, cache)
+    hidden = drafter.lower(forest, cache)
     found = []
     for tree, own in zip(widest, rows, strict=True):
         at: dict[int, tuple[DraftTree, mx.array]] = {}
         for wide in PRUNED_ROWS:
             small, kept = _best(tree, wide)
             main = mx.take(hidden, mx.take(own, kept), axis=1)
-            log_probs = stepper.pruner.child_log_probs(stepper.streams.backbone, small, main)
+            log_probs = drafter.pruner.child_log_probs(drafter.streams.backbone, small, main)
             at[wide] = small, path_scores(small, log_probs)
         found.append(at)
     mx.eval([scores for at in found for _, scores in at.values()])

@@ -164,9 +164,10 @@ class ConditionedProposer:
         return _silu_of_sum(e[:, :m], of_stream), e[:, m:]
 
     def __call__(
-        self, level: int, parents: mx.array, grandparents: mx.array
+        self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
+        del places
         state, of_adapter = self._state(at(self.of_stream, level), parents, grandparents)
         keys, adapter_keys = (at(part, level).T for part in self.keys)
         gain = mx.addmm(of_adapter @ adapter_keys, state, keys).astype(mx.float32)
@@ -200,10 +201,10 @@ class MarginalProposer:
         self.marginal = marginal
 
     def __call__(
-        self, level: int, parents: mx.array, grandparents: mx.array
+        self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
-        del grandparents
+        del grandparents, places
         shape = (parents.shape[0], self.marginal.ids.shape[1])
         ids, log_probs = at(self.marginal.ids, level), at(self.marginal.log_probs, level)
         return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)

@@ -5,7 +5,7 @@
                             └────────── next step ◄── should continue? ┘
 
 `decode` is that loop, for every way of decoding. What a step is made of is in `step.py`; a
-`Decoder` says which step comes next: `StreamDecoder` always drafts, `PlainDecoder` (`plain.py`)
+`Decoder` says which step comes next: `DraftDecoder` always drafts, `PlainDecoder` (`plain.py`)
 never, `AutoDecoder` (`planner/adaptive.py`) as it pays. This module knows token ids, not text.
 """
 
@@ -24,6 +24,8 @@ from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
 from .condition import Conditioner
+from .drafters import Drafter, StreamDrafter
+from .drafters.lookup import Continuations, LookUp
 from .prune import Pruner
 from .result import DraftRecord, StepResult, StopCriteria, Verdict, to_ints
 from .sampling import TokenSampler
@@ -57,6 +59,7 @@ def decode(
     Raises:
         ModelError: the model computed NaN.
     """
+    decoder.begin(prompt, cache)
     decoder.prefill(prompt[:-1], cache, on_progress, chunk)
     step = decoder.first_step(prompt[-1], cache)
     step.schedule()
@@ -83,15 +86,22 @@ class Decoder(ABC):
     """One way of decoding: which step comes first, and which one next.
 
     token_sampler: draws the target's tokens, by argmax or a sampler, after logits processors.
+    lookup: told of all tokens, if there is one.
     """
 
     token_sampler: TokenSampler
     keep_drafts: bool
+    lookup: LookUp | None
 
     @property
     @abstractmethod
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
+
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
+        """Learn that an answer to `prompt` begins, behind what `cache` holds."""
+        if self.lookup is not None:
+            self.lookup.begin(prompt, cache, self.token_sampler.history)
 
     @abstractmethod
     def first_step(self, root: int, cache: KVCache) -> Step:
@@ -109,6 +119,9 @@ class Decoder(ABC):
     @abstractmethod
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step, the loop's one synchronisation, and commit what it accepted."""
+
+    def keep(self, verdict: Verdict, cache: KVCache) -> None:  # noqa: B027 (optional)
+        """Bring the rows of an accepted path to the end of the committed text."""
 
     def learn(self, result: StepResult, cache: KVCache, *, wanted: bool) -> None:  # noqa: B027 (optional)
         """Take note of a step's result before the next one is built, if one is `wanted`."""
@@ -137,74 +150,108 @@ class Decoder(ABC):
 
 
 @dataclass
-class StreamDecoder(Decoder):
-    """Speculative Streaming over one model with its streams [SS §3.1].
+class DraftDecoder(Decoder):
+    """Decodes with what a drafter proposes, in trees as `tree` says, look-up among them if given.
 
     `keep_drafts` puts every verified tree into its step's result.
-
-    Raises:
-        StreamsError: pruning was asked for, but the streams hold no pruner; a tensor is missing.
-        OptionError: the schedule does not fit the streams' mode.
     """
 
-    streams: Streams
-    config: DecodeConfig
+    drafter: Drafter
+    tree: TreeSpec
     token_sampler: TokenSampler
     keep_drafts: bool = False
+    lookup: LookUp | None = None
     stepper: Stepper = field(init=False)
 
     def __post_init__(self) -> None:
-        trained, tensor = self.streams.config, self.streams.tensor
-        pruner, conditioner = None, None
-        self.token_sampler.typical = self.config.typical
-        if self.streams.backbone.is_recurrent:
-            self.config = chains_only(self.config, trained, self.streams.backbone.family)
-        if self.config.prune is not None:
-            if not trained.pruner_rank:
-                raise StreamsError(
-                    "pruning needs an early-exit pruner, and these streams have none; "
-                    "decode without pruning, or train one."
-                )
-            pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
-        if trained.conditioner_rank and self.config.use_conditioner:
-            names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
-            conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
-        self.stepper = Stepper(
-            streams=self.streams,
-            tree=self.config.tree,
-            inline=self.config.resolved_schedule(
-                trained.mode, know_next_token=self.streams.know_next_token
-            )
-            == "inline",
-            token_sampler=self.token_sampler,
-            prune=self.config.prune,
-            pruner=pruner,
-            conditioner=conditioner,
-            stream_nodes=self.config.stream_nodes,
-        )
+        self.stepper = Stepper(self.drafter, self.tree, self.token_sampler)
 
     @property
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
-        return self.streams.forward
+        return self.stepper.drafter.forward
+
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
+        """Tell the drafter, too, that an answer to `prompt` begins."""
+        super().begin(prompt, cache)
+        self.stepper.drafter.begin(prompt, cache)
 
     def first_step(self, root: int, cache: KVCache) -> Step:
         """Return the step of `root` alone, which drafts the first tree."""
         return self.stepper.step(root_only(mx.array([root])), cache)
 
     def next_step(self, step: Step, ahead: Step | None, result: StepResult, cache: KVCache) -> Step:
-        """Return the step over the tree that `step` has drafted."""
-        del ahead, result
-        return self.stepper.step(step.next_tree, cache)
+        """Return the step over the tree that `step` has drafted, and look-up has added to."""
+        del ahead
+        found = self.look_up()
+        if not found:
+            return self.stepper.step(step.next_tree, cache)
+        return self.stepper.step(self.stepper.with_look_up(step, result.tokens[-1], found), cache)
+
+    def look_up(self) -> Continuations | None:
+        """Return what may follow the text by look-up, as much as a tree takes; None for nothing.
+
+        A product tree is the streams' alone.
+        """
+        spec, chain = self.stepper.tree, self.stepper.drafter.backbone.is_recurrent
+        if self.lookup is None or spec.kind == "product":
+            return None
+        if spec.kind == "chain":
+            count = depth = spec.depth or self.stepper.drafter.depth or spec.rows - 1
+        else:
+            count, depth = spec.rows - 1, spec.depth or spec.rows - 1
+        chain = chain or spec.kind == "chain"
+        return self.lookup.continuations(count, depth, chain=chain) or None
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a step and commit what it accepted.
 
-        Pruned upper layers hold fewer rows than the lower ones, so each has its own row map. A
-        step that ended where no streams were leaves a next tree of its root alone.
+        A step that ended where nothing could be proposed leaves a next tree of its root alone.
         """
-        verdict = step.report.read()[0]
-        if not verdict.finite and step.tree.num_nodes == 1 and self.stepper.root_inline:
+        verdict = self._read(step, cache)
+        if not verdict.drafting:
+            step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
+            step.proposer = None
+        return committed(step, verdict, cache, self)
+
+    def keep(self, verdict: Verdict, cache: KVCache) -> None:
+        """Bring the accepted path's rows into place."""
+        self.stepper.drafter.commit(verdict, cache)
+
+    def _read(self, step: Step, cache: KVCache) -> Verdict:
+        """Wait for a step and return what it decided."""
+        del cache
+        return step.report.read()[0]
+
+
+class StreamDecoder(DraftDecoder):
+    """Speculative Streaming over one model with its streams [SS §3.1].
+
+    Raises:
+        StreamsError: pruning was asked for, but the streams hold no pruner; a tensor is missing.
+        OptionError: the schedule does not fit the streams' mode.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        config: DecodeConfig,
+        token_sampler: TokenSampler,
+        keep_drafts: bool = False,
+        lookup: LookUp | None = None,
+    ) -> None:
+        token_sampler.typical = config.typical
+        if streams.backbone.is_recurrent:
+            config = chains_only(config, streams.config, streams.backbone.family)
+        self.streams, self.config = streams, config
+        drafter = _stream_drafter(streams, config)
+        super().__init__(drafter, config.tree, token_sampler, keep_drafts, lookup)
+
+    def _read(self, step: Step, cache: KVCache) -> Verdict:
+        verdict = super()._read(step, cache)
+        drafter = self.stepper.drafter
+        assert isinstance(drafter, StreamDrafter)
+        if not verdict.finite and step.tree.num_nodes == 1 and drafter.root_inline:
             # Streams that overflow spoil the rows beside them; run apart, they only draft badly.
             self.streams.overflowed = True
             again = self.stepper.step(step.tree, cache)
@@ -213,10 +260,38 @@ class StreamDecoder(Decoder):
                 again.next_tree,
                 again.expected,
             )
-            verdict = again.report.read()[0]
-        if not verdict.drafting:
-            step.next_tree, step.expected = root_only(mx.array(verdict.tokens[-1:])), None
-        return committed(step, verdict, cache, self)
+            step.proposer, step.before = again.proposer, again.before
+            verdict = super()._read(again, cache)
+        return verdict
+
+
+def _stream_drafter(streams: Streams, config: DecodeConfig) -> StreamDrafter:
+    """Return the streams as a drafter, with what the config wants of them.
+
+    Raises:
+        StreamsError, OptionError: as `StreamDecoder`.
+    """
+    trained, tensor = streams.config, streams.tensor
+    pruner, conditioner = None, None
+    if config.prune is not None:
+        if not trained.pruner_rank:
+            raise StreamsError(
+                "pruning needs an early-exit pruner, and these streams have none; "
+                "decode without pruning, or train one."
+            )
+        pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
+    if trained.conditioner_rank and config.use_conditioner:
+        names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
+        conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
+    schedule = config.resolved_schedule(trained.mode, know_next_token=streams.know_next_token)
+    return StreamDrafter(
+        streams,
+        inline=schedule == "inline",
+        prune=config.prune,
+        pruner=pruner,
+        conditioner=conditioner,
+        stream_nodes=config.stream_nodes,
+    )
 
 
 def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) -> StepResult:
@@ -228,18 +303,18 @@ def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) ->
     if not verdict.finite:
         raise not_a_number(cache.length)
     tokens, nodes = verdict.tokens, verdict.nodes
-    if isinstance(decoder, StreamDecoder):
-        cache.commit(verdict.lower_rows, decoder.streams.lower)
-        cache.commit(nodes, decoder.streams.upper)
+    decoder.keep(verdict, cache)
     cache.advance(len(tokens), generated=True)
     decoder.token_sampler.extend(tokens)
+    if decoder.lookup is not None:
+        decoder.lookup.take(tokens)
     draft, tree = None, step.tree
     if decoder.keep_drafts:
         draft = DraftRecord(
             to_ints(tree.tokens), to_ints(tree.parents), to_ints(tree.depths), nodes
         )
     logits = step.logits[: len(tokens)]
-    return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected)
+    return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected, verdict.looked_up)
 
 
 def not_a_number(length: int) -> ModelError:

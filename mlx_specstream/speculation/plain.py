@@ -17,6 +17,7 @@ from ..config import DecodeConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from .decode import Decoder, StreamDecoder, committed
+from .drafters.lookup import LookUp
 from .result import StepReport, StepResult
 from .sampling import TokenSampler
 from .step import Step
@@ -36,6 +37,7 @@ class PlainDecoder(Decoder):
     token_sampler: TokenSampler
     run_ahead: Callable[[], bool] = lambda: True
     keep_drafts: bool = False
+    lookup: LookUp | None = None
 
     @property
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:

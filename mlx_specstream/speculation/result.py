@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import mlx.core as mx
+
+LOOK_UP = -1
+"""The origin of a token that look-up proposed, and was surer of than streams."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class StepResult:
     logits: (n, V) on the device, lazily, the target's at each emitted token.
     draft: the verified tree, if it was asked for. expected: () float32 on the device, how many
     drafts of the next tree should be accepted by its own probabilities; None without a next tree.
+    looked_up: which of the accepted drafts look-up was surer of than streams; empty for none.
     """
 
     tokens: list[int]
@@ -37,6 +41,7 @@ class StepResult:
     logits: mx.array
     draft: DraftRecord | None = None
     expected: mx.array | None = None
+    looked_up: Sequence[bool] = ()
 
     @property
     def accepted(self) -> int:
@@ -45,8 +50,9 @@ class StepResult:
 
     @property
     def origins(self) -> list[int]:
-        """Return the stream that proposed each token: 1, 2, ... in order, then 0 for main."""
-        return [*range(1, len(self.tokens)), 0]
+        """Return what proposed each token: stream 1, 2, ... in order or `LOOK_UP`, then 0 for main."""
+        found = self.looked_up or [False] * self.accepted
+        return [*(LOOK_UP if by else n for n, by in enumerate(found, start=1)), 0]
 
 
 class StopCriteria(Protocol):
@@ -87,6 +93,7 @@ class StepReport:
         nodes         (trees) the path's nodes, as many as tokens
         lower_rows    (pruned trees) where these nodes' rows are in the lower layers
         stream_nodes  (streams at some nodes) which nodes had streams
+        looked_up     (trees with look-up) which of the path's nodes look-up was surer of
         chain         (batches) root and drafts that were verified
     """
 
@@ -124,6 +131,7 @@ class StepReport:
             lower_rows=values.get("lower_rows", nodes)[:kept],
             drafting=with_streams is None or nodes[-1] in with_streams,
             chain=values.get("chain", []),
+            looked_up=[bool(found) for found in values.get("looked_up", [])[1:kept]],
         )
 
 
@@ -132,7 +140,7 @@ class Verdict:
     """A step's accepted path on the host: its tokens, nodes, and their rows in the lower layers.
 
     finite: False if the model computed NaN. drafting: the last of `nodes` had streams, so there is
-    a next tree. chain: see `StepReport`.
+    a next tree. chain: see `StepReport`. looked_up: see `StepResult`.
     """
 
     finite: bool
@@ -141,6 +149,7 @@ class Verdict:
     lower_rows: list[int]
     drafting: bool = True
     chain: list[int] = field(default_factory=list)
+    looked_up: list[bool] = field(default_factory=list)
 
 
 def to_ints(array: mx.array) -> list[int]:

@@ -28,13 +28,15 @@ import mlx.core as mx
 
 from ..config import TreeSpec
 
-# (level from 0, parent tokens (W,), the tokens before them (W,)) -> candidates (W, k) int32 and
-# their log-probabilities (W, k) float32, in any order. Candidates of one parent are distinct.
-Proposer = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
+# (level from 0, parent tokens (W,), the tokens before them (W,), places (W,) int32) -> candidates
+# (W, k) int32 and their log-probabilities (W, k) float32, in any order. Candidates of one parent
+# are distinct. Each parent was proposed below one of the parents of the call before: places say
+# which, for those who keep a state per node (0 at level 0, whose one parent is the root).
+Proposer = Callable[[int, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 # Taken off a path's log-probability per level, so that a certain child (log-probability 0)
 # never ranks before its parent: the best nodes always include their ancestors.
-_LEVEL_COST = 1e-4
+LEVEL_COST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class DraftTree:
 
     tokens, parents, depths: (T,) int32. alive: (T,) bool, or None when every node counts; a
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
-    float32, what the nodes' paths were ranked by, if the tree was ranked. above: the parents on
-    the host, where they are the same in every tree of its kind: chains, products.
+    float32, what the nodes' paths were ranked by, if the tree was ranked. looked_up: (T,) bool,
+    which nodes look-up was surer of than the drafter (`drafters/lookup`), None for none. above: the
+    parents on the host, where they are the same in every tree of its kind: chains, products.
     """
 
     tokens: mx.array
@@ -53,6 +56,7 @@ class DraftTree:
     depth: int
     alive: mx.array | None = None
     scores: mx.array | None = None
+    looked_up: mx.array | None = None
     above: tuple[int, ...] | None = None
 
     @property
@@ -115,11 +119,30 @@ def ancestors(parents: mx.array, depth: int) -> mx.array:
 def build(
     root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer, before: mx.array
 ) -> DraftTree:
-    """Grow a tree below `root` level by level and keep the nodes the spec asks for.
+    """Grow a tree below `root` and keep the nodes the spec asks for; arguments as for `grow`.
+
+    Of all levels together, a best-first tree keeps the best `spec.rows` nodes, root included.
+    """
+    tree, _ = grow(root, spec, num_streams, propose, before)
+    return best_rows(tree, spec)
+
+
+def best_rows(tree: DraftTree, spec: TreeSpec) -> DraftTree:
+    """Return the best `spec.rows` nodes of a tree with scores, where the spec is best-first."""
+    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
+        # The root's score 0 is the highest of all, so it is always among the best.
+        assert tree.scores is not None
+        return select(tree, best_nodes(tree.scores, spec.rows))
+    return tree
+
+
+def grow(
+    root: mx.array, spec: TreeSpec, num_streams: int, propose: Proposer, before: mx.array
+) -> tuple[DraftTree, list[int]]:
+    """Return a tree grown below `root` level by level, and how many nodes each level has.
 
     A path's score is the sum of its nodes' log-probabilities (the product of probabilities).
-    Every level keeps its best `spec.level_widths` nodes; of all levels together, a best-first
-    tree keeps the best `spec.rows` (root included). Shapes depend on the spec alone.
+    Every level keeps its best `spec.level_widths` nodes. Shapes depend on the spec alone.
 
     Args:
         root: scalar or (1,) integer array, the token of node 0.
@@ -132,9 +155,9 @@ def build(
     parents: list[tuple[int, ...] | mx.array] = [(0,)]  # on the host where they are fixed
     depths = [0]
     first, level_tokens, level_scores = 0, root, scores[0]
-    level_before = before.reshape(1).astype(mx.int32)
+    level_before, places = before.reshape(1).astype(mx.int32), ints((0,))
     for level, width in enumerate(widths):
-        ids, log_probs = propose(level, level_tokens, level_before)
+        ids, log_probs = propose(level, level_tokens, level_before, places)
         above, k = int(level_tokens.shape[0]), int(ids.shape[1])
         if spec.kind == "product" and k > spec.branching:
             k = spec.branching
@@ -162,7 +185,7 @@ def build(
         level_before = (
             mx.broadcast_to(level_tokens, (width,)) if one else mx.take(level_tokens, place)
         )
-        level_tokens, level_scores = tokens[-1], paths
+        level_tokens, level_scores, places = tokens[-1], paths, place
     fixed_parents = tuple(i for part in parents if isinstance(part, tuple) for i in part)
     is_fixed = len(fixed_parents) == len(depths)
     tree = DraftTree(
@@ -175,11 +198,7 @@ def build(
         scores=mx.concatenate(scores) - _costs(tuple(depths)),
         above=fixed_parents if is_fixed else None,
     )
-    if spec.kind in ("auto", "best") and tree.num_nodes > spec.rows:
-        # The root's score 0 is the highest of all, so it is always among the best.
-        assert tree.scores is not None
-        return select(tree, best_nodes(tree.scores, spec.rows))
-    return tree
+    return tree, [int(level.shape[0]) for level in tokens]
 
 
 def select(tree: DraftTree, kept: mx.array) -> DraftTree:
@@ -196,6 +215,7 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
         depth=min(tree.depth, kept.shape[0] - 1),
         alive=None if tree.alive is None else mx.take(tree.alive, kept),
         scores=None if tree.scores is None else mx.take(tree.scores, kept),
+        looked_up=None if tree.looked_up is None else mx.take(tree.looked_up, kept),
     )
 
 
@@ -239,7 +259,7 @@ def ints(values: Iterable[int]) -> mx.array:
 
 @cache
 def _costs(depths: tuple[int, ...]) -> mx.array:
-    return mx.array([depth * _LEVEL_COST for depth in depths])
+    return mx.array([depth * LEVEL_COST for depth in depths])
 
 
 @cache

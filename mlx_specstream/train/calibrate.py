@@ -18,6 +18,7 @@ from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.decode import StreamDecoder
+from ..speculation.drafters import StreamDrafter
 from ..speculation.prune import Pruner
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
@@ -59,7 +60,9 @@ def accepted_scores(
         plan = DecodeConfig(tree=TreeSpec("best", rows=ROWS), prune=PruneSpec(keep=ROWS))
         decoder = StreamDecoder(streams, plan, TokenSampler(), keep_drafts=True)
         pruner = NotingPruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
-        decoder.stepper = replace(decoder.stepper, pruner=pruner)
+        assert isinstance(decoder.drafter, StreamDrafter)
+        drafter = replace(decoder.drafter, pruner=pruner)
+        decoder.stepper = replace(decoder.stepper, drafter=drafter)
         cache = KVCache(backbone.num_layers)
         decoder.prefill(prompt[:-1], cache)
 

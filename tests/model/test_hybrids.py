@@ -20,6 +20,7 @@ from mlx_specstream.model.cache import KVCache, StateLayer, from_mlx_lm, to_mlx_
 from mlx_specstream.model.masks import RowMask
 from mlx_specstream.model.probe import check_backbone
 from mlx_specstream.speculation.decode import StreamDecoder, chains_only
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import chain
 from tests.support import tiny
@@ -102,15 +103,16 @@ def test_streams_continue_from_the_accepted_row_and_leave_nothing() -> None:
     streams = random_streams(backbone)
     chains = TreeSpec(kind="chain", branching=1, depth=3)
     decoder = StreamDecoder(streams, DecodeConfig(chains), TokenSampler())
-    stepper = decoder.stepper
+    drafter = decoder.drafter
+    assert isinstance(drafter, StreamDrafter)
 
     def states(text: list[int], drafts: list[int], node: int) -> np.ndarray:
         cache = backbone.new_cache()
         backbone.forward(mx.array(text), cache)
         cache.advance(len(text))
-        verified = stepper.verify(chain(mx.array(drafts)), cache)
+        verified = drafter.verify(chain(mx.array(drafts)), cache)
         before = arrays_in(cache, len(text) + 1)
-        found = np.array(stepper.stream_states(verified, mx.array(node), mx.array(0), cache))
+        found = np.array(drafter.stream_states(verified, mx.array(node), mx.array(0), cache))
         for old, new in zip(before, arrays_in(cache, len(text) + 1), strict=True):
             np.testing.assert_array_equal(old, new)
         return found

@@ -81,7 +81,7 @@ def test_conditioned_candidates_against_the_formula(seed: int, num_tokens: int, 
 
     for level in range(3):
         parents, before = [5, 0, 29, 5], [8, 8, 3, 9]
-        ids, log_probs = proposer(level, mx.array(parents), mx.array(before))
+        ids, log_probs = proposer(level, mx.array(parents), mx.array(before), mx.array([0] * 4))
         base = dict(
             zip(marginal.ids[level].tolist(), marginal.log_probs[level].tolist(), strict=True)
         )
@@ -112,7 +112,7 @@ def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
     rows, parents, before = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1], [2, 28, 2, 5, 5]
     wanted = []
     for row, parent, earlier in zip(rows, parents, before, strict=True):
-        ids, log_probs = proposer(row, mx.array([parent]), mx.array([earlier]))
+        ids, log_probs = proposer(row, mx.array([parent]), mx.array([earlier]), mx.array([0]))
         wanted.append(ids[0, mx.argmax(log_probs[0])].item())
     best = proposer.best(mx.array(rows), mx.array(parents), mx.array(before))
     assert best.tolist() == wanted
@@ -124,6 +124,6 @@ def test_marginal_candidates_do_not_know_their_parent() -> None:
     ids, log_probs = mx.array([[4, 2], [9, 1]]), mx.array([[-0.1, -3.0], [-0.5, -1.0]])
     proposer = MarginalProposer(Candidates(ids, log_probs, mx.zeros((2, 3))))
     parents = mx.array([7, 8, 9])
-    found_ids, found = proposer(1, parents, parents)
+    found_ids, found = proposer(1, parents, parents, parents)
     assert found_ids.tolist() == [[9, 1]] * 3
     assert found.tolist() == [[-0.5, -1.0]] * 3

@@ -19,10 +19,10 @@ from mlx_specstream.errors import ModelError, OptionError, StreamsError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import decode as decode_module
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.result import MaxTokens, StepReport
 from mlx_specstream.speculation.sampling import TokenSampler
-from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import DraftTree, chain, root_only
 from tests.reference import tree as reference
@@ -506,7 +506,7 @@ def test_streams_that_know_the_next_token_follow_the_token_that_was_drawn() -> N
     config = DecodeConfig(chain, use_conditioner=False)
     run = decode(stream_decoder(streams, config, keep_drafts=True), prompt, 24)
     text = [*prompt, *run.tokens]
-    stepper = Stepper(streams, chain, True, TokenSampler())
+    drafter = StreamDrafter(streams, inline=True)
     root, changed = len(prompt) - 1, 0
     for step in run.steps:
         assert step.draft is not None
@@ -517,7 +517,7 @@ def test_streams_that_know_the_next_token_follow_the_token_that_was_drawn() -> N
             last = root_only(mx.array(text[root - 1 : root]))
             found = []
             for following in (text[root], (text[root] + 7) % 64):
-                seen = stepper.verify(last, cache, mx.array([following]))
+                seen = drafter.verify(last, cache, mx.array([following]))
                 states = streams.backbone.norm(seen.streams[:, 0])
                 found.append(mx.argmax(streams.backbone.head(states)[0], axis=-1).tolist())
             assert step.draft.tokens[1:] == found[0]
@@ -531,8 +531,9 @@ def test_streams_that_know_the_next_token_are_never_inline() -> None:
     with pytest.raises(OptionError, match="'inline' cannot be used with these streams"):
         stream_decoder(streams, DecodeConfig(schedule="inline"))
     for schedule in ("auto", "deferred"):
-        stepper = stream_decoder(streams, DecodeConfig(schedule=schedule)).stepper  # type: ignore[arg-type]
-        assert not stepper.inline
-        assert not stepper.root_inline
+        drafter = stream_decoder(streams, DecodeConfig(schedule=schedule)).drafter  # type: ignore[arg-type]
+        assert isinstance(drafter, StreamDrafter)
+        assert not drafter.inline
+        assert not drafter.root_inline
     with pytest.raises(StreamsError, match="next_token_rank needs mode 'lossless'"):
         stream_config(mode="shared", next_token_rank=3)

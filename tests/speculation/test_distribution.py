@@ -17,9 +17,9 @@ from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import step as step_module
 from mlx_specstream.speculation.accept import AcceptedPath, accept
 from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafters import Verified
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
-from mlx_specstream.speculation.step import Verified
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import DraftTree
 from tests.reference import tree as reference
@@ -99,7 +99,7 @@ def verified_draft(mode: str, shape: str) -> Verified:
     first = decoder.stepper.step(lone_root(PROMPT[-1]), cache)
     result = decoder.finish(first, cache)
     assert len(result.tokens) == 1
-    return decoder.stepper.verify(first.next_tree, cache)
+    return decoder.stepper.drafter.verify(first.next_tree, cache)
 
 
 def lone_root(token: int) -> DraftTree:

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_specstream.config import StreamConfig, TreeSpec
+from mlx_specstream.config import StreamConfig
 from mlx_specstream.errors import StreamsError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenSampler
-from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.streams import Streams, pass_mask, rotate_values
 from mlx_specstream.speculation.tree import DraftTree
 from tests.reference.forward import Reference
@@ -43,11 +42,11 @@ def verify(streams: Streams, prefix: list[int], inline: bool) -> tuple[np.ndarra
     if prefix:
         streams.forward(mx.array(prefix), cache)
         cache.advance(len(prefix))
-    stepper = Stepper(streams, TreeSpec(), inline, TokenSampler())
+    drafter = StreamDrafter(streams, inline)
     following = mx.array(FOLLOWING, dtype=mx.int32)
-    verified = stepper.verify(tree(), cache, following)
+    verified = drafter.verify(tree(), cache, following)
     states = [
-        stepper.stream_states(verified, mx.array(node, dtype=mx.int32), following[node], cache)
+        drafter.stream_states(verified, mx.array(node, dtype=mx.int32), following[node], cache)
         for node in range(len(TOKENS))
     ]
     normed = streams.backbone.norm(mx.concatenate(states))
@@ -157,7 +156,7 @@ def test_half_precision_streams_stay_in_it(dtype: mx.Dtype, mode: str) -> None:
         cache = KVCache(3)
         streams.forward(mx.array(PREFIX), cache)
         cache.advance(len(PREFIX))
-        verified = Stepper(streams, TreeSpec(), True, TokenSampler()).verify(tree(), cache)
+        verified = StreamDrafter(streams, inline=True).verify(tree(), cache)
         assert verified.last.dtype == dtype
         assert verified.streams is not None
         assert verified.streams.dtype == dtype

@@ -50,7 +50,7 @@ class Table:
     def proposer(self) -> Proposer:
         ids = mx.array(self.ids.astype(np.int32))
         log_probs = mx.array(self.log_probs.astype(np.float32))
-        return lambda level, parents, _: (ids[level][parents], log_probs[level][parents])
+        return lambda level, parents, *_: (ids[level][parents], log_probs[level][parents])
 
 
 tables = st.builds(
@@ -122,12 +122,36 @@ def test_chain_takes_the_best_of_every_level(
     assert paths == [path[: n + 1] for n in range(deep + 1)]
 
 
+@examples(60)
+@given(tables, st.sampled_from(["chain", "7", "16", "2^3", "3^2"]), st.integers(1, 4))
+def test_a_proposer_is_told_below_which_node_each_parent_was_proposed(
+    table: Table, shape: str, gamma: int
+) -> None:
+    """So that one that keeps a state per node knows every parent's whole path."""
+    paths: list[list[tuple[int, ...]]] = []
+
+    def propose(
+        level: int, parents: mx.array, before: mx.array, places: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        above = paths[level - 1] if level else [(0,)]
+        own = [above[place] for place in places.tolist()]  # type: ignore[union-attr]
+        assert [path[-1] for path in own] == before.tolist()
+        paths.append([(*path, t) for path, t in zip(own, parents.tolist(), strict=True)])  # type: ignore[arg-type]
+        return table.proposer(level, parents, before, places)
+
+    tree = build(mx.array([4]), TreeSpec.parse(shape), gamma, propose, mx.array(0))
+    asked = {path[1:] for level in paths for path in level}
+    inner = set(tree.parents.tolist()[1:])  # type: ignore[index, arg-type]
+    built = reference.paths(tree.tokens.tolist(), tree.parents.tolist())  # type: ignore[arg-type]
+    assert {built[node] for node in inner} <= asked
+
+
 @pytest.mark.parametrize("log_prob", [0.0, -1e3, -1e6, -np.inf, np.nan])
 @pytest.mark.parametrize("rows", [2, 5, 16])
 def test_parents_come_first_whatever_the_scores(log_prob: float, rows: int) -> None:
     """Certain, hopeless and NaN candidates, all of one score: a tree must still be a tree."""
 
-    def propose(level: int, parents: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    def propose(level: int, parents: mx.array, *_: mx.array) -> tuple[mx.array, mx.array]:
         W = parents.shape[0]
         ids = mx.broadcast_to(mx.arange(8, dtype=mx.int32), (W, 8))
         return ids, mx.full((W, 8), log_prob)
@@ -203,7 +227,7 @@ def test_building_waits_for_nothing() -> None:
     """Tokens and scores may still be unknown: shapes come from spec and proposer alone."""
     asked = []
 
-    def propose(level: int, parents: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    def propose(level: int, parents: mx.array, *_: mx.array) -> tuple[mx.array, mx.array]:
         asked.append((level, parents.shape))
         W = parents.shape[0]
         return mx.broadcast_to(mx.arange(3), (W, 3)), mx.zeros((W, 3))

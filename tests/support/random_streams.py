@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.speculation.decode import StreamDecoder
-from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.tree import Proposer
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
@@ -90,7 +90,7 @@ def _linear_shape(linear: nn.Module) -> tuple[int, int]:
     return columns, rows
 
 
-class TableStepper(Stepper):
+class TableDrafter(StreamDrafter):
     """Proposes, after any token, what the model says after that token alone.
 
     ids (V, branching) int32 and log_probs, best first.
@@ -99,13 +99,13 @@ class TableStepper(Stepper):
     ids: mx.array
     log_probs: mx.array
 
-    def candidates(self, stream_states: mx.array) -> Proposer:
-        del stream_states
+    def candidates(self, stream_states: mx.array, branching: int) -> Proposer:
+        del stream_states, branching
 
         def propose(
-            level: int, parents: mx.array, grandparents: mx.array
+            level: int, parents: mx.array, grandparents: mx.array, places: mx.array
         ) -> tuple[mx.array, mx.array]:
-            del level, grandparents
+            del level, grandparents, places
             return mx.take(self.ids, parents, axis=0), mx.take(self.log_probs, parents, axis=0)
 
         return propose
@@ -114,15 +114,14 @@ class TableStepper(Stepper):
 def with_table(decoder: StreamDecoder) -> StreamDecoder:
     """Let a decoder's drafts come from the model's own one-token contexts."""
     backbone = decoder.streams.backbone
-    fields = {f.name: getattr(decoder.stepper, f.name) for f in dataclasses.fields(Stepper)}
-    stepper = TableStepper(**fields)
+    names = [f.name for f in dataclasses.fields(StreamDrafter)]
+    drafter = TableDrafter(**{name: getattr(decoder.drafter, name) for name in names})
     logits = backbone.model(mx.arange(backbone.vocab_size)[:, None])[:, -1]
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     ids = mx.argsort(-log_probs, axis=-1)[:, : max(decoder.config.tree.branching, 1)].astype(
         mx.int32
     )
-    object.__setattr__(stepper, "ids", ids)
-    object.__setattr__(stepper, "log_probs", mx.take_along_axis(log_probs, ids, axis=-1))
-    mx.eval(stepper.ids, stepper.log_probs)
-    decoder.stepper = stepper
+    drafter.ids, drafter.log_probs = ids, mx.take_along_axis(log_probs, ids, axis=-1)
+    mx.eval(drafter.ids, drafter.log_probs)
+    decoder.stepper = dataclasses.replace(decoder.stepper, drafter=drafter)
     return decoder

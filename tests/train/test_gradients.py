@@ -6,11 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.config import TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenSampler
-from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train.base import base_states, pad_texts
@@ -87,9 +85,7 @@ def test_the_training_forward_is_the_engines(family, fields) -> None:
     )
     segments = cut([s.positions for s in batch], 2)
     states = stream_states(streams, base, segments)
-    stepper = Stepper(
-        streams, TreeSpec("chain", branching=1), inline=True, token_sampler=TokenSampler()
-    )
+    drafter = StreamDrafter(streams, inline=True)
     for n in range(len(segments)):
         tokens = batch[segments.text[n]].example.tokens
         for p, t in enumerate(segments.positions[n]):
@@ -97,7 +93,7 @@ def test_the_training_forward_is_the_engines(family, fields) -> None:
             backbone.forward(mx.array(tokens[:t]), cache)
             cache.advance(int(t))
             following = mx.array([tokens[t + 1]])
-            verified = stepper.verify(root_only(mx.array([tokens[t]])), cache, following)
+            verified = drafter.verify(root_only(mx.array([tokens[t]])), cache, following)
             expected = backbone.norm(verified.streams)[0, 0]
             assert mx.allclose(states[n, p], expected, atol=2e-5), (n, p)
             assert mx.allclose(

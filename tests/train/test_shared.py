@@ -6,11 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_specstream.config import TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.sampling import TokenSampler
-from mlx_specstream.speculation.step import Stepper
+from mlx_specstream.speculation.drafters import StreamDrafter
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train import loop
@@ -40,16 +38,14 @@ def test_the_training_forward_is_the_engines(fields) -> None:
     batch = everything(some_texts())
     states = joint_states(streams, batch, 3)
     segments = states.main.shape[1] // 3
-    stepper = Stepper(
-        streams, TreeSpec("chain", branching=1), inline=True, token_sampler=TokenSampler()
-    )
+    drafter = StreamDrafter(streams, inline=True)
     for number, selection in enumerate(batch):
         tokens, first = selection.example.tokens, selection.example.prompt_length - 1
         cache = KVCache(backbone.num_layers)
         streams.forward(mx.array(tokens[:first]), cache)
         cache.advance(first)
         for t in range(first, len(tokens) - 1):
-            verified = stepper.verify(root_only(mx.array([tokens[t]])), cache)
+            verified = drafter.verify(root_only(mx.array([tokens[t]])), cache)
             mx.eval(cache.arrays)
             cache.advance(1)
             own = states.streams[number * segments + t // 3, t % 3]
