@@ -90,18 +90,16 @@ class Conditioner:
         return self.mlp_in.shape[1] // self.mlp_out.shape[0] - 1
 
     @cached_property
-    def by_source(self) -> _BySource:
+    def by_source(self) -> BySource:
         """Return the weights by what they are multiplied with, laid out once for all steps."""
         h = self.mlp_out.shape[0]
         parts = [self.mlp_in[:, i * h : (i + 1) * h].T for i in range(1 + self.num_tokens)]
-        found = _BySource(
+        return BySource(
             mx.concatenate([parts[0], self.lora_a], axis=1),
             mx.contiguous(parts[1]),
             mx.contiguous(parts[2]) if self.num_tokens > 1 else None,
             mx.concatenate([self.mlp_out, self.lora_b.T], axis=1),
         )
-        mx.eval([array for array in vars(found).values() if array is not None])
-        return found
 
     def correction(
         self, parents: mx.array, hidden: mx.array, grandparents: mx.array | None = None
@@ -120,7 +118,7 @@ class Conditioner:
 
 
 @dataclass(frozen=True)
-class _BySource:
+class BySource:
     """W1 and A by what they read, and what candidates' head rows are multiplied with.
 
     from_parent: (h, m + r). from_stream, from_grandparent: (h, m). out: (h, m + r).
@@ -130,6 +128,12 @@ class _BySource:
     from_stream: mx.array
     from_grandparent: mx.array | None
     out: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return all of them, for evaluation."""
+        parts = (self.from_parent, self.from_stream, self.from_grandparent, self.out)
+        return [array for array in parts if array is not None]
 
 
 class ConditionedProposer:

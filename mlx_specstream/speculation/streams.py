@@ -26,7 +26,7 @@ streams: training opens it gently from a large negative value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +37,7 @@ from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, causal_mask
 from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes, own_weights
-from .condition import unit
+from .condition import Conditioner, unit
 from .tree import ints
 
 MERGED_BYTES = 256 << 20  # of weights with their adapters in them, beside the base's
@@ -109,7 +109,18 @@ class Streams:
         ]
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
         apart = [array for layer in self.apart for array in own_weights(layer)]
-        return [*self.tensors.values(), *own, *self.joined, *apart]
+        by_source = self.conditioner.by_source.arrays if "conditioner" in vars(self) else []
+        return [*self.tensors.values(), *own, *self.joined, *apart, *by_source]
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Return what re-ranks candidates; its weights are laid out once for all answers.
+
+        Raises:
+            StreamsError: there is none.
+        """
+        names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
+        return Conditioner(*(self.tensor(f"conditioner.{name}") for name in names))
 
     def prepare(self) -> None:
         """Get ready for decoding, where few kernels count: see `adapters.py`. Not for training.
@@ -118,6 +129,8 @@ class Streams:
         again in any case; main rows have their own layers, the base's.
         """
         self.joined = [array for layer in self.layers for array in join(layer)]
+        if self.config.conditioner_rank:
+            _ = self.conditioner  # evaluated with the others
         adapted = self.layers[self.first_msa :]
         if self.shared or sum(map(merged_bytes, adapted)) > MERGED_BYTES:
             return

@@ -96,3 +96,12 @@ def test_a_joined_product_holds_no_rows_after_its_last_reader() -> None:
     ]
     assert inner
     assert all(one.rows is None for one in inner)
+
+
+def test_all_that_decoding_uses_is_ready_once_loaded() -> None:
+    """What is still lazy could be computed in the thread that loaded it alone."""
+    streams = made()
+    streams.prepare()
+    of_conditioner = streams.conditioner.by_source.arrays
+    assert {id(array) for array in of_conditioner} <= {id(array) for array in streams.arrays}
+    assert {id(array) for array in streams.joined} <= {id(array) for array in streams.arrays}
