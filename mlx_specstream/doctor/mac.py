@@ -122,7 +122,7 @@ def rows(m: Machine) -> Iterator[Finding]:
             "https://github.com/ml-explore/mlx/pull/4216",
         )
     yield fact(
-        "models in 32 bits, the demo among them, are the worst case",
+        "models in 32 bits are the worst case",
         "no kernel shares a reading of float32 weights among a few rows: two rows cost as much as "
         "sixteen",
         "judge by a model of your own in 16 or 4 bits; with 32 bits take a wide tree",
@@ -133,7 +133,7 @@ def rows(m: Machine) -> Iterator[Finding]:
         "groups of 7 and 8 (Qwen2.5-7B, Qwen3-32B). More than 8 rows go to another kernel, which "
         "walks a long context once per head and takes heads of up to 128 channels; heads of 256 "
         "(Gemma) are fused up to 8 rows alone",
-        "nothing: --tree auto leaves settings out that fall off",
+        "nothing: what falls off is attended in pieces that do not, and --tree auto leaves it out",
         "https://github.com/ml-explore/mlx/pull/3838",
     )
     if ultra and gen >= 15:

@@ -3,6 +3,7 @@
 | file | the idea it holds |
 |---|---|
 | `backbone.py` | a decoder of mlx-lm in which every row has its own position and sees what a mask says |
+| `attention.py` | attention in pieces that Metal's fused kernels take |
 | `families/` | how a model of any family is taken apart by watching it run |
 | `cache/` | KV caches whose passes write more rows than they keep |
 | `masks.py` | who sees whom in one pass |

@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from ..config import CacheConfig
 from ..errors import ModelError, OptionError
+from .attention import in_pieces
 from .cache import GROWTH, SLACK, KVCache, PassCache, Span, StateLayer, new_cache
 from .families import LayerCall, keep_states, refusal, take_apart, uniform
 from .masks import Mask, RowMask, causal_mask
@@ -109,7 +110,10 @@ class Backbone:
         return self.embed_and_head.norm(hidden)
 
     def head(self, normed: mx.array) -> mx.array:
-        """Return logits (1, R, V) of normed hidden states (1, R, h)."""
+        """Return logits (1, R, V) of normed hidden states (1, R, h).
+
+        Take rows by `squeeze(0)`, a view: `[0]` would copy them all.
+        """
         return self.embed_and_head.finish(self.embed_and_head.product(normed))
 
     def head_rows(self, tokens: mx.array) -> mx.array:
@@ -207,11 +211,14 @@ class Backbone:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (R, V) of hidden states (1, R, h) before the final norm."""
-        return self.head(self.norm(hidden))[0]
+        return self.head(self.norm(hidden)).squeeze(0)
 
 
 def view_layer(layer: nn.Module) -> nn.Module:
-    """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows."""
+    """Return a shallow copy of a decoder layer, sharing its weights, whose RoPE takes rows.
+
+    On a Mac its attention takes rows in pieces that MLX's kernels know (`attention.py`).
+    """
     view = copy.copy(layer)
     for name, child in list(view.items()):
         if _is_rope(name, child):
@@ -220,7 +227,7 @@ def view_layer(layer: nn.Module) -> nn.Module:
             object.__setattr__(view, name, RowRope(child))
         elif isinstance(child, nn.Module):
             view[name] = view_layer(child)
-    return view
+    return in_pieces(view)
 
 
 def _is_rope(name: str, module: Any) -> bool:

@@ -25,7 +25,7 @@ from .costs import acceptance, model_plans, planner_for, step_costs
 from .curve import CostCurve, Growth, StepCost
 from .measure import measure
 from .planner import Planner
-from .settings import FusedAttention, StepSetting, candidates
+from .settings import StepSetting, candidates
 from .trace import AnswerTrace, Position
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "AnswerTrace",
     "CostCurve",
     "Forecast",
-    "FusedAttention",
     "Growth",
     "Planner",
     "Position",

@@ -27,6 +27,7 @@ from ..errors import OptionError, OutputError
 from ..loading.model_cache import cache_folder
 from ..machine import ranks
 from ..machine.load import Watch, is_quiet
+from ..model.attention import FusedAttention
 from ..speculation.streams import Streams
 from ..weights.files import atomic_file, without_folders
 from .acceptance import AcceptanceProfile, assumed_profile, profile_of
@@ -36,7 +37,7 @@ from .identity import identity, this_machine, weight_bits
 from .measure import measure
 from .planner import Planner
 from .prior import ModelSize, chip_of, prior_curve
-from .settings import FusedAttention, StepSetting, candidates
+from .settings import StepSetting, candidates
 
 if TYPE_CHECKING:
     from ..loading.load import StreamModel

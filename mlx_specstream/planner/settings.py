@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..config import DecodeConfig, Mode, PruneSpec, Schedule, TreeSpec
+from ..model.attention import FusedAttention
 
 RunSchedule = Literal["inline", "deferred"]
 
@@ -95,9 +96,9 @@ def candidates(
     Args:
         prunable: the streams hold a pruner, and what it keeps was recorded.
         ends_known: it was recorded which nodes get streams where not all do.
-        attention: what the GPU's fused attention takes; plans with a pass that it does not take are
-            left out. Not for the streams' own pass in a deferred step, nor for the root alone
-            with its streams: they have as many rows in every plan, and their time is measured.
+        attention: what the GPU's fused attention takes; plans with a pass that it takes in pieces
+            only are left out. Not for the streams' own pass in a deferred step, nor for the root
+            alone with its streams: they have as many rows in every plan, whose time is measured.
     """
     return [
         plan
@@ -128,33 +129,3 @@ def _candidates(num_streams: int, mode: Mode, schedule: str) -> Iterator[StepSet
         # In shared mode every row sees its streams, so none can be without.
         for rows, nodes in INLINE_NODES if each == "inline" and mode == "lossless" else ():
             yield StepSetting(TreeSpec("best", rows=rows), each, stream_nodes=nodes)
-
-
-@dataclass(frozen=True)
-class FusedAttention:
-    """Which passes MLX's fused attention on Metal takes, for a model with such heads.
-
-    Two kernels: one for up to 8 rows, if rows x query heads per key head are at most 32, and one
-    for more rows. What neither takes is computed step by step, which is slow in long contexts.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def takes(self, rows: int) -> bool:
-        """Tell whether a pass of `rows` rows is fused."""
-        if rows > FEW_ROWS:
-            return self.head_dim in _MANY_ROWS_DIMS
-        group = max(1, self.num_heads // max(1, self.num_kv_heads))
-        return self.head_dim in _FEW_ROWS_DIMS and rows * group <= 32
-
-    def loses(self, rows: int) -> bool:
-        """Tell whether a pass falls off the fused attention that plain decoding is on."""
-        return self.takes(1) and not self.takes(rows)
-
-
-FEW_ROWS = 8
-"""Rows up to which MLX on Metal uses its attention for short queries, if it takes them at all."""
-_FEW_ROWS_DIMS = (64, 96, 128, 256)
-_MANY_ROWS_DIMS = (64, 72, 80, 96, 128)

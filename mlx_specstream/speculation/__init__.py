@@ -6,6 +6,7 @@
 | `step.py` | one step: verify, accept, draft, in one graph |
 | `streams.py` | γ speculative streams in the upper layers [SS §3.1.1-2, Eq. 1-3, 9] |
 | `sharded.py` | adapters on layers of which every process holds a part |
+| `adapters.py` | LoRA on the rows of streams alone, in few kernels |
 | `drafters/` | what proposes the tokens that a step verifies: streams, or others |
 | `tree.py` | draft trees: which tokens a step verifies, and who descends from whom [SS §3.1.2, Eq. 4] |
 | `prune.py` | early-exit pruning before the streams join [SS §3.1.3] |

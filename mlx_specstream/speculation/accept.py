@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import TypicalSpec
-from .tree import DraftTree
+from .tree import DraftTree, ints
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,31 @@ def accept(tree: DraftTree, ancestor_mask: mx.array, drawn: mx.array) -> Accepte
         drawn: (T,) integer, the target's token at every node.
     """
     drawn = drawn.astype(mx.int32)
+    if tree.is_chain:
+        return _accept_chain(tree, drawn)
     right = mx.take(drawn, tree.parents) == tree.tokens
     if tree.alive is not None:
         right = right & tree.alive
     right = right | (tree.depths == 0)
     # A node is accepted when it and all its ancestors are right.
-    accepted = mx.all(right[None] | ~ancestor_mask, axis=1)
+    accepted = mx.all(mx.where(ancestor_mask, right, True), axis=1)
     node = mx.argmax(mx.where(accepted, tree.depths, -1)).astype(mx.int32)
     on_path = mx.take(ancestor_mask, node, axis=0)
     nodes = mx.argsort(mx.where(on_path, tree.depths, tree.depth + 1))[: tree.depth + 1]
     nodes = nodes.astype(mx.int32)
     return AcceptedPath(node, mx.take(tree.depths, node), nodes, mx.take(drawn, nodes))
+
+
+def _accept_chain(tree: DraftTree, drawn: mx.array) -> AcceptedPath:
+    """Return the same of a chain, whose nodes are its path."""
+    nodes = ints(tuple(range(tree.num_nodes)))
+    if tree.depth == 0:
+        return AcceptedPath(nodes[0:1].squeeze(0), nodes[0:1].squeeze(0), nodes, drawn)
+    right = drawn[:-1] == tree.tokens[1:]
+    if tree.alive is not None:
+        right = right & tree.alive[1:]
+    length = mx.sum(mx.cumprod(right.astype(mx.int32)))
+    return AcceptedPath(length, length, nodes, drawn)
 
 
 def typical_choice(
@@ -75,7 +89,7 @@ def typical_choice(
         logits: (1, V), the node's, processed. tokens: (T,) int32, the tree's.
         children: (T,) bool, which nodes are the node's children. drawn: (1,) int32.
     """
-    log_probs = logits.astype(mx.float32)[0]
+    log_probs = logits.astype(mx.float32).squeeze(0)
     log_probs = log_probs - mx.logsumexp(log_probs)
     probabilities = mx.exp(log_probs)
     # A forbidden token adds nothing: 0 · log 0 is 0.

@@ -15,6 +15,7 @@ where candidates come from, so decoding stays exactly lossless.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,7 @@ NUM_CANDIDATES = 32  # of a stream's best, the ones that are re-ranked
 GROUP = 64  # neighbouring ids whose maximum is looked at first
 NUM_GROUPS = 128  # at least NUM_CANDIDATES, the widest TreeSpec.branching
 _EPSILON = 1e-6
+_WITHIN_GROUP = mx.array(list(range(GROUP)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates
         best = best[:, :NUM_GROUPS, None]
         logits = mx.take_along_axis(groups, best, axis=1).reshape(R, -1)
         # Only streams that overflowed to NaN rank behind the padding: any token will do then.
-        ids = mx.minimum(best * GROUP + mx.arange(GROUP), V - 1).reshape(R, -1)
+        ids = mx.minimum(best * GROUP + _WITHIN_GROUP, V - 1).reshape(R, -1)
     else:
         ids = mx.broadcast_to(mx.arange(V), (R, V))
     if count == 1:
@@ -87,6 +89,18 @@ class Conditioner:
         """Return how many tokens before a candidate the weights see, 1 or 2."""
         return self.mlp_in.shape[1] // self.mlp_out.shape[0] - 1
 
+    @cached_property
+    def by_source(self) -> BySource:
+        """Return the weights by what they are multiplied with, laid out once for all steps."""
+        h = self.mlp_out.shape[0]
+        parts = [self.mlp_in[:, i * h : (i + 1) * h].T for i in range(1 + self.num_tokens)]
+        return BySource(
+            mx.concatenate([parts[0], self.lora_a], axis=1),
+            mx.contiguous(parts[1]),
+            mx.contiguous(parts[2]) if self.num_tokens > 1 else None,
+            mx.concatenate([self.mlp_out, self.lora_b.T], axis=1),
+        )
+
     def correction(
         self, parents: mx.array, hidden: mx.array, grandparents: mx.array | None = None
     ) -> mx.array:
@@ -103,49 +117,68 @@ class Conditioner:
         return mlp + (e @ self.lora_a) @ self.lora_b
 
 
+@dataclass(frozen=True)
+class BySource:
+    """W1 and A by what they read, and what candidates' head rows are multiplied with.
+
+    from_parent: (h, m + r). from_stream, from_grandparent: (h, m). out: (h, m + r).
+    """
+
+    from_parent: mx.array
+    from_stream: mx.array
+    from_grandparent: mx.array | None
+    out: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Return all of them, for evaluation."""
+        parts = (self.from_parent, self.from_stream, self.from_grandparent, self.out)
+        return [array for array in parts if array is not None]
+
+
 class ConditionedProposer:
     """Candidates of each level given their parents, as `tree.build` asks for them.
 
     What does not depend on the parent is computed once for all levels: the stream's half of W1,
-    and E_c·W2 and E_c·B of every candidate, so that a level costs two small products.
+    and E_c·W2 and E_c·B of every candidate, so that a level costs a few small products.
     """
 
     def __init__(self, conditioner: Conditioner, backbone: Backbone, marginal: Candidates) -> None:
         self.backbone = backbone
         self.marginal = marginal
-        m, h = conditioner.mlp_out.shape[::-1]
-        from_parent, from_stream = conditioner.mlp_in[:, :h], conditioner.mlp_in[:, h : 2 * h]
-        self.from_grandparent = (
-            conditioner.mlp_in[:, 2 * h :].T if conditioner.num_tokens > 1 else None
-        )
-        self.hidden_size = m
-        self.from_parent = mx.concatenate([from_parent.T, conditioner.lora_a], axis=1)  # (h, m + r)
-        self.of_stream = unit(marginal.hidden) @ from_stream.T  # (γ, m)
+        self.weights = conditioner.by_source
+        self.of_stream = unit(marginal.hidden) @ self.weights.from_stream  # (γ, m)
         rows = backbone.head_rows(marginal.ids.reshape(-1))
-        out = mx.concatenate([conditioner.mlp_out, conditioner.lora_b.T], axis=1)  # (h, m + r)
-        self.keys = (rows @ out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
+        keys = (rows @ self.weights.out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
+        m = self.weights.from_stream.shape[1]
+        self.keys = keys[..., :m], keys[..., m:]
         # The candidates' mass is the same for every parent.
         self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
 
-    def _state(self, of_stream: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
-        """Return what the candidates' `keys` are multiplied by, (W, m + r)."""
-        e = unit(self.backbone.embedding_rows(parents)) @ self.from_parent
-        m = self.hidden_size
-        inner = e[:, :m] + of_stream
-        if self.from_grandparent is not None:
-            inner = inner + unit(self.backbone.embedding_rows(grandparents)) @ self.from_grandparent
-        return mx.concatenate([nn.silu(inner), e[:, m:]], axis=1)
+    def _state(
+        self, of_stream: mx.array, parents: mx.array, grandparents: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return what the candidates' `keys` are multiplied by, (W, m) and (W, r)."""
+        weights = self.weights
+        e = unit(self.backbone.embedding_rows(parents)) @ weights.from_parent
+        m = weights.from_stream.shape[1]
+        if weights.from_grandparent is not None:
+            rows = unit(self.backbone.embedding_rows(grandparents))
+            of_stream = mx.addmm(of_stream, rows, weights.from_grandparent)
+        return _silu_of_sum(e[:, :m], of_stream), e[:, m:]
 
     def __call__(
         self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
         del places
-        state = self._state(self.of_stream[level], parents, grandparents)
-        gain = (state @ self.keys[level].T).astype(mx.float32)
-        scores = self.marginal.log_probs[level] + gain
-        log_probs = scores + (self.mass[level] - mx.logsumexp(scores, axis=-1, keepdims=True))
-        return mx.broadcast_to(self.marginal.ids[level], scores.shape), log_probs
+        state, of_adapter = self._state(at(self.of_stream, level), parents, grandparents)
+        keys, adapter_keys = (at(part, level).T for part in self.keys)
+        gain = mx.addmm(of_adapter @ adapter_keys, state, keys).astype(mx.float32)
+        scores = at(self.marginal.log_probs, level) + gain
+        total = mx.logsumexp(scores, axis=-1, keepdims=True)
+        log_probs = _normalised(scores, at(self.mass, level), total)
+        return mx.broadcast_to(at(self.marginal.ids, level), scores.shape), log_probs
 
     def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
         """Return the best candidate (W,) int32 of each parent (W,) at a stream of its own.
@@ -153,8 +186,12 @@ class ConditionedProposer:
         rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
         row per sequence and stream.
         """
-        state = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents)
-        gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None])[..., 0].astype(mx.float32)
+        states = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents)
+        parts = [
+            mx.take(keys, rows, axis=0) @ state[:, :, None]
+            for keys, state in zip(self.keys, states, strict=True)
+        ]
+        gain = (parts[0] + parts[1]).squeeze(-1).astype(mx.float32)
         scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
         best = mx.argmax(scores, axis=-1, keepdims=True)
         ids = mx.take(self.marginal.ids, rows, axis=0)
@@ -173,8 +210,23 @@ class MarginalProposer:
         """Return candidates (W, C) int32 and log-probabilities (W, C), best first."""
         del grandparents, places
         shape = (parents.shape[0], self.marginal.ids.shape[1])
-        ids, log_probs = self.marginal.ids[level], self.marginal.log_probs[level]
+        ids, log_probs = at(self.marginal.ids, level), at(self.marginal.log_probs, level)
         return mx.broadcast_to(ids, shape), mx.broadcast_to(log_probs, shape)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_of_sum(x: mx.array, y: mx.array) -> mx.array:
+    return nn.silu(x + y)
+
+
+@partial(mx.compile, shapeless=True)
+def _normalised(scores: mx.array, mass: mx.array, total: mx.array) -> mx.array:
+    return scores + (mass - total)
+
+
+def at(array: mx.array, row: int) -> mx.array:
+    """Return a row as a view; `array[row]` would start a kernel to copy it."""
+    return array[row : row + 1].squeeze(0)
 
 
 def unit(x: mx.array) -> mx.array:

@@ -24,7 +24,6 @@ from ..config.drafter import AUTO_DEPTH
 from ..errors import ModelError, OptionError, StreamsError
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill
-from .condition import Conditioner
 from .drafters import Drafter, StreamDrafter
 from .drafters.lookup import Continuations, LookUp
 from .prune import Pruner
@@ -306,8 +305,7 @@ def _stream_drafter(streams: Streams, config: DecodeConfig) -> StreamDrafter:
             )
         pruner = Pruner(tensor("pruner.lora_a"), tensor("pruner.lora_b"))
     if trained.conditioner_rank and config.use_conditioner:
-        names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
-        conditioner = Conditioner(*(tensor(f"conditioner.{name}") for name in names))
+        conditioner = streams.conditioner
     schedule = config.resolved_schedule(trained.mode, know_next_token=streams.know_next_token)
     return StreamDrafter(
         streams,

@@ -75,7 +75,7 @@ class PlainDecoder(Decoder):
         finally:  # Ctrl-C may fall in here, and the cache outlives this loop
             cache.advance(-pending, generated)
         normed = self.backbone.norm(hidden)
-        logits = self.backbone.head(normed)[0]
+        logits = self.backbone.head(normed).squeeze(0)
         drawn, finite = self.token_sampler(logits, tree, ahead=pending > 0)
         finite = finite & ~mx.any(mx.isnan(normed))
         report = StepReport.of(accepted=mx.array(0), finite=finite, tokens=drawn)

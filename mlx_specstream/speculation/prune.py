@@ -38,8 +38,8 @@ class Pruner:
         main: (1, T, h), the rows at the input of the first MSA layer.
         """
         main = main[:, : max(tree.num_nodes - tree.num_leaves, 1)]
-        exit_state = backbone.norm(main + (main @ self.lora_a) @ self.lora_b)[0]
-        logits = backbone.head(exit_state[None])[0].astype(mx.float32)
+        exit_state = backbone.norm(mx.addmm(main, main @ self.lora_a, self.lora_b))
+        logits = backbone.head(exit_state).squeeze(0).astype(mx.float32)
         totals = mx.logsumexp(logits, axis=-1)
         log_probs = logits[tree.parents, tree.tokens] - mx.take(totals, tree.parents)
         nodes = mx.arange(tree.num_nodes, dtype=mx.int32)

@@ -114,7 +114,8 @@ class TokenSampler:
         that the root is not in `history` yet.
         """
         # One damaged head row makes one NaN, which argmax and samplers may step over.
-        finite = ~mx.any(mx.isnan(mx.max(logits, axis=-1)))
+        highest = mx.max(logits, axis=-1)
+        finite = mx.all(highest == highest)
         if self.sampler is None and not self.processors and self.typical is None:
             return self.draw(logits), finite
         past = len(self.history) - (0 if ahead else 1)

@@ -70,7 +70,7 @@ class Stepper:
             tree = root_only(tree.tokens[:1])
         verified = self.drafter.verify(tree, cache)
         tree = verified.tree
-        logits = self.drafter.backbone.head(verified.last)[0]
+        logits = self.drafter.backbone.head(verified.last).squeeze(0)
         drawn, finite = self.token_sampler(logits, tree)
         path = accept(tree, verified.seen, drawn)
         finite = finite & ~mx.any(mx.isnan(verified.last))

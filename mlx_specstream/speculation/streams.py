@@ -25,8 +25,8 @@ streams: training opens it gently from a large negative value.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,40 +37,12 @@ from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, among_streams, causal_mask
 from ..weights.parts import INTO_PARTS, OUT_OF_PARTS, part_of
-from .condition import unit
+from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes, own_weights
+from .condition import Conditioner, unit
 from .sharded import LocalLinear, Summed
+from .tree import ints
 
-
-class RowSplit(threading.local):
-    """Where the stream rows of a thread's pass begin; adapters of streams act from there on."""
-
-    num_main = 0
-
-
-class StreamLinear(nn.Module):
-    """A base linear layer, plus LoRA on the rows from `split.num_main` on (or on all rows).
-
-    lora_a: (in, r), lora_b: (r, out), the scale already multiplied into lora_b.
-    """
-
-    def __init__(
-        self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, split: RowSplit | None
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        object.__setattr__(self, "split", split)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
-        first = 0 if self.split is None else self.split.num_main
-        if first == 0:
-            return y + (x @ self.lora_a) @ self.lora_b
-        if first == x.shape[-2]:
-            return y
-        delta = (x[..., first:, :] @ self.lora_a) @ self.lora_b
-        return mx.concatenate([y[..., :first, :], y[..., first:, :] + delta], axis=-2)
+MERGED_BYTES = 256 << 20  # of weights with their adapters in them, beside the base's
 
 
 class Streams:
@@ -115,6 +87,8 @@ class Streams:
             self._adapted(index) if index in adapted else backbone.layers[index]
             for index in range(N)
         ]
+        self.joined: list[mx.array] = []
+        self.apart: list[nn.Module] = []  # the upper layers for stream rows alone, if merged
 
     def tensor(self, name: str) -> mx.array:
         """Return a tensor by name.
@@ -136,7 +110,36 @@ class Streams:
             if isinstance(module, StreamLinear)
         ]
         own = [array for one in adapters for array in (one.lora_a, one.lora_b)]
-        return [*self.tensors.values(), *own]
+        apart = [array for layer in self.apart for array in own_weights(layer)]
+        by_source = self.conditioner.by_source.arrays if "conditioner" in vars(self) else []
+        return [*self.tensors.values(), *own, *self.joined, *apart, *by_source]
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Return what re-ranks candidates; its weights are laid out once for all answers.
+
+        Raises:
+            StreamsError: there is none.
+        """
+        names = ("mlp_in", "mlp_out", "lora_a", "lora_b")
+        return Conditioner(*(self.tensor(f"conditioner.{name}") for name in names))
+
+    def prepare(self) -> None:
+        """Get ready for decoding, where few kernels count: see `adapters.py`. Not for training.
+
+        W + B·A is kept for passes of stream rows alone. Such a pass reads the layers' weights
+        again in any case; main rows have their own layers, the base's.
+        """
+        self.joined = [array for layer in self.layers for array in join(layer)]
+        if self.config.conditioner_rank:
+            _ = self.conditioner  # evaluated with the others
+        adapted = self.layers[self.first_msa :]
+        whole = len(self.backbone.stages.own) == self.backbone.num_layers
+        if self.shared or not whole or sum(map(merged_bytes, adapted)) > MERGED_BYTES:
+            return
+        found = [merged(layer) for layer in adapted]
+        if all(layer is not None for layer in found):
+            self.apart = [layer for layer in found if layer is not None]
 
     def _gate(self, index: int) -> mx.array | None:
         """Return layer `index`'s gates (H,), of this process's heads alone; None without."""
@@ -184,12 +187,12 @@ class Streams:
         """
         if self.init_map is not None:
             a, b = self.init_map
-            main = main + (main @ a) @ b
+            main = mx.addmm(main, main @ a, b)
         if self.next_token_map is not None:
             assert following is not None
             a, b = self.next_token_map
             rows = unit(self.backbone.embedding_rows(following.flatten()))
-            main = main + ((rows @ a) @ b).reshape(main.shape)
+            main = mx.addmm(main, (rows @ a).reshape(*main.shape[:2], -1), b)
         B, n, h = main.shape
         return (main[:, :, None] + self.embeddings).reshape(B, n * self.num_streams, h)
 
@@ -198,9 +201,8 @@ class Streams:
 
         main: (n,) or (B, n) int32. Returns (n·γ,) or (B, n·γ).
         """
-        offsets = mx.arange(1, self.num_streams + 1, dtype=mx.int32)
-        if self.config.rope_offset == "position":
-            offsets = mx.zeros_like(offsets)
+        beyond = self.config.rope_offset != "position"
+        offsets = ints(tuple(j * beyond for j in range(1, self.num_streams + 1)))
         return (main[..., None] + offsets).flatten(-2)
 
     def forward(self, tokens: mx.array, cache: KVCache) -> mx.array:
@@ -243,7 +245,9 @@ class Streams:
                         row.num_heads = gate.shape[0]
                     tail = 0 if row.span is None else row.span.tail
                     allowed = self._gated(allowed, gate, num_main, mask.own_streams, tail)
-                hidden = self.layers[index](hidden, allowed, row)
+                own = self.apart and num_main == 0 and index >= self.first_msa
+                layer = self.apart[index - self.first_msa] if own else self.layers[index]
+                hidden = layer(hidden, allowed, row)
             hidden = stages.shared(hidden, owner)
         return hidden
 

@@ -20,8 +20,9 @@ Pure functions of arrays: nothing here knows a model, and nothing waits for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -46,7 +47,8 @@ class DraftTree:
     node that is not alive only fills up a fixed shape and is never accepted. scores: (T,)
     float32, what the nodes' paths were ranked by, if the tree was ranked. looked_up: (T,) bool,
     which nodes look-up was surer of than the drafter (`drafters/lookup`), None for none.
-    num_leaves: so many of the last nodes have no children, whatever the tokens.
+    num_leaves: so many of the last nodes have no children, whatever the tokens. above: the
+    parents on the host, where they are the same in every tree of its kind: chains, products.
     """
 
     tokens: mx.array
@@ -57,10 +59,21 @@ class DraftTree:
     scores: mx.array | None = None
     looked_up: mx.array | None = None
     num_leaves: int = 1
+    above: tuple[int, ...] | None = None
 
     @property
     def num_nodes(self) -> int:
         return int(self.tokens.shape[0])
+
+    @property
+    def is_chain(self) -> bool:
+        """Tell whether every node is known to have the one before it as its parent."""
+        return self.above == _chain_parents(self.num_nodes)
+
+    @property
+    def seen(self) -> mx.array:
+        """Return who descends from whom, as `ancestors` has it; no work where that is fixed."""
+        return ancestors(self.parents, self.depth) if self.above is None else _fixed(self.above)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -80,15 +93,16 @@ class DraftTree:
 
 def root_only(token: mx.array) -> DraftTree:
     """Return the tree of one node; `token` is a scalar or (1,) integer array."""
-    zero = mx.zeros((1,), dtype=mx.int32)
-    return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0)
+    zero = ints((0,))
+    return DraftTree(token.reshape(1).astype(mx.int32), zero, zero, depth=0, above=(0,))
 
 
 def chain(tokens: mx.array) -> DraftTree:
     """Return root and drafts in a row, (T,) integers, as a tree."""
     T = tokens.shape[0]
-    nodes = mx.arange(T, dtype=mx.int32)
-    return DraftTree(tokens.astype(mx.int32), mx.maximum(nodes - 1, 0), nodes, depth=T - 1)
+    above = _chain_parents(T)
+    nodes = ints(tuple(range(T)))
+    return DraftTree(tokens.astype(mx.int32), ints(above), nodes, depth=T - 1, above=above)
 
 
 def ancestors(parents: mx.array, depth: int) -> mx.array:
@@ -97,8 +111,7 @@ def ancestors(parents: mx.array, depth: int) -> mx.array:
     `parents` is (T,) int32 with parents[0] = 0; `depth` bounds the depth of any node. A node
     sees what its parent sees, and itself.
     """
-    T = parents.shape[0]
-    itself = mx.eye(T, dtype=mx.bool_)
+    itself = _itself(parents.shape[0])
     seen = itself
     for _ in range(depth):
         seen = itself | mx.take(seen, parents, axis=0)
@@ -140,11 +153,11 @@ def grow(
     """
     root = root.reshape(1).astype(mx.int32)
     widths = spec.level_widths(num_streams)
-    tokens, scores = [root], [mx.zeros((1,), dtype=mx.float32)]
-    parents = [mx.zeros((1,), dtype=mx.int32)]
+    tokens, scores = [root], [mx.array([0.0])]
+    parents: list[tuple[int, ...] | mx.array] = [(0,)]  # on the host where they are fixed
     depths = [0]
     first, level_tokens, level_scores = 0, root, scores[0]
-    level_before, places = before.reshape(1).astype(mx.int32), parents[0]
+    level_before, places = before.reshape(1).astype(mx.int32), ints((0,))
     for level, width in enumerate(widths):
         ids, log_probs = propose(level, level_tokens, level_before, places)
         above, k = int(level_tokens.shape[0]), int(ids.shape[1])
@@ -152,29 +165,41 @@ def grow(
             k = spec.branching
             best = mx.argsort(-log_probs, axis=-1)[:, :k]
             ids, log_probs = (mx.take_along_axis(a, best, axis=-1) for a in (ids, log_probs))
-        paths = (level_scores[:, None] + (log_probs - LEVEL_COST)).reshape(-1)
+        paths = (level_scores[:, None] + log_probs).reshape(-1)
         ids = ids.reshape(-1)
         width = min(width, above * k)
+        place: mx.array | None = None  # of each kept node's parent in the level above
         if width < above * k:
             best = _best(paths, width)
             paths, ids = mx.take(paths, best), mx.take(ids, best)
+            place = (best // k).astype(mx.int32) if above > 1 else None
+        if place is None:
+            fixed = tuple(i // k if above > 1 else 0 for i in range(width))
+            parents.append(tuple(first + i for i in fixed))
+            place = ints(fixed)
         else:
-            best = mx.arange(above * k, dtype=mx.int32)
-        places = best // k
-        parents.append(first + places)
+            parents.append(place + first if first else place)
         first = sum(int(t.shape[0]) for t in tokens)
         tokens.append(ids.astype(mx.int32))
         scores.append(paths)
         depths += [level + 1] * width
-        level_before = mx.take(level_tokens, places)
-        level_tokens, level_scores = tokens[-1], paths
+        one = above == 1
+        level_before = (
+            mx.broadcast_to(level_tokens, (width,)) if one else mx.take(level_tokens, place)
+        )
+        level_tokens, level_scores, places = tokens[-1], paths, place
+    fixed_parents = tuple(i for part in parents if isinstance(part, tuple) for i in part)
+    is_fixed = len(fixed_parents) == len(depths)
     tree = DraftTree(
         mx.concatenate(tokens),
-        mx.concatenate(parents).astype(mx.int32),
-        mx.array(depths, dtype=mx.int32),
+        ints(fixed_parents)
+        if is_fixed
+        else mx.concatenate([ints(p) if isinstance(p, tuple) else p for p in parents]),
+        ints(tuple(depths)),
         depth=len(widths),
-        scores=mx.concatenate(scores),
+        scores=mx.concatenate(scores) - _costs(tuple(depths)),
         num_leaves=int(level_tokens.shape[0]),
+        above=fixed_parents if is_fixed else None,
     )
     return tree, [int(level.shape[0]) for level in tokens]
 
@@ -184,8 +209,8 @@ def select(tree: DraftTree, kept: mx.array) -> DraftTree:
 
     `kept` is (m,) int32, ascending, holds node 0 and with every node its parent.
     """
-    place = mx.zeros((tree.num_nodes,), dtype=mx.int32)
-    place[kept] = mx.arange(kept.shape[0], dtype=mx.int32)
+    nothing = ints((0,) * tree.num_nodes)
+    place = nothing.at[kept].add(ints(tuple(range(kept.shape[0]))))
     return DraftTree(
         mx.take(tree.tokens, kept),
         mx.take(place, mx.take(tree.parents, kept)),
@@ -217,8 +242,44 @@ def likely_ends(tree: DraftTree, count: int) -> mx.array:
 
 def best_nodes(scores: mx.array, count: int) -> mx.array:
     """Return the indices of the `count` highest of `scores` (T,), ascending, (count,) int32."""
-    return mx.sort(_best(scores, count))
+    return mx.sort(_best(scores, count)).astype(mx.int32)
 
 
 def _best(scores: mx.array, count: int) -> mx.array:
-    return mx.argsort(-scores)[:count].astype(mx.int32)
+    if count == 1:
+        return mx.argmax(scores, keepdims=True)
+    return mx.argsort(-scores)[:count]
+
+
+@cache
+def ints(values: Iterable[int]) -> mx.array:
+    """Return a constant (n,) int32 for a tuple, the same array every time: a step need not make it.
+
+    Not to be written into.
+    """
+    return mx.array(list(values), dtype=mx.int32)
+
+
+@cache
+def _costs(depths: tuple[int, ...]) -> mx.array:
+    return mx.array([depth * LEVEL_COST for depth in depths])
+
+
+@cache
+def _itself(nodes: int) -> mx.array:
+    return mx.array([[i == j for j in range(nodes)] for i in range(nodes)])
+
+
+@cache
+def _fixed(above: tuple[int, ...]) -> mx.array:
+    """Return the ancestors of a tree whose parents are known."""
+    rows: list[list[bool]] = []
+    for node, parent in enumerate(above):
+        rows.append(rows[parent].copy() if node else [False] * len(above))
+        rows[node][node] = True
+    return mx.array(rows)
+
+
+@cache
+def _chain_parents(nodes: int) -> tuple[int, ...]:
+    return tuple(max(node - 1, 0) for node in range(nodes))

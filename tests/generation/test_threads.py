@@ -14,7 +14,7 @@ import pytest
 
 from mlx_specstream import DecodeConfig, batch_generate, generate, load
 from mlx_specstream.config import TreeSpec
-from mlx_specstream.speculation.streams import StreamLinear
+from mlx_specstream.speculation.adapters import StreamLinear
 from tests.support import tiny
 from tests.support.scripted import save_random_streams
 

@@ -238,3 +238,21 @@ def test_weights_that_are_not_numbers(own_model: Path) -> None:
     mx.save_safetensors(str(own_model / "model.safetensors"), weights)
     with pytest.raises(ModelError, match="not a number"):
         load(str(own_model))
+
+
+def test_the_demo_is_float16_on_a_gpu(
+    tiny_folder: Path, streams_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams are cast with it; a model of the user's own stays as it is."""
+    monkeypatch.setattr("mlx_specstream.loading.load.on_gpu", lambda: True)
+    own, _ = load(str(tiny_folder), streams=str(streams_folder))
+    assert own.backbone.dtype == mx.float32
+    monkeypatch.setattr("mlx_specstream.loading.load.resolve_demo", lambda: tiny_folder)
+    demo, tokenizer = load("demo", streams=str(streams_folder))
+    assert demo.backbone.dtype == mx.float16
+    assert demo.streams is not None
+    assert {a.dtype for a in demo.streams.arrays} == {mx.float16}
+    *_, last = stream_generate(demo, tokenizer, "hi", max_tokens=8)
+    assert last.stats.drafted > 0
+    monkeypatch.setattr("mlx_specstream.loading.load.on_gpu", lambda: False)
+    assert load("demo", streams=None)[0].backbone.dtype == mx.float32

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_specstream import batch_generate
+from mlx_specstream import batch_generate, load
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.probe import check_backbone
@@ -97,6 +97,28 @@ def test_every_tree(name: str, device: str, byte_tokenizer: TokenizerWrapper) ->
     for tree in TREES if device == "gpu" else TREES[-2:]:
         ours = replay(model, byte_tokenizer, PROMPT, MAX_TOKENS[device], DecodeConfig.parse(tree))
         assert_same(model, byte_tokenizer, PROMPT, plain, ours)
+
+
+@pytest.mark.mac
+def test_the_demo_in_float16() -> None:
+    """As `--model demo` runs on a GPU, with the shipped streams; fetched if it is not there yet."""
+    if not mx.metal.is_available():
+        pytest.skip("needs a Mac with Apple silicon")
+    before = mx.default_device()
+    mx.set_default_device(mx.gpu)
+    try:
+        model, tokenizer = load("demo")
+        assert model.backbone.dtype == mx.float16
+        assert model.streams is not None
+        assert model.streams.apart
+        messages = [{"role": "user", "content": "Why is the sky blue?"}]
+        prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        plain = replay(model, tokenizer, prompt, 64, None)
+        for tree in TREES[:-1]:  # streams that know the next token are never inline
+            ours = replay(model, tokenizer, prompt, 64, DecodeConfig.parse(tree))
+            assert_same(model, tokenizer, prompt, plain, ours)
+    finally:
+        mx.set_default_device(before)
 
 
 def test_a_fault_is_noticed(

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.errors import DataError
+from mlx_specstream.model.attention import FusedAttention
 from mlx_specstream.planner.acceptance import (
     AcceptanceProfile,
     Rates,
@@ -17,7 +18,7 @@ from mlx_specstream.planner.acceptance import (
     profile_of,
 )
 from mlx_specstream.planner.record import looked_up, record_answer
-from mlx_specstream.planner.settings import FusedAttention, StepSetting, candidates
+from mlx_specstream.planner.settings import StepSetting, candidates
 from mlx_specstream.planner.trace import AnswerTrace, Position
 from mlx_specstream.speculation.tree import DraftTree
 from tests.support.engine import decode, random_streams, small_model, stream_config, stream_decoder

@@ -29,7 +29,7 @@ from ..condition import (
 from ..prune import Pruner, prune
 from ..result import Verdict
 from ..streams import Streams, pass_mask
-from ..tree import DraftTree, Proposer, ancestors, likely_ends
+from ..tree import DraftTree, Proposer, likely_ends
 from .drafter import Drafter, Verified, key_positions, main_mask
 
 
@@ -102,7 +102,7 @@ class StreamDrafter(Drafter):
         backbone, upper = streams.backbone, streams.upper
         lower_rows, T = None, tree.num_nodes
 
-        seen = ancestors(tree.parents, tree.depth)
+        seen = tree.seen
         positions = tree.depths + length
         mask = main_mask(seen, positions, length)
         hidden = self.lower(tree, cache, mask)
@@ -112,7 +112,7 @@ class StreamDrafter(Drafter):
             tree, kept = prune(tree, scores, self.prune)
             if tree.num_nodes < T:
                 hidden, lower_rows, T = mx.take(hidden, kept, axis=1), kept, tree.num_nodes
-                seen = ancestors(tree.parents, tree.depth)
+                seen = tree.seen
                 positions = tree.depths + length
                 mask = main_mask(seen, positions, length)
 
@@ -149,7 +149,7 @@ class StreamDrafter(Drafter):
         """Return the nodes' rows at the input of the first MSA layer, (1, T, h); no streams yet."""
         streams, length = self.streams, cache.length
         positions = tree.depths + length
-        mask = mask or main_mask(ancestors(tree.parents, tree.depth), positions, length)
+        mask = mask or main_mask(tree.seen, positions, length)
         hidden = streams.backbone.embed(tree.tokens)
         T = tree.num_nodes
         return streams.run(hidden, T, streams.lower, cache, length, positions, mask)
@@ -192,7 +192,7 @@ class StreamDrafter(Drafter):
         count = branching
         if self.conditioner is not None:
             count = max(count, NUM_CANDIDATES)
-        marginal = top_candidates(backbone.head(normed)[0], normed[0], count)
+        marginal = top_candidates(backbone.head(normed).squeeze(0), normed.squeeze(0), count)
         if self.conditioner is None:
             return MarginalProposer(marginal)
         return ConditionedProposer(self.conditioner, backbone, marginal)
