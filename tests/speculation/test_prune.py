@@ -134,7 +134,7 @@ def test_leaves_do_not_go_through_the_head(words: str, rows: int) -> None:
     tensors = random_tensors(backbone, stream_config(num_msa_layers=1))
     pruner = Pruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
 
-    def propose(level: int, above: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    def propose(level: int, above: mx.array, *_: mx.array) -> tuple[mx.array, mx.array]:
         ids = mx.broadcast_to(mx.arange(8) + 3 * level, (above.shape[0], 8))
         return ids, mx.log(mx.softmax(mx.random.normal(ids.shape, key=mx.random.key(level))))
 
