@@ -102,7 +102,7 @@ class Trainer:
             total=last, initial=progress.update, desc="train", disable=None if self.writes else True
         ) as bar:
             try:
-                while progress.update < last and not progress.stopped:
+                while progress.update < last and not progress.stopped and not progress.over:
                     loss = self._update()
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.3f}")
@@ -121,7 +121,7 @@ class Trainer:
         result = self._gradients(batches, progress.update)
         self.whole = False
         self.tensors, norm, finite = self.optimizer.update(
-            self.tensors, result.gradients, progress.update
+            self.tensors, result.gradients, progress.update, self._elapsed()
         )
         if not finite or not math.isfinite(result.total):
             raise self._diverged(batches)
@@ -165,7 +165,7 @@ class Trainer:
         record |= {
             **result.extra,
             "grad_norm": round(norm, 5),
-            "lr_factor": round(schedule(self.options, update - 1), 5),
+            "lr_factor": round(schedule(self.options, update - 1, self.progress.elapsed_s), 5),
             "elapsed_s": round(self._elapsed(), 2),
             "peak_bytes": mx.get_peak_memory(),
         }
@@ -197,7 +197,9 @@ class Trainer:
         """Validate and save when it is time to."""
         options, progress = self.options, self.progress
         k = options.grad_accumulation_steps
-        last = progress.update == options.num_updates
+        limit_s = 60 * options.max_minutes
+        progress.over = bool(limit_s) and self._elapsed() >= limit_s
+        last = progress.update == options.num_updates or progress.over
         due = options.steps_per_eval and progress.update % max(1, options.steps_per_eval // k) == 0
         if (due or last) and self.task.valid:
             self._validate(bar)
@@ -254,7 +256,11 @@ class Trainer:
             share * options.grad_accumulation_steps,
         )
         if self.writes:
-            task.say(f"It takes {found.describe(options.num_updates - self.progress.update)}.")
+            left = options.num_updates - self.progress.update
+            if options.max_minutes:
+                left_s = max(0.0, 60 * options.max_minutes - self._elapsed())
+                left = min(left, round(left_s / max(found.update_s, 1e-6)))
+            task.say(f"It takes {found.describe(left)}.")
 
     def _decode_eval(self) -> dict[str, float]:
         options, task = self.options, self.task
@@ -271,7 +277,7 @@ class Trainer:
             return
         self._elapsed()
         self.progress.log_bytes = self.log.num_bytes
-        self._save_streams({})
+        # The state first: a folder with streams and no state is a finished run.
         save_state(
             self.task.folder,
             SavedState(
@@ -283,6 +289,7 @@ class Trainer:
                 self.digest,
             ),
         )
+        self._save_streams({})
 
     def _save_streams(self, figures: dict[str, str]) -> None:
         task = self.task

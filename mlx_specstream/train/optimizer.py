@@ -20,14 +20,17 @@ def group_of(name: str) -> str:
     return "embeddings" if name == "stream_embeddings" else "adapters"
 
 
-def schedule(options: TrainOptions, update: int) -> float:
+def schedule(options: TrainOptions, update: int, elapsed_s: float = 0.0) -> float:
     """Return the learning rate's factor for update `update` (from 0), 1 at the top.
 
-    Linear warm-up; then linear or cosine decay that reaches `final_lr` at the last update.
+    Linear warm-up; then linear or cosine decay that reaches `final_lr` at the last update, or when
+    the minutes are over.
     """
     warm = min(1.0, (update + 1) / options.warmup) if options.warmup else 1.0
     last = max(1, options.num_updates - 1)
     done = min(1.0, update / last)
+    if options.max_minutes:
+        done = max(done, min(1.0, elapsed_s / (60 * options.max_minutes)))
     if options.lr_schedule == "constant":
         return warm
     left = 1 - done if options.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
@@ -55,7 +58,7 @@ class StreamOptimizer:
             self.optimizers[group] = optimizer
 
     def update(
-        self, tensors: Tensors, gradients: Tensors, update: int
+        self, tensors: Tensors, gradients: Tensors, update: int, elapsed_s: float = 0.0
     ) -> tuple[Tensors, float, bool]:
         """Return the new weights, the gradient's norm before clipping, and whether it is finite.
 
@@ -71,7 +74,7 @@ class StreamOptimizer:
         size = cast(float, norm.item())
         if not math.isfinite(size):
             return tensors, size, False
-        factor = schedule(self.options, update)
+        factor = schedule(self.options, update, elapsed_s)
         changed = dict(tensors)
         for group, optimizer in self.optimizers.items():
             names = [name for name in self.groups[group] if name in gradients]

@@ -83,6 +83,9 @@ class TrainOptions:
     held_out: int = option(64, "texts kept for validation if there is no valid.jsonl", 0)
     # optimisation
     iters: int = option(1000, "batches to train on", 1)
+    max_minutes: float = option(
+        0.0, "end after so many minutes of training, the decay by the clock; 0: off", 0
+    )
     batch_size: int = option(8, "texts per batch, over all processes", 1)
     grad_accumulation_steps: int = option(1, "batches per update", 1)
     learning_rate: float = option(2e-3, "of the adapters and the conditioner", 0)

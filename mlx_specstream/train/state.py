@@ -30,7 +30,7 @@ STATE_FILE = "training_state.safetensors"
 class Progress:
     """Where a run stands.
 
-    update: updates made. log_bytes: length of the log then. best, worse: early stopping.
+    update: updates made. over: the minutes are spent. log_bytes: length of the log then. best, worse: early stopping.
     before: tokens per step decoded before training. elapsed_s: time spent, over all sittings.
     """
 
@@ -41,6 +41,7 @@ class Progress:
     best_update: int = 0
     worse: int = 0
     stopped: bool = False
+    over: bool = False
     rms: float = 0.0
     before: dict[str, Any] = field(default_factory=dict)
 
