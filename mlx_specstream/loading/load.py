@@ -149,8 +149,9 @@ def load(
     Args:
         adapter_path: a folder of LoRA adapters, as mlx_lm.lora writes one.
         streams_revision: branch, tag or commit of streams on the hub.
-        streams: `auto` (what the model's folder holds, else a shipped set for this base, else
-            none), None (decode plainly), a folder, a hub id or the name of a shipped set.
+        streams: `auto` (made here by `specstream adopt`, else in the model's folder, else shipped
+            for this base, else none), None (decode plainly), a folder, a hub id or the name of a
+            shipped set.
 
     Raises:
         ModelError: the model is missing, damaged, needs code of its own, is of an unsupported
@@ -167,7 +168,7 @@ def load(
     backbone = Backbone(model)
     if not lazy:
         check_backbone(backbone)
-    weights = find_streams(streams, model, folder, streams_revision)
+    weights = find_streams(streams, model, folder, streams_revision, adapter_path)
     joined = None
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)
