@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "cache_prompt": Verb(
         "mlx_specstream.commands.cache_prompt", "run a long prompt once, keep its cache"
     ),
+    "adopt": Verb("mlx_specstream.commands.adopt", "make streams for your own model"),
     "bench": Verb("mlx_specstream.commands.bench", "measure what speculation gains here"),
     "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
     "convert": Verb(

@@ -102,9 +102,7 @@ def open_contest(
             default, others = parse_streams(text)
             for streams in (default, *others.values()):
                 if streams not in by_streams:
-                    weights = find_streams(
-                        streams, model.model, folder, adapter_path=adapter_path
-                    )
+                    weights = find_streams(streams, model.model, folder, adapter_path=adapter_path)
                     assert weights is not None
                     joined = Streams(model.backbone, weights.config, weights.tensors)
                     by_streams[streams] = StreamModel(

@@ -178,7 +178,9 @@ def answer_prompts(
                 tokenizer,
                 [prompt.tokens for prompt in left],
                 max_tokens,
-                sampler=(sampling or SamplingConfig()).sampler(model.backbone.vocab_size, tokenizer),
+                sampler=(sampling or SamplingConfig()).sampler(
+                    model.backbone.vocab_size, tokenizer
+                ),
                 seed=[seed_of(seed, prompt.index) for prompt in left],
                 speculative=False,
                 completion_batch_size=batch_size,

@@ -1,0 +1,89 @@
+"""The card of adopted streams: what they belong to, what they are, what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ... import __version__
+from ...errors import printable
+from ...weights.checkpoint import StreamWeights
+
+
+def adoption_card(
+    weights: StreamWeights, name: str, figures: Mapping[str, Any], minutes: float
+) -> str:
+    """Return README.md for the hub and for people; it names no path of this machine."""
+    base = weights.base.name if weights.base else None
+    config = weights.config
+    parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
+    per_pass, verified = figures.get("tokens_per_pass", {}), figures.get("verified", {})
+    bench, verdict = figures.get("bench", {}), figures.get("verdict", {})
+    exact = (
+        "the text cannot change" if config.mode == "lossless" else "a fine-tune: the text changes"
+    )
+    shape = {
+        "mode": f"{config.mode}, {exact}",
+        "streams γ, MSA layers": f"{config.num_streams}, the upper {config.num_msa_layers}",
+        "adapters": f"LoRA rank {config.lora_rank} on {', '.join(config.target_modules) or 'nothing'}",
+        "conditioned candidates": f"over the last {config.conditioner_tokens} tokens"
+        if config.conditioner_rank
+        else "no",
+        "know the next token": "yes" if config.next_token_rank else "no",
+        "early-exit pruner": f"rank {config.pruner_rank}" if config.pruner_rank else "no",
+        "parameters": f"{parameters:,}",
+        "trained on": f"{figures.get('texts', 0):,} of the model's own answers, "
+        f"{figures.get('updates', 0):,} updates, {minutes:g} minutes in all",
+    }
+    measured = {
+        f"tokens per pass, {tree}": f"{value:.2f}, on held-out prompts, greedy"
+        for tree, value in per_pass.items()
+    }
+    if verified:
+        measured["answers compared with plain decoding"] = (
+            f"{verified['answers']}: {verified['identical']} identical, "
+            f"{verified['near-tie']} part at a near-tie"
+        )
+    if bench:
+        measured["speed with --tree auto"] = (
+            f"{bench['speedup']:.2f}x mlx-lm, {bench['tokens_s']:.1f} tokens a second, on "
+            f"{bench['machine']}, {bench['prompts']} prompts"
+        )
+    if verdict:
+        before, after = (verdict[key].get("chain") for key in ("before", "after"))
+        if before and after:
+            measured["chain before and after this training"] = f"{before:.2f}, {after:.2f}"
+    return "\n".join(
+        [
+            "---",
+            "library_name: mlx",
+            "pipeline_tag: text-generation",
+            "tags:",
+            "- mlx",
+            "- speculative-streaming",
+            *([f"base_model: {json.dumps(base)}"] if base else []),
+            "---",
+            "",
+            f"# {printable(name)}",
+            "",
+            f"Speculative streams for `{printable(base or 'a model')}`, made by `specstream adopt` "
+            f"(mlx-specstream {__version__}). They belong to that base alone and hold none of it.",
+            "",
+            *_table("Streams", shape),
+            *_table("Measured", measured),
+            "## Use",
+            "",
+            "```sh",
+            "pip install mlx-specstream",
+            f"specstream generate --model {printable(base or 'MODEL')} --streams THIS --prompt ...",
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(title: str, rows: Mapping[str, str]) -> list[str]:
+    lines = [f"| {key} | {value} |" for key, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *lines, ""]

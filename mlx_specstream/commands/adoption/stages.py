@@ -1,0 +1,263 @@
+"""The stages of an adoption. Each leaves its result whole, and begins where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ...errors import StreamsError
+from ...loading.load import StreamModel
+from ...prompts.lines import json_lines
+from ...train.data import Example
+from ...train.loop import Trainer
+from ...train.record import LOG_FILE, read_log
+from ...train.state import STATE_FILE as TRAINING_STATE
+from ...train.state import resumable
+from ...weights.checkpoint import StreamWeights, load_streams, save_streams
+from ...weights.files import atomic_file, atomic_folder
+from ...weights.fingerprint import fingerprint
+from ..distill import Prompt, answer_prompts, finished, in_order, read_prompts
+from ..train import make_objective, make_task, read_data
+from .plan import ANSWER_TOKENS, AdoptionPlan, check_disk, share_out, train_options, try_out
+from .prompts import records_for
+from .state import ANSWERS_FILE, AdoptionState, clear
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+ENOUGH = 24  # answers, below which there is nothing to train on
+LONGEST_PROMPT = 512
+WINDOW = 64  # prompts of like length side by side, so few that any beginning is a fair sample
+ANSWERS, TRAINING = "answers", "training"
+WORSE = 0.97
+
+
+class TimeIsUpError(Exception):
+    """The stage's seconds are spent."""
+
+
+@dataclass
+class Adoption:
+    """One model being adopted.
+
+    base_name: what cards call the model. given: streams to train on top of. learned: answers that
+    chat and serve kept, to train on as well.
+    """
+
+    state: AdoptionState
+    model: StreamModel
+    tokenizer: TokenizerWrapper
+    base_name: str
+    given: StreamWeights | None = None
+    learned: Path | None = None
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    _texts: tuple[list[Example], list[Example]] | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.state.folder
+
+    @property
+    def plan(self) -> AdoptionPlan:
+        assert self.state.plan is not None
+        return AdoptionPlan.from_dict(self.state.plan)
+
+    @property
+    def made(self) -> Path:
+        """Return the folder of the streams as they will be installed."""
+        return self.folder / "made"
+
+    def prompts(self) -> list[Prompt]:
+        """Return what the model can be asked."""
+        settings, context = self.state.settings, self.model.context_length
+        longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context // 2)
+        records = records_for(settings.prompts, settings.documents)
+        return read_prompts(records, self.tokenizer, longest)[0]
+
+    def make_plan(self) -> AdoptionPlan:
+        """Try out what it takes here and share out the minutes; nothing is kept but the time."""
+        state, started = self.state, time.monotonic()
+        rates = try_out(
+            self.model, self.tokenizer, self.prompts(), state.settings.mode, self.folder
+        )
+        known = 0
+        for path in (self.folder / ANSWERS_FILE, self.learned):
+            if path is not None and path.exists():
+                known += sum(len(r["answer_ids"]) for r, _ in json_lines(path))  # type: ignore[index, call-overload]
+        left_s = max(1.0, state.left_s - (time.monotonic() - started))
+        plan = share_out(rates, left_s, known)
+        check_disk(plan, self.folder)
+        return plan
+
+    def answers(self) -> None:
+        """Write the model's own answers until the time for it is up."""
+        if ANSWERS in self.state.done:
+            return
+        path, plan = self.folder / ANSWERS_FILE, self.plan
+        done = finished(path)
+        count = len(done)
+        left = [prompt for prompt in self.prompts() if prompt.index not in done]
+        known = count + (sum(1 for _ in json_lines(self.learned)) if self.learned else 0)
+        with (
+            self.state.stage(ANSWERS) as clock,
+            tqdm(desc="answers", initial=count, unit="", disable=None) as bar,
+        ):
+
+            def on_record(_: dict[str, Any]) -> None:
+                nonlocal known
+                known += 1
+                bar.update()
+                if clock.tick() > plan.answer_s and known >= ENOUGH:
+                    raise TimeIsUpError
+
+            try:
+                if clock.tick() <= plan.answer_s or known < ENOUGH:
+                    answer_prompts(
+                        self.model,
+                        self.tokenizer,
+                        in_order(left, WINDOW),
+                        path,
+                        max_tokens=ANSWER_TOKENS,
+                        batch_size=plan.answer_batch,
+                        on_record=on_record,
+                    )
+            except TimeIsUpError:
+                pass
+        mx.clear_cache()
+        self.say(f"{len(finished(path)):,} answers are there.")
+
+    def texts(self) -> tuple[list[Example], list[Example]]:
+        """Return the texts to train on and those held out; the same at every call.
+
+        What chat and serve kept is copied once, so that more of it changes nothing of a run begun.
+        """
+        if self._texts is None:
+            data = self.folder / "data.jsonl"
+            if not data.exists():
+                with atomic_file(data, if_exists="replace") as partial, partial.open("wb") as file:
+                    partial.chmod(0o600)
+                    for path in (self.folder / ANSWERS_FILE, self.learned):
+                        if path is not None and path.exists():
+                            file.write(path.read_bytes())
+            options = train_options(self.model, self.state.settings.mode)
+            self._texts = read_data(str(data), self.tokenizer, self.model, options, talk=False)
+        return self._texts
+
+    def training(self) -> None:
+        """Train until the time for it is up, and make the folder of finished streams."""
+        if TRAINING in self.state.done:
+            return
+        run, state = self.folder / "training", self.state
+        if not (run / TRAINING_STATE).exists() and not _is_over(run):
+            shutil.rmtree(run, ignore_errors=True)
+        if "train_minutes" not in state.figures:
+            # What other stages took more or less than planned is made up for here.
+            left = state.left_s - self.plan.measure_s
+            state.figures["train_minutes"] = max(left, 0.25 * self.plan.train_s) / 60
+            state.save()
+        train, valid = self.texts()
+        if not _is_over(run):
+            saved = resumable(run, resume=True)
+            options = train_options(
+                self.model,
+                state.settings.mode,
+                further=self.given is not None,
+                max_minutes=state.figures["train_minutes"],
+                batch_size=self.plan.train_batch,
+                save_every=self.plan.save_every,
+                val_batches=8,
+            )
+            task = make_task(
+                self.model,
+                self.tokenizer,
+                options,
+                train,
+                valid,
+                folder=run,
+                base_name=self.base_name,
+                given=self.given,
+                saved=saved,
+                say=self.say,
+            )
+            before = saved.progress.elapsed_s if saved else 0.0
+            trainer = Trainer(task, make_objective(task), saved=saved)
+            try:
+                trainer.run()
+            finally:
+                state.spent[TRAINING] = max(before, trainer.progress.elapsed_s)
+                state.save()
+        with state.stage(TRAINING):
+            verdict = next(r["verdict"] for r in reversed(read_log(run)) if "verdict" in r)
+            state.figures["verdict"] = verdict
+            updates = [r for r in read_log(run) if "loss" in r]
+            state.figures["updates"] = updates[-1]["update"] if updates else 0
+            state.figures["texts"] = len(train)
+            self._refuse_worse(verdict)
+            self._make(run)
+
+    def _refuse_worse(self, verdict: Any) -> None:
+        """Stop before streams that were trained further, and got worse, take the place of better ones.
+
+        Raises:
+            StreamsError: they got worse.
+        """
+        before, after = (verdict[key].get("chain", 0.0) for key in ("before", "after"))
+        if self.given is not None and after < WORSE * before:
+            clear(self.folder)
+            raise StreamsError(
+                f"training further made the streams worse ({before:.2f} tokens per pass before, "
+                f"{after:.2f} after), so the old ones stay in use; give it more --minutes."
+            )
+
+    def _make(self, run: Path) -> None:
+        """Write the finished streams, in 16 bits, into a folder that appears whole."""
+        weights = load_streams(run)
+        shutil.rmtree(self.made, ignore_errors=True)
+        with atomic_folder(self.made, if_exists="replace") as partial:
+            save_streams(
+                partial,
+                weights.config,
+                {name: tensor.astype(mx.bfloat16) for name, tensor in weights.tensors.items()},
+                base_model=self.base_name,
+                fingerprint=fingerprint(self.model.model),
+                metadata={**weights.metadata, "trained_by": "specstream adopt"},
+            )
+            shutil.copyfile(run / LOG_FILE, partial / "training_log.jsonl")
+
+
+def held_out_prompts(adoption: Adoption) -> list[dict[str, Any]]:
+    """Return the messages that asked for the held-out answers; none that a chat or a client wrote."""
+    path = adoption.folder / ANSWERS_FILE
+    by_tokens = {}
+    for record, _ in json_lines(path):
+        assert isinstance(record, dict)
+        by_tokens[tuple(record["prompt_ids"])] = record["messages"][:-1]
+    _, valid = adoption.texts()
+    return [
+        {"messages": by_tokens[example.prompt], "category": "held out"}
+        for example in valid
+        if example.prompt in by_tokens
+    ]
+
+
+def write_prompts(adoption: Adoption) -> Path:
+    """Write the held-out prompts to a file for the benchmark."""
+    path = adoption.folder / "heldout.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in held_out_prompts(adoption)]
+    with atomic_file(path, if_exists="replace") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _is_over(run: Path) -> bool:
+    """Tell whether a run of training has written its last."""
+    no_state = not (run / TRAINING_STATE).exists()
+    return no_state and any("verdict" in record for record in read_log(run))
