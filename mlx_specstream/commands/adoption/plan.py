@@ -35,7 +35,8 @@ MEASURE_SHARE, MEASURE_S = 0.15, 300.0
 ANSWER_SHARES = (0.1, 0.5)  # of what measuring leaves
 UPDATES = 150  # that a run should have at least, if need be with smaller batches
 BATCH_SIZES = (2, 8)
-TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 12, 16, 4
+ANSWER_BATCHES = (8, 32)
+TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 16, 24, 4
 CHECKPOINT_S = 20.0
 NEXT_TOKEN_RANK, PRUNER_RANK = 64, 8
 
@@ -189,7 +190,7 @@ def share_out(rates: Rates, seconds: float, known_tokens: int = 0) -> AdoptionPl
         answer_s,
         train_s,
         measure_s,
-        min(max(side_by_side, 1), 32),
+        min(max(side_by_side, ANSWER_BATCHES[0]), ANSWER_BATCHES[1]),
         batch,
         max(1, round(CHECKPOINT_S / update_s)),
         rates,

@@ -40,10 +40,6 @@ ANSWERS, TRAINING = "answers", "training"
 WORSE = 0.97
 
 
-class TimeIsUpError(Exception):
-    """The stage's seconds are spent."""
-
-
 @dataclass
 class Adoption:
     """One model being adopted.
@@ -91,46 +87,47 @@ class Adoption:
         known = 0
         for path in (self.folder / ANSWERS_FILE, self.learned):
             if path is not None and path.exists():
-                known += sum(len(r["answer_ids"]) for r, _ in json_lines(path))  # type: ignore[index, call-overload]
+                known += sum(_num_answer_tokens(record) for record, _ in json_lines(path))
         left_s = max(1.0, state.left_s - (time.monotonic() - started))
         plan = share_out(rates, left_s, known)
         check_disk(plan, self.folder)
         return plan
 
     def answers(self) -> None:
-        """Write the model's own answers until the time for it is up."""
+        """Write the model's own answers, a round of them at a time, while the time for it lasts."""
         if ANSWERS in self.state.done:
             return
         path, plan = self.folder / ANSWERS_FILE, self.plan
         done = finished(path)
-        count = len(done)
-        left = [prompt for prompt in self.prompts() if prompt.index not in done]
-        known = count + (sum(1 for _ in json_lines(self.learned)) if self.learned else 0)
+        left = list(in_order([p for p in self.prompts() if p.index not in done], WINDOW))
+        known = len(done) + (sum(1 for _ in json_lines(self.learned)) if self.learned else 0)
         with (
             self.state.stage(ANSWERS) as clock,
-            tqdm(desc="answers", initial=count, unit="", disable=None) as bar,
+            tqdm(desc="answers", initial=len(done), unit="", disable=None) as bar,
         ):
 
             def on_record(_: dict[str, Any]) -> None:
-                nonlocal known
-                known += 1
                 bar.update()
-                if clock.tick() > plan.answer_s and known >= ENOUGH:
-                    raise TimeIsUpError
+                clock.tick()
 
-            try:
-                if clock.tick() <= plan.answer_s or known < ENOUGH:
-                    answer_prompts(
-                        self.model,
-                        self.tokenizer,
-                        in_order(left, WINDOW),
-                        path,
-                        max_tokens=ANSWER_TOKENS,
-                        batch_size=plan.answer_batch,
-                        on_record=on_record,
-                    )
-            except TimeIsUpError:
-                pass
+            round_s, spent = 0.0, clock.tick()
+            for first in range(0, len(left), plan.answer_batch):
+                # A round is begun if half of it fits: what it has begun, it finishes.
+                if known >= ENOUGH and spent + round_s / 2 > plan.answer_s:
+                    break
+                chosen = left[first : first + plan.answer_batch]
+                answer_prompts(
+                    self.model,
+                    self.tokenizer,
+                    chosen,
+                    path,
+                    max_tokens=ANSWER_TOKENS,
+                    batch_size=plan.answer_batch,
+                    on_record=on_record,
+                )
+                known += len(chosen)
+                before, spent = spent, clock.tick(save=True)
+                round_s = spent - before
         mx.clear_cache()
         self.say(f"{len(finished(path)):,} answers are there.")
 
@@ -261,3 +258,8 @@ def _is_over(run: Path) -> bool:
     """Tell whether a run of training has written its last."""
     no_state = not (run / TRAINING_STATE).exists()
     return no_state and any("verdict" in record for record in read_log(run))
+
+
+def _num_answer_tokens(record: object) -> int:
+    assert isinstance(record, dict)
+    return len(record["answer_ids"])
