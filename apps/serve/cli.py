@@ -18,6 +18,7 @@ from ...generation.decode_options import (
 )
 from ...generation.sampling_options import add_sampler_options, sampling_config
 from ...prompts.template_args import template_args
+from ..learning import LEARN_HELP, learned_file, notice
 from .limits import Access, Limits
 
 KEY_VARIABLE = "SPECSTREAM_API_KEY"
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
     )
+    parser.add_argument("--learn", action="store_true", help=LEARN_HELP)
     parser.add_argument(
         "--log-level", type=str.upper, choices=_LEVELS, default="WARNING", help="how much to log"
     )
@@ -136,11 +138,17 @@ def main(argv: list[str]) -> int:
     listening = listen(arguments.host, arguments.port)
 
     from ... import load
+    from ...loading.load import model_folder
 
     def loaded():  # type: ignore[no-untyped-def]
         return load(arguments.model, **load_options(arguments))
 
     print(f"loading {arguments.model} ...", flush=True)
+    learned = None
+    if arguments.learn:
+        folder = model_folder(arguments.model, arguments.revision)
+        learned = learned_file(arguments.model, folder, arguments.adapter_path)
+        print(notice(learned), flush=True)
     service = start_service(
         loaded,
         limits,
@@ -150,6 +158,7 @@ def main(argv: list[str]) -> int:
         caching=caching,
         template_args=variables,
         control_tokens=arguments.allow_control_tokens,
+        learned=learned,
     )
     streams = f" with {service.num_streams} streams" if service.num_streams else ""
     key = "" if access.api_key is None else "; clients must send the API key"

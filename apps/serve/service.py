@@ -21,6 +21,7 @@ from ...config import CacheConfig, SamplingConfig
 from ...config.sampling import PENALTY_CONTEXT
 from ...generation.grammar import Grammar
 from ...model.cache.kinds import check_quantised
+from ..learning import Learner
 from .disconnect import until_gone
 from .engine import Engine
 from .errors import ApiError, invalid
@@ -190,12 +191,13 @@ def start_service(
     caching: CacheConfig | None = None,
     template_args: Mapping[str, Any] | None = None,
     control_tokens: bool = False,
+    learned: Path | None = None,
 ) -> Service:
     """Load a model in the engine's thread and return the service that answers with it.
 
     caching: how KV caches hold rows; unless all of them as computed, answers take turns.
     template_args: the chat template's variables where a request does not say. control_tokens:
-    let users and tools write control tokens.
+    let users and tools write control tokens. learned: the file that answers are kept in to train on.
 
     Raises:
         SpecStreamError: it cannot be loaded.
@@ -218,6 +220,7 @@ def start_service(
                 speculative=speculative,
                 prefill_step_size=limits.prefill_step_size,
                 caching=caching,
+                learner=None if learned is None else Learner(learned, tokenizer),
             )
             scheduler.warm_up()
             found.append((model, tokenizer, scheduler.prefixes))

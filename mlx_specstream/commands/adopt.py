@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..apps.learning import learned_file, learned_folder
 from ..errors import OptionError, StreamsError
 from ..loading.model_cache import cache_folder
 from ..machine import keep_float32_exact
 from ..weights.adopted import adopted_folder, place_of
-from .adoption.state import AdoptionState, AdoptSettings, alone, clear
+from .adoption.state import STATE_FILE, AdoptionState, AdoptSettings, alone, clear, is_further
 
 if TYPE_CHECKING:
     from .adoption.stages import Adoption
@@ -82,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Adopt a model, or go on adopting it."""
     arguments = build_parser().parse_args(argv)
+    if arguments.forget:
+        if arguments.model is not None:
+            raise OptionError("--forget deletes what was kept of all models; leave out the model.")
+        print(forget())
+        return 0
     if arguments.model is None:
         raise OptionError("name the model to adopt, as in specstream adopt demo.")
     settings = AdoptSettings(
@@ -117,6 +123,8 @@ def main(argv: list[str]) -> int:
         adoption = Adoption(state, model, tokenizer, name)
         if settings.further:
             adoption.given = _present(adoption, folder)
+            learned = learned_file(settings.model, folder, adapter)
+            adoption.learned = learned if learned.exists() else None
         if state.plan is None:
             _agree(adoption, ask=not arguments.yes)
         else:
@@ -130,6 +138,21 @@ def main(argv: list[str]) -> int:
         print(_result(adoption, target), flush=True)
         clear(work)
     return 0
+
+
+def forget() -> str:
+    """Delete all answers that --learn kept, and adoptions under way that train on them.
+
+    Returns what was deleted, in a sentence. Streams that were trained on them stay.
+    """
+    kept = [path for path in learned_folder().glob("*.jsonl") if path.is_file()]
+    size = sum(path.stat().st_size for path in kept)
+    shutil.rmtree(learned_folder(), ignore_errors=True)
+    for work in (cache_folder() / "adopt").glob("*"):
+        if (work / STATE_FILE).is_file() and is_further(work):
+            with alone(work):
+                clear(work)
+    return f"Deleted the kept answers of {len(kept)} models, {size / 1e6:.1f} MB."
 
 
 def _agree(adoption: Adoption, *, ask: bool) -> None:

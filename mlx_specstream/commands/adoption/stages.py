@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from ...apps.learning import whole_lines
 from ...errors import StreamsError
 from ...loading.load import StreamModel
 from ...prompts.lines import json_lines
@@ -87,7 +88,7 @@ class Adoption:
         known = 0
         for path in (self.folder / ANSWERS_FILE, self.learned):
             if path is not None and path.exists():
-                known += sum(_num_answer_tokens(record) for record, _ in json_lines(path))
+                known += sum(len(json.loads(line)["answer_ids"]) for line in whole_lines(path))
         left_s = max(1.0, state.left_s - (time.monotonic() - started))
         plan = share_out(rates, left_s, known)
         check_disk(plan, self.folder)
@@ -100,7 +101,7 @@ class Adoption:
         path, plan = self.folder / ANSWERS_FILE, self.plan
         done = finished(path)
         left = list(in_order([p for p in self.prompts() if p.index not in done], WINDOW))
-        known = len(done) + (sum(1 for _ in json_lines(self.learned)) if self.learned else 0)
+        known = len(done) + (sum(1 for _ in whole_lines(self.learned)) if self.learned else 0)
         with (
             self.state.stage(ANSWERS) as clock,
             tqdm(desc="answers", initial=len(done), unit="", disable=None) as bar,
@@ -143,7 +144,7 @@ class Adoption:
                     partial.chmod(0o600)
                     for path in (self.folder / ANSWERS_FILE, self.learned):
                         if path is not None and path.exists():
-                            file.write(path.read_bytes())
+                            file.writelines(whole_lines(path))
             options = train_options(self.model, self.state.settings.mode)
             self._texts = read_data(str(data), self.tokenizer, self.model, options, talk=False)
         return self._texts
@@ -258,8 +259,3 @@ def _is_over(run: Path) -> bool:
     """Tell whether a run of training has written its last."""
     no_state = not (run / TRAINING_STATE).exists()
     return no_state and any("verdict" in record for record in read_log(run))
-
-
-def _num_answer_tokens(record: object) -> int:
-    assert isinstance(record, dict)
-    return len(record["answer_ids"])

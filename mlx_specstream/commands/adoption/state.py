@@ -28,7 +28,6 @@ from ...weights.files import atomic_file, remove_leftovers
 
 STATE_FILE = "state.json"
 ANSWERS_FILE = "answers.jsonl"
-LEARNED_FILE = "learned.jsonl"
 SAVE_S = 5.0
 
 
@@ -172,6 +171,15 @@ def clear(folder: Path, *, everything: bool = False) -> None:
     for name in files:
         (folder / name).unlink(missing_ok=True)
         remove_leftovers(folder / name)
+
+
+def is_further(folder: Path) -> bool:
+    """Tell whether the adoption under way in a folder trains on from streams, maybe on kept answers."""
+    try:
+        told = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return told["settings"]["further"] is not False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 @contextmanager
