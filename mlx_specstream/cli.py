@@ -47,6 +47,8 @@ VERBS: dict[str, Verb] = {
     "train": Verb("mlx_specstream.commands.train", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.commands.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),
+    "upload": Verb("mlx_specstream.commands.upload", "share streams on the Hugging Face hub"),
+    "find": Verb("mlx_specstream.commands.find", "list streams on the hub that fit a model"),
     "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""

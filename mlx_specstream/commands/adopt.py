@@ -186,16 +186,27 @@ def _run(adoption: Adoption) -> None:
 
 def _install(adoption: Adoption, target: Path) -> None:
     """Put the streams with their card where they are found, whole or not at all."""
-    from ..weights.checkpoint import load_streams
+    from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_streams, save_streams
     from ..weights.files import atomic_folder
-    from .adoption.card import adoption_card
+    from .adoption.card import CARD_FILE, CHAIN_KEY, adoption_card
 
-    state, made = adoption.state, adoption.made
-    card = adoption_card(load_streams(made), target.name, state.figures, state.settings.minutes)
+    figures, made = adoption.state.figures, adoption.made
+    weights = load_streams(made)
+    base = weights.base
     with atomic_folder(target, if_exists="replace") as partial:
+        save_streams(
+            partial,
+            weights.config,
+            weights.tensors,
+            base_model=base.name if base else None,
+            fingerprint=base.fingerprint if base else None,
+            metadata={**weights.metadata, CHAIN_KEY: f"{figures['tokens_per_pass']['chain']:.2f}"},
+        )
         for path in sorted(made.iterdir()):
-            shutil.copyfile(path, partial / path.name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+            if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(path, partial / path.name)
+        card = adoption_card(weights, target.name, figures)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _present(adoption: Adoption, folder: Path):  # type: ignore[no-untyped-def]

@@ -27,6 +27,7 @@ adapter folder ◄── checkpoint ◄── optimizer ◄── gradients of t
 | `optimizer.py` | adamW over a flat table of stream weights, with a rate per group, a schedule and clipping |
 | `options.py` | how a run trains: every option, its default, its help and its bounds, in one place |
 | `parallel.py` | several processes, one run: each takes every n-th text of a batch, gradients are summed |
+| `prompt_kinds.py` | several thousand built-in prompts of ten kinds, from templates |
 | `pruner.py` | training the pruner alone, for streams that are finished [SS §4.1: after the streams] |
 | `record.py` | what a run leaves to look at: a log in JSON lines, and the learning curve as a picture |
 | `rendering.py` | a conversation as decoding sees it: the prompt's very tokens, then the answer's |

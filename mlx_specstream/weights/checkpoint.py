@@ -111,7 +111,7 @@ def load_streams(folder: Path | str) -> StreamWeights:
     """
     folder = Path(folder).expanduser()
     path = folder / CONFIG_FILE
-    fields = _read_config(path)
+    fields = read_config(path)
     base = BaseFingerprint(
         _text_or_none(fields, "base_model", path), _text_or_none(fields, "base_fingerprint", path)
     )
@@ -200,7 +200,12 @@ def save_streams(
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _read_config(path: Path) -> dict[str, object]:
+def read_config(path: Path) -> dict[str, object]:
+    """Return the fields of a streams config as they stand in the file.
+
+    Raises:
+        StreamsError: there is none, or it is no JSON object.
+    """
     if not path.exists():
         raise StreamsError(
             f"{path.parent} holds no {path.name}; name a folder with stream weights, or make one"

@@ -22,6 +22,8 @@ from .hub import fetch, refuse_revision
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 AUTO = "auto"
+STREAM_FILES = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")
+"""What a folder of streams may hold for decoding; the last is `planner/acceptance.py`'s."""
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(@\S+)?")
 
 
@@ -103,5 +105,4 @@ def _named(streams: str | Path, revision: str | None) -> Path:
             f"there are no streams {str(streams)!r}: neither a folder here nor one of the shipped "
             f"sets ({known}) nor an id like owner/name on the Hugging Face hub."
         )
-    files = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")  # what was accepted (plan/acceptance.py)
-    return fetch(str(streams), "streams", StreamsError, patterns=files, revision=revision)
+    return fetch(str(streams), "streams", StreamsError, patterns=STREAM_FILES, revision=revision)

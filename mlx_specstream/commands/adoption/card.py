@@ -11,10 +11,14 @@ from ... import __version__
 from ...errors import printable
 from ...weights.checkpoint import StreamWeights
 
+CARD_FILE = "README.md"
+TAG = "speculative-streaming"
+"""By which the hub finds streams."""
+CHAIN_KEY = "tokens_per_pass_chain"
+"""In the metadata of a streams config: what was measured, for those who look for streams."""
 
-def adoption_card(
-    weights: StreamWeights, name: str, figures: Mapping[str, Any], minutes: float
-) -> str:
+
+def adoption_card(weights: StreamWeights, name: str, figures: Mapping[str, Any]) -> str:
     """Return README.md for the hub and for people; it names no path of this machine."""
     base = weights.base.name if weights.base else None
     config = weights.config
@@ -34,9 +38,12 @@ def adoption_card(
         "know the next token": "yes" if config.next_token_rank else "no",
         "early-exit pruner": f"rank {config.pruner_rank}" if config.pruner_rank else "no",
         "parameters": f"{parameters:,}",
-        "trained on": f"{figures.get('texts', 0):,} of the model's own answers, "
-        f"{figures.get('updates', 0):,} updates, {minutes:g} minutes in all",
     }
+    if figures.get("texts"):
+        shape["trained on"] = (
+            f"{figures['texts']:,} answers, {figures['updates']:,} updates, "
+            f"{figures['train_minutes']:.1f} minutes"
+        )
     measured = {
         f"tokens per pass, {tree}": f"{value:.2f}, on held-out prompts, greedy"
         for tree, value in per_pass.items()
@@ -62,17 +69,17 @@ def adoption_card(
             "pipeline_tag: text-generation",
             "tags:",
             "- mlx",
-            "- speculative-streaming",
+            f"- {TAG}",
             *([f"base_model: {json.dumps(base)}"] if base else []),
             "---",
             "",
             f"# {printable(name)}",
             "",
-            f"Speculative streams for `{printable(base or 'a model')}`, made by `specstream adopt` "
-            f"(mlx-specstream {__version__}). They belong to that base alone and hold none of it.",
+            f"Speculative streams for `{printable(base or 'a model')}`, made with "
+            f"mlx-specstream {__version__}. They belong to that base alone and hold none of it.",
             "",
             *_table("Streams", shape),
-            *_table("Measured", measured),
+            *(_table("Measured", measured) if measured else []),
             "## Use",
             "",
             "```sh",
