@@ -119,10 +119,10 @@ def finished(path: Path) -> set[int]:
     return done
 
 
-def in_order(prompts: Sequence[Prompt], window: int = SORT_WINDOW) -> Iterator[Prompt]:
+def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
     """Yield prompts with neighbours of like length, longest windows' members first to last."""
-    for start in range(0, len(prompts), window):
-        yield from sorted(prompts[start : start + window], key=lambda p: len(p.tokens))
+    for start in range(0, len(prompts), SORT_WINDOW):
+        yield from sorted(prompts[start : start + SORT_WINDOW], key=lambda p: len(p.tokens))
 
 
 def record_of(prompt: Prompt, answer: list[int], tokenizer: Any) -> dict[str, Any]:

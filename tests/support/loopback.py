@@ -77,7 +77,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fields = json.loads(sent)
             name = f"{fields.get('organization') or 'owner'}/{fields['name']}"
             hub.repositories.setdefault(name, {"main": ("0" * 40, {})})
-            return self._reply(200, json.dumps({"url": f"https://huggingface.co/{name}"}).encode(), True)
+            return self._reply(
+                200, json.dumps({"url": f"https://huggingface.co/{name}"}).encode(), True
+            )
         if path == "/api/validate-yaml":
             return self._reply(200, b'{"errors": [], "warnings": []}', True)
         name = "/".join(path.removeprefix("/api/models/").split("/")[:2])

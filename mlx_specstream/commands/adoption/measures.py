@@ -31,7 +31,7 @@ from ...speculation.streams import Streams
 from ...train.decode_eval import TREES
 from ...verify import compare, replay
 from ...weights.checkpoint import load_streams
-from .stages import Adoption, write_prompts
+from .stages import Adoption, prompt_source
 
 ACCEPTANCE, VERIFICATION, BENCHMARK = "acceptance", "verification", "benchmark"
 TOKENS = 64
@@ -124,7 +124,7 @@ def benchmark(adoption: Adoption) -> None:
         asked = Settings(
             model=settings.model,
             adapter_path=settings.adapter_path,
-            sources=[str(write_prompts(adoption))],
+            sources=[prompt_source(adoption)],
             categories=[],
             num_prompts=None,
             max_tokens=TOKENS,

@@ -39,6 +39,7 @@ ANSWER_BATCHES = (8, 32)
 TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 16, 24, 4
 CHECKPOINT_S = 20.0
 NEXT_TOKEN_RANK, PRUNER_RANK = 64, 8
+VERDICT_PROMPTS, VERDICT_TOKENS = 6, 48
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def train_options(
         held_out=32,
         iters=1_000_000,
         steps_per_eval=0,
-        verdict_prompts=6,
-        verdict_tokens=48,
+        verdict_prompts=VERDICT_PROMPTS,
+        verdict_tokens=VERDICT_TOKENS,
         **fields,
     )
 

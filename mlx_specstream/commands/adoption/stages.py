@@ -14,9 +14,9 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ...apps.learning import whole_lines
+from ...bench.cases import BUILT_IN
 from ...errors import StreamsError
 from ...loading.load import StreamModel
-from ...prompts.lines import json_lines
 from ...train.data import Example
 from ...train.loop import Trainer
 from ...train.record import LOG_FILE, read_log
@@ -25,7 +25,7 @@ from ...train.state import resumable
 from ...weights.checkpoint import StreamWeights, load_streams, save_streams
 from ...weights.files import atomic_file, atomic_folder
 from ...weights.fingerprint import fingerprint
-from ..distill import Prompt, answer_prompts, finished, in_order, read_prompts
+from ..distill import Prompt, answer_prompts, finished, read_prompts
 from ..train import make_objective, make_task, read_data
 from .plan import ANSWER_TOKENS, AdoptionPlan, check_disk, share_out, train_options, try_out
 from .prompts import records_for
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 ENOUGH = 24  # answers, below which there is nothing to train on
 LONGEST_PROMPT = 512
-WINDOW = 64  # prompts of like length side by side, so few that any beginning is a fair sample
 ANSWERS, TRAINING = "answers", "training"
 WORSE = 0.97
 
@@ -100,7 +99,7 @@ class Adoption:
             return
         path, plan = self.folder / ANSWERS_FILE, self.plan
         done = finished(path)
-        left = list(in_order([p for p in self.prompts() if p.index not in done], WINDOW))
+        left = [prompt for prompt in self.prompts() if prompt.index not in done]
         known = len(done) + (sum(1 for _ in whole_lines(self.learned)) if self.learned else 0)
         with (
             self.state.stage(ANSWERS) as clock,
@@ -235,8 +234,8 @@ def held_out_prompts(adoption: Adoption) -> list[dict[str, Any]]:
     """Return the messages that asked for the held-out answers; none that a chat or a client wrote."""
     path = adoption.folder / ANSWERS_FILE
     by_tokens = {}
-    for record, _ in json_lines(path):
-        assert isinstance(record, dict)
+    for line in whole_lines(path) if path.exists() else ():
+        record = json.loads(line)
         by_tokens[tuple(record["prompt_ids"])] = record["messages"][:-1]
     _, valid = adoption.texts()
     return [
@@ -246,13 +245,15 @@ def held_out_prompts(adoption: Adoption) -> list[dict[str, Any]]:
     ]
 
 
-def write_prompts(adoption: Adoption) -> Path:
-    """Write the held-out prompts to a file for the benchmark."""
+def prompt_source(adoption: Adoption) -> str:
+    """Return what a benchmark asks: a file of the held-out prompts, the built-in ones if there are none."""
     path = adoption.folder / "heldout.jsonl"
     lines = [json.dumps(record, ensure_ascii=False) for record in held_out_prompts(adoption)]
+    if not lines:
+        return BUILT_IN
     with atomic_file(path, if_exists="replace") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return str(path)
 
 
 def _is_over(run: Path) -> bool:
