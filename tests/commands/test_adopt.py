@@ -48,9 +48,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "ANSWER_TOKENS", 24)
     monkeypatch.setattr(measures, "TOKENS", 12)
     monkeypatch.setattr(measures, "plan_costs", lambda _: {})
-    for name, value in {"TRIAL_PROMPTS": 4, "TRIAL_TOKENS": 6, "VERDICT_PROMPTS": 1}.items():
+    monkeypatch.setattr(stages, "JUDGED_PROMPTS", 1)
+    monkeypatch.setattr(stages, "JUDGED_TOKENS", 8)
+    for name, value in {"TRIAL_PROMPTS": 4, "TRIAL_TOKENS": 6}.items():
         monkeypatch.setattr(plan, name, value)
-    monkeypatch.setattr(plan, "VERDICT_TOKENS", 8)
     monkeypatch.setattr(loop, "draw_curve", lambda _: None)
 
 
@@ -80,6 +81,7 @@ def test_a_model_is_adopted_and_used_by_itself(tiny_folder, capsys) -> None:
     assert "by themselves" in last
     names = {path.name for path in streams.iterdir()}
     assert names >= {"streams.safetensors", "streams_config.json", "acceptance.json", "README.md"}
+    assert "prune_threshold" in load_streams(streams).metadata
     card = (streams / "README.md").read_text()
     assert "tokens per pass, chain" in card
     assert "x mlx-lm" in card

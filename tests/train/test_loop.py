@@ -230,3 +230,27 @@ def test_log_lines_are_json(unbroken) -> None:
     records = [json.loads(line) for line in lines]
     assert [r["update"] for r in records if "update" in r] == list(range(1, 13))
     assert {"before", "after"} == set(records[-1]["verdict"])
+
+
+def test_a_run_by_the_clock_ends_with_its_minutes_and_decays_to_the_end(tmp_path) -> None:
+    run_tiny(tmp_path / "out", iters=100_000, max_minutes=0.05, steps_per_eval=0)
+    records = [r for r in read_log(tmp_path / "out") if "loss" in r]
+    factors = [r["lr_factor"] for r in records[2:]]
+    assert factors == sorted(factors, reverse=True)
+    assert records[-1]["elapsed_s"] >= 2.0
+    assert factors[-1] < 0.5 * max(factors)
+    assert len([r for r in read_log(tmp_path / "out") if "valid" in r]) == 1
+    assert not (tmp_path / "out" / STATE_FILE).exists()
+
+
+def test_streams_without_a_state_are_a_finished_run(tmp_path, monkeypatch) -> None:
+    """A kill between the first state and the first streams leaves the state alone."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_streams", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "out")
+    assert (tmp_path / "out" / STATE_FILE).exists()
+    assert not (tmp_path / "out" / "streams_config.json").exists()

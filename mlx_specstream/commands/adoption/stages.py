@@ -15,15 +15,19 @@ from tqdm import tqdm
 
 from ...apps.learning import whole_lines
 from ...bench.cases import BUILT_IN
+from ...config import StreamConfig
 from ...errors import StreamsError
 from ...loading.load import StreamModel
+from ...train.calibrate import accepted_scores, threshold_of
 from ...train.data import Example
+from ...train.decode_eval import decoded_tokens_per_step
 from ...train.loop import Trainer
+from ...train.loss import Tensors
 from ...train.record import LOG_FILE, read_log
 from ...train.state import STATE_FILE as TRAINING_STATE
 from ...train.state import resumable
 from ...weights.checkpoint import StreamWeights, load_streams, save_streams
-from ...weights.files import atomic_file, atomic_folder
+from ...weights.files import atomic_file
 from ...weights.fingerprint import fingerprint
 from ..distill import Prompt, answer_prompts, finished, read_prompts
 from ..train import make_objective, make_task, read_data
@@ -38,6 +42,7 @@ ENOUGH = 24  # answers, below which there is nothing to train on
 LONGEST_PROMPT = 512
 ANSWERS, TRAINING = "answers", "training"
 WORSE = 0.97
+JUDGED_PROMPTS, JUDGED_TOKENS = 6, 48
 
 
 @dataclass
@@ -192,42 +197,65 @@ class Adoption:
                 state.spent[TRAINING] = max(before, trainer.progress.elapsed_s)
                 state.save()
         with state.stage(TRAINING):
-            verdict = next(r["verdict"] for r in reversed(read_log(run)) if "verdict" in r)
-            state.figures["verdict"] = verdict
             updates = [r for r in read_log(run) if "loss" in r]
             state.figures["updates"] = updates[-1]["update"] if updates else 0
             state.figures["texts"] = len(train)
-            self._refuse_worse(verdict)
-            self._make(run)
+            weights = load_streams(run)
+            # As they will be used: in 16 bits.
+            tensors = {name: tensor.astype(mx.bfloat16) for name, tensor in weights.tensors.items()}
+            self._refuse_worse(weights.config, tensors)
+            self._make(weights, tensors)
+            shutil.copyfile(run / LOG_FILE, self.made / "training_log.jsonl")
 
-    def _refuse_worse(self, verdict: Any) -> None:
+    def _refuse_worse(self, config: StreamConfig, tensors: Tensors) -> None:
         """Stop before streams that were trained further, and got worse, take the place of better ones.
 
         Raises:
             StreamsError: they got worse.
         """
-        before, after = (verdict[key].get("chain", 0.0) for key in ("before", "after"))
-        if self.given is not None and after < WORSE * before:
+        if self.given is None:
+            return
+        before = self._chain(self.given.config, self.given.tensors)
+        after = self._chain(config, tensors)
+        self.state.figures["chain_before"] = before
+        if after < WORSE * before:
             clear(self.folder)
             raise StreamsError(
                 f"training further made the streams worse ({before:.2f} tokens per pass before, "
                 f"{after:.2f} after), so the old ones stay in use; give it more --minutes."
             )
 
-    def _make(self, run: Path) -> None:
-        """Write the finished streams, in 16 bits, into a folder that appears whole."""
-        weights = load_streams(run)
-        shutil.rmtree(self.made, ignore_errors=True)
-        with atomic_folder(self.made, if_exists="replace") as partial:
-            save_streams(
-                partial,
-                weights.config,
-                {name: tensor.astype(mx.bfloat16) for name, tensor in weights.tensors.items()},
-                base_model=self.base_name,
-                fingerprint=fingerprint(self.model.model),
-                metadata={**weights.metadata, "trained_by": "specstream adopt"},
+    def _chain(self, config: StreamConfig, tensors: Tensors) -> float:
+        """Return tokens per pass as a chain on a few held-out prompts."""
+        stop = set(self.tokenizer.eos_token_ids)
+        found = decoded_tokens_per_step(
+            self.model.backbone, config, tensors, self._few(), JUDGED_TOKENS, stop
+        )
+        return found.get("chain", 1.0)
+
+    def _few(self) -> list[Example]:
+        train, valid = self.texts()
+        return (valid or train)[:JUDGED_PROMPTS]
+
+    def _make(self, weights: StreamWeights, tensors: Tensors) -> None:
+        """Calibrate the pruner and write the finished streams into a folder that appears whole."""
+        metadata = {**weights.metadata, "trained_by": "specstream adopt"}
+        if weights.config.pruner_rank:
+            stop = set(self.tokenizer.eos_token_ids)
+            scores = accepted_scores(
+                self.model.backbone, weights.config, tensors, self._few(), JUDGED_TOKENS, stop
             )
-            shutil.copyfile(run / LOG_FILE, partial / "training_log.jsonl")
+            threshold, kept = threshold_of(scores)
+            metadata |= {"prune_threshold": f"{threshold:g}", "prune_kept": f"{kept:.4f}"}
+        shutil.rmtree(self.made, ignore_errors=True)
+        save_streams(
+            self.made,
+            weights.config,
+            tensors,
+            base_model=self.base_name,
+            fingerprint=fingerprint(self.model.model),
+            metadata=metadata,
+        )
 
 
 def held_out_prompts(adoption: Adoption) -> list[dict[str, Any]]:
