@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -136,6 +137,11 @@ FOLDERS = (
     *("speculation", "model", "generation", "planner", "batch", "config", "weights", "loading"),
     *("prompts", "train", "bench", "doctor", "machine", "commands"),
 )
+# Folders inside these, and those at the repository's top: what their files open with is their table.
+INNER = (
+    *("model/cache", "model/families", "weights/tensorfile", "apps", "apps/chat", "apps/serve"),
+    *("convert", "convert/gguf", "convert/pytorch"),
+)
 
 
 def folder_map() -> str:
@@ -146,7 +152,27 @@ def folder_map() -> str:
         purpose, *rest = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")
         table = next(part for part in rest if part.startswith("| file |"))
         parts.append(f"### `{name}/`\n\n{' '.join(purpose.split())}\n\n{table}\n")
+    for name in INNER:
+        folder = ROOT / (name if name.split("/")[0] in LINKED else f"{PACKAGE}/{name}")
+        parts.append(
+            f"### `{name}/`\n\n{opening(folder / '__init__.py')}\n\n{opening_table(folder)}\n"
+        )
     return "\n".join(parts)
+
+
+def opening(path: Path) -> str:
+    """Return the first line that a file says of itself."""
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+
+
+def opening_table(folder: Path) -> str:
+    """Return a table of a folder's files, each with its opening words."""
+    rows = [
+        f"| `{path.name}` | {opening(path).rstrip('.:')} |"
+        for path in sorted(folder.glob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    return "\n".join(["| file | in its own words |", "|---|---|", *rows])
 
 
 def page_with_map() -> str:
@@ -155,16 +181,22 @@ def page_with_map() -> str:
     return _MAP.sub(lambda found: f"{found[1]}\n{folder_map()}\n{found[2]}", page)
 
 
-def entered(words: list[str]) -> set[str]:
-    """Return the package's own files in which a function is called while `specstream` runs `words`."""
+def entered(words: list[str]) -> tuple[set[str], set[str]]:
+    """Return the package's own files in which a function is called while `specstream` runs `words`.
+
+    The second set: from the call of `stream_generate` on, when model and prompt have been read.
+    """
     from mlx_specstream import cli
 
     files: set[str] = set()
+    answering: set[str] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        # A module's body runs at import, not on a token's way.
-        if event == "call" and frame.f_code.co_name != "<module>":
+        # The bodies of modules and classes run at import, not on a token's way: their names are no locals.
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             files.add(frame.f_code.co_filename)
+            if answering or frame.f_code.co_name == "stream_generate":
+                answering.add(frame.f_code.co_filename)
 
     with contextlib.redirect_stdout(io.StringIO()):
         sys.setprofile(note)
@@ -173,7 +205,10 @@ def entered(words: list[str]) -> set[str]:
         finally:
             sys.setprofile(None)
     own = {str(path.resolve()) for path in modules().values()}
-    return {name for file in files if (name := str(Path(file).resolve())) in own}
+    whole, part = (
+        {str(Path(file).resolve()) for file in found} & own for found in (files, answering)
+    )
+    return whole, part
 
 
 def main(argv: list[str]) -> int:
@@ -188,9 +223,13 @@ def main(argv: list[str]) -> int:
     if options.entered:
         for tree in ("16", "auto"):
             words = ["generate", "--model", "demo", "--prompt", "Hi", "-m", "24", "--tree", tree]
-            files = entered(words)
-            print(f"files entered by specstream generate -m 24 --tree {tree}: {len(files)}")
-            print(*(f"  {Path(file).relative_to(ROOT)}" for file in sorted(files)), sep="\n")
+            files, answering = entered(words)
+            print(
+                f"files entered by specstream generate -m 24 --tree {tree}: {len(files)}, of which "
+                f"{len(answering)} from prompt tokens to text (marked *)"
+            )
+            for file in sorted(files):
+                print(f"{'*' if file in answering else ' '} {Path(file).relative_to(ROOT)}")
         return 0
     found = arrows()
     pairs = top_level_pairs(found)

@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Record, replay and print."""
     from tqdm import tqdm
 
-    from mlx_specstream.bench.competitors import open_contest
+    from mlx_specstream.bench.competitors import open_competitors
     from mlx_specstream.planner.costs import acceptance, step_costs
     from mlx_specstream.planner.record import record_answer
     from mlx_specstream.prompts import encode_prompt
@@ -174,20 +174,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases: list[Case] = chosen_cases([args.prompts], (), args.num_prompts, in_turns=True)
     categories = list(dict.fromkeys(case.category for case in cases))
     method = Method("streams", tree="auto", streams=args.streams)
-    contest = open_contest(args.model, None, {"auto": method}, categories, None)
+    competitors = open_competitors(args.model, None, {"auto": method}, categories, None)
     planners: dict[str, Planner] = {}
     found = Replayed()
     for case in tqdm(cases, desc="recording", unit="answer"):
-        name = contest.methods["auto"].streams_for(case.category)
-        model: StreamModel = contest.by_streams[name]
+        name = competitors.methods["auto"].streams_for(case.category)
+        model: StreamModel = competitors.by_streams[name]
         assert model.streams is not None
         if name not in planners:
             curve = step_costs(model)
             if curve is None:
                 raise StreamsError("costs were not measured; set SPECSTREAM_PLAN_SECONDS above 0.")
             planners[name] = Planner(curve, acceptance(model), best_first(curve))
-        ids = encode_prompt(contest.tokenizer, case.prompt)
-        stop = set(contest.tokenizer.eos_token_ids)
+        ids = encode_prompt(competitors.tokenizer, case.prompt)
+        stop = set(competitors.tokenizer.eos_token_ids)
         answer = record_answer(model.streams, ids, args.max_tokens, stop, case.category)
         add(found, planners[name], answer, len(ids))
     print(as_markdown(found))

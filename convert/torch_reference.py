@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from .check import Findings, Trace
-    from .pytorch.backbone import Backbone
+    from .pytorch.backbone import TorchBackbone
     from .pytorch.model import SpeculativeModel
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -49,7 +49,7 @@ class TorchReference:
                 "--check runs the source in PyTorch; install mlx-specstream[torch], or leave it"
                 " out."
             ) from None
-        from .pytorch.backbone import Backbone
+        from .pytorch.backbone import TorchBackbone
 
         assert plan.source is not None
         if "quantization" in (plan.source.checkpoint.config or {}):
@@ -57,7 +57,7 @@ class TorchReference:
         self.torch = torch
         try:
             model = _base_model(plan.source)
-            self.backbone = Backbone(model.float().eval().requires_grad_(False))
+            self.backbone = TorchBackbone(model.float().eval().requires_grad_(False))
             self.model = _stream_model(self.backbone, plan.source)
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             if isinstance(error, OptionError):
@@ -222,7 +222,7 @@ def _found(name: str, given: Mapping[str, torch.Tensor], shapes: Mapping[str, An
     raise CheckpointError(f"--check: PyTorch's model has a weight {name} that the source lacks.")
 
 
-def _stream_model(backbone: Backbone, source: Source) -> SpeculativeModel | None:
+def _stream_model(backbone: TorchBackbone, source: Source) -> SpeculativeModel | None:
     """Return the PyTorch reference with the streams as trained; None without streams."""
     import torch
 

@@ -57,7 +57,6 @@ class Replayed:
     text: str
     stats: SpeculationStats
     seconds: float
-    prompt_seconds: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def replay(
     tokens: list[int] = []
     pieces: list[str] = []
     stats = SpeculationStats()
-    started = first = time.perf_counter()
+    first = time.perf_counter()
     for response in stream_generate(
         model,
         tokenizer,
@@ -149,7 +148,7 @@ def replay(
         pieces.append(response.text)
         stats = response.stats
         on_token(response.text)
-    return Replayed(tokens, "".join(pieces), stats, time.perf_counter() - first, first - started)
+    return Replayed(tokens, "".join(pieces), stats, time.perf_counter() - first)
 
 
 def compare(

@@ -17,7 +17,7 @@ from ...generation.decode_options import (
     load_options,
 )
 from ...generation.sampling_options import add_sampler_options, sampling_config
-from ...prompts.template_args import template_args
+from ...prompts.encode import template_args
 from ..learning import LEARN_HELP, learned_file, notice
 from .limits import Access, Limits
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ... import DecodeConfig, StreamModel
-from ...batch import BatchDecoder, Slot
+from ...batch import BatchDecoder, BatchSequence
 from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
@@ -67,7 +67,7 @@ class Scheduler:
         self.prefixes = PrefixStore(new_cache, prompt_cache_bytes)
         self.reading: deque[RequestState] = deque()  # whose turn is next comes first
         self.writing: deque[RequestState] = deque()
-        self.slots: dict[Slot, RequestState] = {}
+        self.sequences: dict[BatchSequence, RequestState] = {}
 
     @property
     def requests(self) -> list[Request]:
@@ -146,27 +146,27 @@ class Scheduler:
 
     def _together(self, batch: BatchDecoder) -> list[tuple[Request, Event]]:
         """Give all answers a pass that they share."""
-        joined = set(self.slots.values())
+        joined = set(self.sequences.values())
         for answer in self.writing:
             if answer not in joined and not answer.request.over:
                 answer.settle()
-                slot = batch.add(
+                sequence = batch.add(
                     [answer.root],
                     cache=answer.cache,
                     token_sampler=answer.token_sampler,
                     criteria=answer,
                 )
-                self.slots[slot] = answer
+                self.sequences[sequence] = answer
         events: list[tuple[Request, Event]] = []
         try:
             results = batch.step()
         except Exception as error:  # of all, such as no memory: nothing in the batch can be trusted
-            lost = [self._failed(answer, error) for answer in self.slots.values()]
-            self.slots.clear()
+            lost = [self._failed(answer, error) for answer in self.sequences.values()]
+            self.sequences.clear()
             self.batch = make_batch(self.model, self.config, self.speculative, self.caching)
             return lost
-        for slot, result, raised in results:
-            answer = self.slots[slot]
+        for sequence, result, raised in results:
+            answer = self.sequences[sequence]
             if raised is not None or result is None:
                 events.append(self._failed(answer, raised or RuntimeError("no result")))
                 continue
@@ -178,10 +178,10 @@ class Scheduler:
 
     def _leave_batch(self, answer: RequestState) -> None:
         """Take an answer's cache back from the batch, if it is there."""
-        for slot, one in list(self.slots.items()):
+        for sequence, one in list(self.sequences.items()):
             if one is answer and self.batch is not None:
-                del self.slots[slot]
-                answer.cache = self.batch.remove(slot)
+                del self.sequences[sequence]
+                answer.cache = self.batch.remove(sequence)
 
     def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
         answer.failed = True

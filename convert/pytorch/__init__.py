@@ -5,8 +5,10 @@
 * `model`: the dense reference, oracle of every parity test
 * `checkpoint`: schema 1, read and written
 * `distill`, `batched`, `states`: the model's own answers, and what the frozen base computes for them
-* `data`, `packed`, `loss`: texts and batches, the fast forward of stream rows, a vocabulary subset
+* `packed`, `loss`: the fast forward of stream rows, cross-entropy under the head
 * `objectives`, `start`, `workers`, `trainer`, `train`: what is minimised and trained, several processes at one step,
-  the loop
+  what one update is
 * `measure`, `evaluate`: tokens per step
+
+Data, batches, targets, the loop, its budget, log and options are those of `mlx_specstream.train`.
 """

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...config import StreamConfig
-from .backbone import Backbone
-from .condition import Conditioner, unit
+from .backbone import TorchBackbone
+from .condition import TorchConditioner, unit
 
 
 class LowRank(nn.Module):
@@ -44,7 +44,7 @@ class StreamAdapters(nn.Module):
     def __init__(
         self,
         config: StreamConfig,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         embedding_std: float = 1.0,
     ) -> None:
         """Make untrained adapters.
@@ -72,7 +72,7 @@ class StreamAdapters(nn.Module):
         self.conditioner = None
         if config.conditioner_rank:
             shape = config.conditioner_hidden, config.conditioner_rank, config.conditioner_tokens
-            self.conditioner = Conditioner(h, *shape)
+            self.conditioner = TorchConditioner(h, *shape)
         first = 0 if config.mode == "shared" else self.first_msa_layer
         layers: dict[str, nn.ModuleDict] = {}
         for index in range(first, num_layers) if config.lora_rank else ():
@@ -130,7 +130,7 @@ class StreamAdapters(nn.Module):
         return main.unsqueeze(-1) + offsets
 
 
-def grow(adapters: StreamAdapters, backbone: Backbone, **changes: object) -> StreamAdapters:
+def grow(adapters: StreamAdapters, backbone: TorchBackbone, **changes: object) -> StreamAdapters:
     """Return adapters of a changed config that hold everything the given ones have learned.
 
     Streams may be added (each new P_j starts at the last one), as may parts that did not exist (a pruner, the lower

@@ -113,7 +113,7 @@ class DecoderLayer:
         return residual + linear("mlp.down_proj", mlp.down_proj, activation(gate) * up)
 
 
-class Backbone:
+class TorchBackbone:
     """A `...ForCausalLM` model of a supported family, seen as embed, layers, norm and head."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -136,7 +136,7 @@ class Backbone:
         ]
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Backbone:
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> TorchBackbone:
         """Load a local model folder, frozen and in evaluation mode."""
         from transformers import AutoModelForCausalLM
 

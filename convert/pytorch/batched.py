@@ -17,32 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backbone import Backbone
+from ...train.distilled import PromptToAnswer, in_order
+from .backbone import TorchBackbone
 from .states import States
 
 SORT_WINDOW = 2048
-"""Prompts are sorted by length inside windows of this size: neighbours pad little, a prefix stays a fair sample."""
+"""Prompts are sorted by length inside windows of this size: neighbours pad little."""
 
 
 @dataclass
-class Prompt:
-    """A prompt waiting for, or receiving, its answer."""
+class PromptInSlot(PromptToAnswer):
+    """A prompt waiting for, or receiving, its answer; with the base's states for it, if they are kept."""
 
-    source: str
-    index: int
-    text: str
-    ids: list[int]
     answer: list[int] = field(default_factory=list)
     states: States | None = None
 
-    def record(self, tokenizer: object) -> dict[str, object]:
-        reply = tokenizer.decode(self.answer, skip_special_tokens=True)  # type: ignore[attr-defined]
-        messages = [{"role": "user", "content": self.text}, {"role": "assistant", "content": reply}]
-        ids = {"prompt_ids": self.ids, "answer_ids": self.answer}
-        return {"source": self.source, "index": self.index, **ids, "messages": messages}
 
-
-def greedy(backbone: Backbone, hidden: Tensor) -> Tensor:
+def greedy(backbone: TorchBackbone, hidden: Tensor) -> Tensor:
     """Return the best token of each row of `hidden` (B, h), normed.
 
     A 16-bit product cannot tell close logits apart, so every candidate within its error of the best is computed again
@@ -59,12 +50,12 @@ def greedy(backbone: Backbone, hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape[0], dtype=torch.long).scatter(0, rows[winners], tokens[winners])
 
 
-class Decoder:
+class SlotDecoder:
     """Greedy decoding of many sequences in slots; keeps base states of the top `num_msa_layers` layers if asked to."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         batch_size: int,
         max_length: int,
         max_new_tokens: int,
@@ -79,7 +70,7 @@ class Decoder:
         shape = (batch_size, backbone.num_kv_heads, max_length, backbone.head_dim)
         self.keys = [torch.zeros(shape, dtype=backbone.dtype) for _ in backbone.layers]
         self.values = [torch.zeros(shape, dtype=backbone.dtype) for _ in backbone.layers]
-        self.prompts: list[Prompt | None] = [None] * batch_size
+        self.prompts: list[PromptInSlot | None] = [None] * batch_size
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self.last = torch.zeros(batch_size, dtype=torch.long)
         self.rotations = backbone.rotation(torch.arange(max_length)[None])
@@ -88,16 +79,16 @@ class Decoder:
     def free(self) -> list[int]:
         return [slot for slot, prompt in enumerate(self.prompts) if prompt is None]
 
-    def fill(self, slots: list[int], prompts: list[Prompt]) -> list[Prompt]:
+    def fill(self, slots: list[int], prompts: list[PromptInSlot]) -> list[PromptInSlot]:
         """Prefill `prompts` into `slots`; return those that are finished after one token."""
-        lengths = [len(p.ids) for p in prompts]
-        x = self._prefill(slots, [p.ids for p in prompts])
+        lengths = [len(p.tokens) for p in prompts]
+        x = self._prefill(slots, [p.tokens for p in prompts])
         last = torch.tensor(lengths) - 1
         tokens = greedy(self.backbone, self.backbone.norm(x[torch.arange(len(slots)), last]))
         self._occupy(slots, prompts, lengths)
         return self._take(slots, tokens)
 
-    def _occupy(self, slots: list[int], prompts: list[Prompt], lengths: list[int]) -> None:
+    def _occupy(self, slots: list[int], prompts: list[PromptInSlot], lengths: list[int]) -> None:
         self.lengths[slots] = torch.tensor(lengths)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.prompts[slot] = prompt
@@ -125,7 +116,7 @@ class Decoder:
             x = layer.finish(x, out.transpose(1, 2).flatten(2))
         return x
 
-    def step(self) -> list[Prompt]:
+    def step(self) -> list[PromptInSlot]:
         """Decode one token in every slot; return the prompts that are finished."""
         slots = [slot for slot, prompt in enumerate(self.prompts) if prompt is not None]
         B, rows = len(self.prompts), torch.arange(len(self.prompts))
@@ -174,7 +165,7 @@ class Decoder:
         )
         return States(keys, values, self.hidden[slot, :answer].clone())
 
-    def _take(self, slots: list[int], tokens: Tensor) -> list[Prompt]:
+    def _take(self, slots: list[int], tokens: Tensor) -> list[PromptInSlot]:
         finished = []
         for slot, token in zip(slots, tokens.tolist(), strict=True):
             prompt = self.prompts[slot]
@@ -190,27 +181,25 @@ class Decoder:
 
 
 def answer(
-    backbone: Backbone,
-    prompts: list[Prompt],
+    backbone: TorchBackbone,
+    prompts: list[PromptInSlot],
     *,
     batch_size: int,
     max_new_tokens: int,
     eos: set[int],
     num_msa_layers: int = 0,
-    make: Callable[..., Decoder] = Decoder,
-) -> Iterator[Prompt]:
+    make: Callable[..., SlotDecoder] = SlotDecoder,
+) -> Iterator[PromptInSlot]:
     """Yield each prompt once its greedy answer is complete, in order of completion.
 
-    make: makes the decoder, with `Decoder`'s arguments.
+    make: makes the decoder, with `SlotDecoder`'s arguments.
     """
     if not prompts:
         return
-    queue: list[Prompt] = []
-    for start in range(0, len(prompts), SORT_WINDOW):
-        queue += sorted(prompts[start : start + SORT_WINDOW], key=lambda p: len(p.ids))
+    queue = list(in_order(prompts, SORT_WINDOW))
     queue.reverse()
     batch_size = min(batch_size, len(queue))
-    longest = max(len(p.ids) for p in queue) + max_new_tokens
+    longest = max(len(p.tokens) for p in queue) + max_new_tokens
     decoder = make(backbone, batch_size, longest, max_new_tokens, eos, num_msa_layers)
     refill = max(1, batch_size // 16)
     with torch.inference_mode():

@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ...weights.files import atomic_folder
 from ...weights.tensorfile import difference
 from .adapters import StreamAdapters
-from .backbone import Backbone
+from .backbone import TorchBackbone
 
 CONFIG_NAME, WEIGHTS_NAME = "speculative_streaming.json", "stream_model.safetensors"
 SCHEMA = 1
@@ -82,7 +82,7 @@ def read_config(path: str | Path) -> StreamConfig:
     return StreamConfig(**{name: value for name, value in fields.items() if name in known})
 
 
-def load_checkpoint(path: str | Path, backbone: Backbone) -> StreamAdapters:
+def load_checkpoint(path: str | Path, backbone: TorchBackbone) -> StreamAdapters:
     """Read a schema-1 folder as float32 adapters for `backbone`.
 
     Raises:

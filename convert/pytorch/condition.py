@@ -21,7 +21,7 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
-class Conditioner(nn.Module):
+class TorchConditioner(nn.Module):
     """The correction's weights: mlp_in (m, 2h or 3h), mlp_out (h, m), lora_A (r, h), lora_B (h, r).
 
     mlp_out and lora_A start at zero, so that training begins at the marginals.

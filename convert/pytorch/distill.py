@@ -25,9 +25,10 @@ from tqdm import tqdm
 from ...exit_status import exit_status
 from ...prompts import prompt_of
 from ...prompts.lines import json_lines
+from ...train.distilled import answered
 from ...weights.files import refuse_same_file
-from .backbone import Backbone
-from .batched import Prompt, answer
+from .backbone import TorchBackbone
+from .batched import PromptInSlot, answer
 from .states import StateShape, StateWriter, state_files
 
 
@@ -39,37 +40,17 @@ def prompt_text(record: object, where: str) -> str:
     return next(str(turn["content"]) for turn in prompt.messages if turn["role"] == "user")
 
 
-def read_done(path: Path) -> set[tuple[str, int]]:
-    """Return the (source, index) pairs already in `path`, cutting off a last line that was not completed."""
-    if not path.exists():
-        return set()
-    done, end = set(), 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            record = json.loads(line)
-            done.add((record["source"], record["index"]))
-            end += len(line)
-    with path.open("r+b") as file:
-        file.truncate(end)
-    return done
-
-
-def read_prompts(path: Path, tokenizer: object, max_prompt_tokens: int) -> list[Prompt]:
+def read_prompts(path: Path, tokenizer: object, max_prompt_tokens: int) -> list[PromptInSlot]:
     """Read a JSON-lines file and apply the tokenizer's chat template; longer prompts are left out."""
     prompts = []
+    source = path.stem if path.stem != "train" else path.parent.name
     for index, (record, where) in enumerate(json_lines(path)):
-        text = prompt_text(record, where)
+        messages = [{"role": "user", "content": prompt_text(record, where)}]
         ids = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            messages, add_generation_prompt=True, return_dict=False
         )
         if len(ids) <= max_prompt_tokens:
-            prompts.append(
-                Prompt(
-                    path.stem if path.stem != "train" else path.parent.name, index, text, list(ids)
-                )
-            )
+            prompts.append(PromptInSlot(index, messages, None, list(ids), source))
     return prompts
 
 
@@ -83,9 +64,9 @@ def distill(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+    backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
     output = Path(args.output)
-    done = read_done(output)
+    done = answered(output)
     writer = None
     if args.states:
         shape = (
@@ -117,7 +98,9 @@ def distill(args: argparse.Namespace) -> None:
                 if writer and prompt.states is not None:
                     writer.append((prompt.source, prompt.index), prompt.states)
                     prompt.states = None
-                file.write(json.dumps(prompt.record(tokenizer), ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(prompt.record(prompt.answer, tokenizer), ensure_ascii=False) + "\n"
+                )
                 file.flush()
                 tokens += len(prompt.answer)
                 bar.update()

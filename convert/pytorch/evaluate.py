@@ -17,28 +17,30 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ...exit_status import exit_status
 from ...train.batches import Selection
-from ...train.data import Example
-from ...train.figures import NUM_CANDIDATES, walk
+from ...train.data import Example, read_distilled
+from ...train.figures import NUM_CANDIDATES, Tally
+from ...train.targets import rows_of_batch
 from ...weights.files import atomic_file, refuse_same_file
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .checkpoint import load_checkpoint
-from .data import Targets, read_examples, targets
 from .joint import JointStreams
 from .packed import PackedBatch, PackedStreams
 from .states import StateReader, compute_states
 
+NO_TARGET = -1
 POSITIONS = 64
 """Positions whose trees are built together."""
 
 
 @dataclass(frozen=True)
-class Candidates:
+class StreamCandidates:
     """Each stream's best tokens. ids: (N, γ, C) int64. log_probs: (N, γ, C). hidden: (N, γ, h)."""
 
     ids: Tensor
@@ -46,15 +48,46 @@ class Candidates:
     hidden: Tensor
 
 
-def candidates(packed: PackedStreams, hidden: Tensor) -> Candidates:
+@dataclass(frozen=True)
+class WantedTokens:
+    """What follows N positions of a text: their roots x_{t+1} (N,), the tokens x_t (N,) before those, and the
+    streams' targets (N, γ), NO_TARGET past the end.
+    """
+
+    before: Tensor
+    roots: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, text: Example, num_streams: int) -> WantedTokens:
+        """Return what follows the last prompt token and every answer token but the last."""
+        first = text.prompt_length - 1
+        rows = rows_of_batch(
+            [Selection(text, tuple(range(first, len(text.tokens) - 1)))], num_streams
+        )
+        targets = np.full(len(text.answer) * num_streams, NO_TARGET)
+        targets[rows.index] = rows.target
+        table = torch.from_numpy(targets).view(-1, num_streams)
+        return cls(torch.tensor(text.tokens[first:-1]), torch.tensor(text.answer), table)
+
+    def of_rows(self, rows: slice) -> WantedTokens:
+        """Return what follows some of the positions."""
+        return WantedTokens(self.before[rows], self.roots[rows], self.targets[rows])
+
+
+def candidates(packed: PackedStreams, hidden: Tensor) -> StreamCandidates:
     """Return the best `NUM_CANDIDATES` tokens of normed stream states (N, γ, h), whole vocabulary."""
     logits = (hidden @ packed.backbone.head_weight.t()).float()
     best = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
-    return Candidates(best.indices, best.values - logits.logsumexp(-1, keepdim=True), hidden)
+    return StreamCandidates(best.indices, best.values - logits.logsumexp(-1, keepdim=True), hidden)
 
 
 def conditioned_log_probs(
-    packed: PackedStreams, found: Candidates, level: int, parents: Tensor, grandparents: Tensor
+    packed: PackedStreams,
+    found: StreamCandidates,
+    level: int,
+    parents: Tensor,
+    grandparents: Tensor,
 ) -> Tensor:
     """Return log-probabilities (N, W, C) of stream `level`'s candidates given each of the parents (N, W)."""
     conditioner = packed.adapters.conditioner
@@ -69,7 +102,11 @@ def conditioned_log_probs(
 
 
 def accepted_in_tree(
-    packed: PackedStreams, found: Candidates, wanted: Targets, rows: int, conditioned: bool
+    packed: PackedStreams,
+    found: StreamCandidates,
+    wanted: WantedTokens,
+    rows: int,
+    conditioned: bool,
 ) -> Tensor:
     """Return how many drafts of a best-first tree with `rows` rows (root included) the text accepts, (N,).
 
@@ -78,7 +115,7 @@ def accepted_in_tree(
     """
     N, G, C = found.ids.shape
     width = rows - 1 if rows else 1
-    tokens, before, scores = wanted.parents[:, :1], wanted.grandparents[:, :1], torch.zeros(N, 1)
+    tokens, before, scores = wanted.roots[:, None], wanted.before[:, None], torch.zeros(N, 1)
     right = torch.ones(N, 1, dtype=torch.bool)
     all_scores, all_right = [], []
     for level in range(G):
@@ -87,11 +124,7 @@ def accepted_in_tree(
         else:
             log_probs = found.log_probs[:, level, None].expand(-1, tokens.shape[1], -1)
         ids = found.ids[:, level, None].expand_as(log_probs)
-        hit = (
-            (ids == wanted.tokens[:, level, None, None])
-            & wanted.valid[:, level, None, None]
-            & right[:, :, None]
-        )
+        hit = (ids == wanted.targets[:, level, None, None]) & right[:, :, None]
         best = (
             (scores[:, :, None] + log_probs)
             .flatten(1)
@@ -111,29 +144,6 @@ def accepted_in_tree(
     return torch.cat(all_right, dim=1).gather(1, kept).sum(1)
 
 
-@dataclass
-class Tally:
-    """Tokens and steps, over all positions and walking."""
-
-    positions: int = 0
-    accepted: int = 0
-    tokens: int = 0
-    steps: int = 0
-
-    def add(self, accepted: Tensor) -> None:
-        """Count one text's positions (A,), in order."""
-        self.positions += len(accepted)
-        self.accepted += int(accepted.sum())
-        self.tokens += len(accepted)
-        self.steps += len(walk(accepted.tolist()))
-
-    def figures(self) -> dict[str, float]:
-        return {
-            "all_positions": round(1 + self.accepted / max(1, self.positions), 4),
-            "walking": round(self.tokens / max(1, self.steps), 4),
-        }
-
-
 def evaluate(
     packed: PackedStreams,
     texts: Sequence[Example],
@@ -151,23 +161,20 @@ def evaluate(
     tallies = {(kind, size): Tally() for kind in kinds for size in (0, *sizes)}
     hits, valid = torch.zeros(2, G), torch.zeros(G)
     for text in tqdm(texts, desc="evaluate", unit="text"):
-        selection = Selection(text, tuple(range(text.prompt_length - 1, len(text.tokens) - 1)))
-        hidden = foresee(text)
-        wanted = targets([selection], G)
-        accepted: dict[tuple[str, int], list[Tensor]] = {key: [] for key in tallies}
+        hidden, wanted = foresee(text), WantedTokens.of(text, G)
+        accepted: dict[tuple[str, int], list[int]] = {key: [] for key in tallies}
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
-            some = wanted.rows(part)
+            some = wanted.of_rows(part)
             found = candidates(packed, hidden[part])
-            match = (found.ids == some.tokens[..., None]) & some.valid[..., None]
+            match = found.ids == some.targets[..., None]
             hits += torch.stack([match[..., :1].any(-1).sum(0), match[..., :3].any(-1).sum(0)])
-            valid += some.valid.sum(0)
+            valid += (some.targets != NO_TARGET).sum(0)
             for kind, size in tallies:
-                accepted[kind, size].append(
-                    accepted_in_tree(packed, found, some, size, kind == "conditioned")
-                )
+                drafts = accepted_in_tree(packed, found, some, size, kind == "conditioned")
+                accepted[kind, size] += drafts.tolist()
         for key, tally in tallies.items():
-            tally.add(torch.cat(accepted[key]))
+            tally.add(accepted[key])
     figures: dict[str, object] = {"texts": len(texts), "tokens": sum(len(t.answer) for t in texts)}
     figures["top1"], figures["top3"] = (
         [round(float(v), 4) for v in row / valid.clamp(min=1)] for row in hits
@@ -230,9 +237,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     refuse_same_file({"--data": args.data, **({"--output": args.output} if args.output else {})})
-    backbone = Backbone.load(args.model, getattr(torch, args.dtype))
+    backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
     packed = PackedStreams(backbone, load_checkpoint(args.checkpoint, backbone))
-    texts = read_examples(args.data)
+    texts = read_distilled(args.data)
     texts = texts[: args.limit] if args.limit else texts
     with torch.inference_mode():
         if packed.adapters.config.mode == "shared":

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...train.batches import alike
 from ...train.data import Example
 from .adapters import StreamAdapters
-from .backbone import Backbone, attend
-from .data import alike
+from .backbone import TorchBackbone, attend
+from .masks import stream_mask
 from .merged import MergedLayers
 from .model import rotate_values
 
@@ -88,7 +89,9 @@ class JointOutput:
 class JointStreams:
     """Main and streams of one model, batched; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters, streams: bool = True) -> None:
+    def __init__(
+        self, backbone: TorchBackbone, adapters: StreamAdapters, streams: bool = True
+    ) -> None:
         """`streams=False` leaves the streams out: a plain LoRA model."""
         self.backbone, self.adapters, self.with_streams = backbone, adapters, streams
         self.rows = MergedLayers(backbone, adapters)
@@ -147,14 +150,8 @@ class JointStreams:
     def _mask(self, branch: Branch, num_streams: int, opening: float) -> Tensor:
         """Return the additive mask of a branch's rows (own, streams) over its keys (prefix, own, streams)."""
         n, m, G = len(branch.own), branch.num_streamed, num_streams
-        own = torch.ones(n, n, dtype=torch.bool).tril()
-        streamed = torch.arange(m).repeat_interleave(G)
-        level = torch.arange(G).repeat(m)
-        among = (streamed[:, None] == streamed) & (level <= level[:, None])
-        main_sees = torch.arange(n)[:, None] - branch.first == streamed
-        seen = torch.cat(
-            (torch.cat((own, main_sees), 1), torch.cat((own[branch.first + streamed], among), 1))
-        )
+        own, streamed = torch.ones(1, n, n, dtype=torch.bool).tril(), branch.first + torch.arange(m)
+        seen = stream_mask(own, streamed, G, main_sees_streams=True)[0]
         seen = torch.cat((torch.ones(len(seen), branch.prefix, dtype=torch.bool), seen), 1)
         mask = torch.zeros(seen.shape, dtype=self.backbone.dtype).masked_fill_(~seen, -torch.inf)
         if G and opening:

@@ -1,68 +1,47 @@
-"""The training loss of lossless mode [SS §3.2, Eq. 5], at a fraction of the vocabulary head's price.
-
-    loss = Σ_j α_j CE(stream j, x_{t+1+j})  +  Σ_j α_j CE(conditioned stream j | x_{t+j}, x_{t+1+j}),  α_j ∝ 0.8^(j-1)
-
-The full vocabulary would cost as much as the layers. Each step uses a subset: every target of the batch, the most
-frequent tokens of the training text, and a random sample of the others, whose logits are raised by log(others / sample)
-so that the sampled partition sum is an unbiased estimate of the whole one.
-"""
+"""Cross-entropy under the frozen LM head, whole or for some tokens (`mlx_specstream.train.vocabulary`)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from ...train.vocabulary import Vocabulary
+from .backbone import TorchBackbone
 
 CHUNK = 512
 """Rows whose logits exist at the same time."""
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A subset of the vocabulary: ids (V',) int64, log_weight (V',) float32, index (V,) -> place in ids or -1."""
+class TorchHead:
+    """The head's rows (V', h) of some tokens, what is added to their logits (V',), and a token's place."""
 
-    ids: Tensor
-    log_weight: Tensor
-    index: Tensor
+    rows: Tensor
+    bias: Tensor
+    place: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, backbone: TorchBackbone, vocabulary: Vocabulary | None) -> TorchHead:
+        """Return the head of some tokens; None: of all."""
+        if vocabulary is None:
+            return cls(backbone.head_weight, torch.zeros(backbone.vocab_size))
+        rows = backbone.head_weight[torch.from_numpy(vocabulary.tokens)]
+        return cls(rows, torch.from_numpy(vocabulary.bias), vocabulary.place)
 
-class VocabularySampler:
-    """Draws each step's subset."""
-
-    def __init__(
-        self, vocab_size: int, texts: Iterable[Iterable[int]], num_frequent: int, num_random: int
-    ) -> None:
-        counts = Counter(token for text in texts for token in text)
-        self.vocab_size, self.num_random = vocab_size, num_random
-        self.frequent = torch.tensor(
-            [token for token, _ in counts.most_common(num_frequent)], dtype=torch.long
+    def cross_entropy(
+        self, hidden: Tensor, targets: np.ndarray, weights: np.ndarray
+    ) -> tuple[Tensor, np.ndarray]:
+        """Return Σ weights · losses of rows (R, h) and, for the record, their losses (R,)."""
+        places = torch.from_numpy(
+            np.asarray(targets if self.place is None else self.place[targets])
         )
-
-    def draw(self, targets: Tensor, seed: int) -> Vocabulary:
-        """Return targets ∪ frequent ∪ random others; the whole vocabulary if that is not larger."""
-        chosen = torch.zeros(self.vocab_size, dtype=torch.bool)
-        chosen[targets.unique()] = True
-        chosen[self.frequent] = True
-        fixed = chosen.nonzero()[:, 0]
-        others = (~chosen).nonzero()[:, 0]
-        if self.num_random < len(others):
-            generator = torch.Generator().manual_seed(seed)
-            sample = others[
-                torch.randint(len(others), (self.num_random,), generator=generator)
-            ].unique()
-        else:
-            sample = others
-        ids = torch.cat((fixed, sample))
-        log_weight = torch.zeros(len(ids))
-        if len(sample):
-            log_weight[len(fixed) :] = torch.log(torch.tensor(len(others) / len(sample)))
-        index = torch.full((self.vocab_size,), -1)
-        index[ids] = torch.arange(len(ids))
-        return Vocabulary(ids, log_weight, index)
+        shares = torch.from_numpy(weights)
+        total, losses = HeadCrossEntropy.apply(hidden, self.rows, self.bias, places.long(), shares)
+        return total, losses.detach().numpy()
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -99,10 +78,3 @@ class HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_total.to(grad.dtype), None, None, None, None
-
-
-def stream_weights(valid: Tensor, decay: float) -> Tensor:
-    """Return each row's share of the loss, (N, γ): α_j over the number of valid rows of stream j; Σ_j α_j = 1."""
-    alpha = decay ** torch.arange(valid.shape[1], dtype=torch.float32)
-    alpha = alpha / alpha.sum()
-    return valid * (alpha / valid.sum(0).clamp(min=1))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, DecoderLayer, Rotation
+from .backbone import DecoderLayer, Rotation, TorchBackbone
 from .kernels import GatedSiLU, MergedLinear, RMSNorm, Rotate
 
 
 class MergedLayers:
     """One model's layers with its adapters; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters) -> None:
+    def __init__(self, backbone: TorchBackbone, adapters: StreamAdapters) -> None:
         self.backbone, self.adapters = backbone, adapters
 
     def rotation(self, positions: Tensor) -> Rotation:

@@ -1,16 +1,7 @@
 """The reference: Speculative Streaming over a Hugging Face decoder, one dense pass, nothing clever.
 
 The oracle of every parity test, so it is short rather than fast: all rows of the MSA layers stand in one sequence under
-one explicit mask. With L = 3 main rows, streams at rows 1 and 2 and γ = 2 (1: sees; s: sees in shared mode only):
-
-              M0  M1  M2 | S11 S12 | S21 S22
-        M0     1         |         |
-        M1     1   1     |  s   s  |
-        M2     1   1   1 |         |  s   s
-        S11    1   1     |  1      |
-        S12    1   1     |  1   1  |
-        S21    1   1   1 |         |  1
-        S22    1   1   1 |         |  1   1
+one explicit mask (`masks.py`).
 
 Main rows may form a draft tree instead of a text: pass `positions` and the ancestors' `mask`.
 """
@@ -24,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, Linear, attend
+from .backbone import Linear, TorchBackbone, attend
+from .masks import stream_mask
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class SpeculativeModel:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         adapters: StreamAdapters,
         gates: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -101,7 +93,7 @@ class SpeculativeModel:
         positions = torch.cat(
             (positions, self.adapters.positions(positions[:, at]).reshape(B, -1)), dim=1
         )
-        mask, rotation = self.stream_mask(mask, at), backbone.rotation(positions)
+        mask, rotation = stream_mask(mask, at, G, shared), backbone.rotation(positions)
         angles = self.config.value_rotation * torch.arange(1, G + 1).repeat(n)
         for index in range(split, len(backbone.layers)):
             linear = self.linear(index, 0 if shared else L)
@@ -114,19 +106,6 @@ class SpeculativeModel:
             )
         x = backbone.norm(x)
         return StreamOutput(x[:, :L], x[:, L:].unflatten(1, (n, G)), insertion)
-
-    def stream_mask(self, mask: Tensor, at: Tensor) -> Tensor:
-        """Extend a main mask (B, L, L) by the streams of rows `at`: (B, L + nγ, L + nγ) [SS Eq. 1-2]."""
-        L, G = mask.shape[-1], self.config.num_streams
-        owner = at.repeat_interleave(G)
-        level = torch.arange(G).repeat(len(at))
-        same_node = owner[:, None] == owner
-        to_streams = torch.zeros(mask.shape[0], L, len(owner), dtype=torch.bool)
-        if self.config.mode == "shared":
-            to_streams |= torch.arange(L)[:, None] == owner
-        upper = torch.cat((mask, to_streams), dim=-1)
-        among = (same_node & (level <= level[:, None])).expand(mask.shape[0], -1, -1)
-        return torch.cat((upper, torch.cat((mask[:, owner], among), dim=-1)), dim=1)
 
     def _gated(self, seen: Tensor, layer: int, num_main: int) -> Tensor:
         """Return `seen` (B, 1, R, S), or with a gate in this layer scores to add (B, H, R, S)."""

@@ -2,9 +2,9 @@
 
 | objective | trained | main rows | loss |
 |---|---|---|---|
-| `LosslessObjective` | P_j, LoRA on stream rows, conditioner | frozen, from `states.py` | Σ α_j CE_j, and conditioned |
-| `SharedObjective` | P_j, LoRA on every row | computed, they see their streams | α_0 CE + Σ α_j CE_j [SS Eq. 5] |
-| `PrunerObjective` | the early-exit map alone | frozen, from `states.py` | CE of the next token [SS §3.1.3] |
+| `TorchLossless` | P_j, LoRA on stream rows, conditioner | frozen, from `states.py` | Σ α_j CE_j, and conditioned |
+| `TorchShared` | P_j, LoRA on every row | computed, they see their streams | α_0 CE + Σ α_j CE_j [SS Eq. 5] |
+| `TorchPruner` | the early-exit map alone | frozen, from `states.py` | CE of the next token [SS §3.1.3] |
 
 Each one turns a batch of selected positions into a scalar to differentiate, figures for the log, and held-out figures.
 """
@@ -15,23 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...train.batches import Selection
+from ...train.batches import Selection, shard
 from ...train.data import Example
-from ...train.figures import summarize
+from ...train.figures import mean_per_stream, summarize
+from ...train.targets import TargetRows, rows_of_batch, stream_weights, target_counts
+from ...train.vocabulary import VocabularySampler
 from . import workers
 from .adapters import StreamAdapters
-from .backbone import Backbone
-from .data import Targets, targets
+from .backbone import TorchBackbone
 from .joint import JointStreams
-from .loss import (
-    HeadCrossEntropy,
-    Vocabulary,
-    VocabularySampler,
-    stream_weights,
-)
+from .loss import TorchHead
 from .measure import rank_targets
 from .packed import PackedBatch, PackedStreams
 from .states import States
@@ -46,7 +43,7 @@ class Objective(Protocol):
 
     done: float
 
-    def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Sequence[Selection], seed: tuple[int, ...]) -> tuple[Tensor, Figures]:
         """Return this process's share of the loss, and figures of it; `seed` draws the vocabulary subset."""
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
@@ -65,7 +62,7 @@ class StreamLoss:
 class Common:
     """What every objective needs."""
 
-    backbone: Backbone
+    backbone: TorchBackbone
     adapters: StreamAdapters
     sampler: VocabularySampler
     base_states: Callable[[Example], States]
@@ -80,70 +77,63 @@ class Common:
             torch.tensor([s.example.answer[i] for s in batch for i in s.rows]),
         )
 
-    def head(self, tokens: Tensor, seed: int) -> tuple[Tensor, Vocabulary]:
-        """Return the head's rows (V', h) of a subset that holds `tokens`, and the subset."""
-        vocabulary = self.sampler.draw(tokens, seed)
-        return self.backbone.head_weight[vocabulary.ids], vocabulary
+    def head(self, tokens: np.ndarray, seed: tuple[int, ...]) -> TorchHead:
+        """Return the head of a part of the vocabulary that holds `tokens`."""
+        return TorchHead.of(self.backbone, self.sampler.draw(tokens, seed))
 
     def stream_loss(
-        self,
-        streams: Tensor,
-        wanted: Targets,
-        weights: Tensor,
-        head: Tensor,
-        vocabulary: Vocabulary,
+        self, streams: Tensor, rows: TargetRows, weights: np.ndarray, head: TorchHead
     ) -> StreamLoss:
         """Return the streams' loss, marginal and, with a conditioner, given the parents; sums of weighted rows.
 
-        streams: (N, γ, h) normed. weights: (R,), of the R valid rows of `wanted`.
+        streams: (N, γ, h) normed. rows: those of them with a target. weights: (γ,), of a row of each.
         """
-        hidden, G = streams[wanted.valid], streams.shape[1]
-        places, stream = vocabulary.index[wanted.tokens[wanted.valid]], wanted.valid.nonzero()[:, 1]
-        total, losses = HeadCrossEntropy.apply(hidden, head, vocabulary.log_weight, places, weights)
-        figures: Figures = {"loss": mean_per_stream(losses, stream, G)}
+        hidden, G = streams.flatten(0, 1)[torch.from_numpy(rows.index)], streams.shape[1]
+        row_weights = weights[rows.stream]
+        total, losses = head.cross_entropy(hidden, rows.target, row_weights)
+        figures: Figures = {"loss": mean_per_stream(losses, rows.stream, G)}
         if self.adapters.conditioner is not None:
             parents, before = (
-                self.backbone.embed(ids[wanted.valid])
-                for ids in (wanted.parents, wanted.grandparents)
+                self.backbone.embed(torch.from_numpy(ids))
+                for ids in (rows.parent, rows.grandparent)
             )
             corrected = self.adapters.conditioner(parents, hidden, before)
-            extra, losses = HeadCrossEntropy.apply(
-                corrected, head, vocabulary.log_weight, places, weights
-            )
+            extra, losses = head.cross_entropy(corrected, rows.target, row_weights)
             total = total + extra
-            figures["conditioned_loss"] = mean_per_stream(losses, stream, G)
+            figures["conditioned_loss"] = mean_per_stream(losses, rows.stream, G)
         return StreamLoss(total, figures)
 
 
-class LosslessObjective:
+class TorchLossless:
     """Streams over a frozen base model, marginal and parent-conditioned cross-entropy together."""
 
     def __init__(self, common: Common) -> None:
         self.common, self.done = common, 0.0
         self.packed = PackedStreams(common.backbone, common.adapters)
 
-    def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Sequence[Selection], seed: tuple[int, ...]) -> tuple[Tensor, Figures]:
         common, G = self.common, self.common.adapters.config.num_streams
-        whole = targets(batch, G)
-        head, vocabulary = common.head(whole.tokens[whole.valid], seed)
-        mine, rows = workers.share(batch)
-        wanted = whole.rows(rows)
-        weights = stream_weights(whole.valid, common.alpha_decay)[rows][wanted.valid]
-        part = common.stream_loss(
-            self.packed.forward(common.pack(mine)), wanted, weights, head, vocabulary
-        )
-        return part.total, part.figures
+        whole = rows_of_batch(batch, G)
+        head = common.head(whole.target, seed)
+        mine, part = workers.share(batch)
+        weights = stream_weights(target_counts(batch, G), common.alpha_decay)
+        rows = whole.within(part.start * G, part.stop * G)
+        streams = self.packed.forward(common.pack(mine))
+        found = common.stream_loss(streams, rows, weights, head)
+        return found.total, found.figures
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
         ranks = []
         for part in _parts(held_out):
             with torch.inference_mode():
                 hidden = self.packed.forward(self.common.pack(part))
-                ranks.append(rank_targets(self.packed, hidden, targets(part, hidden.shape[1])))
+                ranks.append(
+                    rank_targets(self.packed, hidden, rows_of_batch(part, hidden.shape[1]))
+                )
         return summarize(workers.gather(ranks))
 
 
-class SharedObjective:
+class TorchShared:
     """Main and streams share their LoRA and main attends to its streams: a different, fine-tuned model [SS §3.1.1].
 
     Every position of a completion has its streams, as at decoding, so whole texts are trained. Main's attention to its
@@ -175,29 +165,24 @@ class SharedObjective:
             self.gate_start * max(0.0, 1 - self.done / self.gate_share) if self.gate_share else 0.0
         )
 
-    def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Sequence[Selection], seed: tuple[int, ...]) -> tuple[Tensor, Figures]:
         common, G = self.common, self.common.adapters.config.num_streams
         everything = [whole(s.example) for s in batch]
-        answers = torch.tensor([token for s in everything for token in s.example.answer])
-        head, vocabulary = common.head(answers, seed)
-        valid = targets(everything, G).valid
-        mine = everything[workers.rank() :: workers.count()]
+        answers = answer_tokens(everything)
+        head = common.head(answers, seed)
+        mine = shard(everything, workers.rank(), workers.count())
         if not mine:
             return torch.zeros(()), {}
         out = self.joint.forward([s.example for s in mine], self.opening)
-        tokens = vocabulary.index[torch.tensor([t for s in mine for t in s.example.answer])]
-        share = torch.full((len(tokens),), self.main_weight / len(answers))
-        total, losses = HeadCrossEntropy.apply(out.main, head, vocabulary.log_weight, tokens, share)
-        figures: Figures = {"main_loss": round(float(losses.detach().mean()), 4)}
+        tokens = answer_tokens(mine)
+        share = np.full(len(tokens), self.main_weight / len(answers), dtype=np.float32)
+        total, losses = head.cross_entropy(out.main, tokens, share)
+        figures: Figures = {"main_loss": round(float(losses.mean()), 4)}
         if out.streams is not None:
-            wanted = targets(mine, G)
-            rows = wanted.valid
-            weights = (self.stream_weight / valid.sum(0).clamp(min=1)).expand_as(rows)[rows]
-            # An answer's last row has streams for main to attend to, but nothing left to foresee.
-            has_target = torch.cat(
-                [torch.arange(len(s.example.answer)) < len(s.example.positions) for s in mine]
-            )
-            part = common.stream_loss(out.streams[has_target], wanted, weights, head, vocabulary)
+            counts = np.maximum(target_counts(everything, G), 1)
+            weights = (self.stream_weight / counts).astype(np.float32)
+            streams = out.streams[has_streams(mine)]
+            part = common.stream_loss(streams, rows_of_batch(mine, G), weights, head)
             total = total + part.total
             figures.update(part.figures)
         return total, figures
@@ -208,7 +193,7 @@ class SharedObjective:
             with torch.inference_mode():
                 out = self.joint.forward([s.example for s in part])
                 log_probs = self.common.backbone.head(out.main).float().log_softmax(-1)
-            tokens = torch.tensor([t for s in part for t in s.example.answer])
+            tokens = torch.from_numpy(answer_tokens(part))
             right = int((log_probs.argmax(-1) == tokens).sum())
             loss = -float(log_probs.gather(1, tokens[:, None]).sum())
             counts.append((right, loss, len(tokens)))
@@ -219,7 +204,7 @@ class SharedObjective:
                 rows += [start + i for i in selection.rows]
                 start += len(selection.example.answer)
             hidden = out.streams[torch.tensor(rows)]
-            ranks.append(rank_targets(self.packed, hidden, targets(part, hidden.shape[1])))
+            ranks.append(rank_targets(self.packed, hidden, rows_of_batch(part, hidden.shape[1])))
         right, loss, count = (sum(values) for values in zip(*workers.gather(counts), strict=True))
         ranks = workers.gather(ranks)
         figures = {"main_top1": round(right / count, 4), "main_loss": round(loss / count, 4)}
@@ -231,37 +216,45 @@ def whole(example: Example) -> Selection:
     return Selection(example, tuple(example.positions))
 
 
-class PrunerObjective:
+def answer_tokens(batch: Sequence[Selection]) -> np.ndarray:
+    """Return the answers' tokens, one text after another, int64."""
+    return np.array([token for s in batch for token in s.example.answer], dtype=np.int64)
+
+
+def has_streams(batch: Sequence[Selection]) -> Tensor:
+    """Return which answer tokens' rows have something left to foresee: a text's last one has not."""
+    parts = [torch.arange(len(s.example.answer)) < len(s.example.positions) for s in batch]
+    return torch.cat(parts)
+
+
+class TorchPruner:
     """Next-token cross-entropy of the early exit at the first MSA layer; everything else stays as it is."""
 
     def __init__(self, common: Common) -> None:
         assert common.adapters.pruner is not None
         self.common, self.done = common, 0.0
 
-    def _exit(self, batch: Sequence[Selection]) -> tuple[Tensor, Tensor]:
-        """Return normed early-exit states (n, h) and the tokens (n,) that follow."""
+    def _exit(self, batch: Sequence[Selection]) -> Tensor:
+        """Return the normed early-exit states of the selected positions, (n, h)."""
         rows = [self.common.base_states(s.example).hidden[s.rows] for s in batch]
-        tokens = torch.tensor([s.example.answer[i] for s in batch for i in s.rows])
         main = torch.cat(rows)
         pruner = self.common.adapters.pruner
         assert pruner is not None
-        return self.common.backbone.norm(main + pruner(main)), tokens
+        return self.common.backbone.norm(main + pruner(main))
 
-    def loss(self, batch: Sequence[Selection], seed: int) -> tuple[Tensor, Figures]:
-        following = torch.tensor([s.example.answer[i] for s in batch for i in s.rows])
-        head, vocabulary = self.common.head(following, seed)
-        hidden, tokens = self._exit(workers.share(batch)[0])
-        weights = torch.full((len(tokens),), 1 / len(following))
-        total, losses = HeadCrossEntropy.apply(
-            hidden, head, vocabulary.log_weight, vocabulary.index[tokens], weights
-        )
-        return total, {"loss": [round(float(losses.detach().mean()), 4)]}
+    def loss(self, batch: Sequence[Selection], seed: tuple[int, ...]) -> tuple[Tensor, Figures]:
+        everything, (mine, part) = next_tokens(batch), workers.share(batch)
+        tokens = everything[part]
+        weights = np.full(len(tokens), 1 / len(everything), dtype=np.float32)
+        head = self.common.head(everything, seed)
+        total, losses = head.cross_entropy(self._exit(mine), tokens, weights)
+        return total, {"loss": [round(float(losses.mean()), 4)]}
 
     def evaluate(self, held_out: Sequence[Selection]) -> Figures:
         counts = []
         for part in _parts(held_out):
             with torch.inference_mode():
-                hidden, tokens = self._exit(part)
+                hidden, tokens = self._exit(part), torch.from_numpy(next_tokens(part))
                 logits = self.common.backbone.head(hidden).float()
                 best = (logits.topk(10).indices == tokens[:, None]).float()
                 log_probs = logits.log_softmax(-1).gather(1, tokens[:, None])
@@ -277,11 +270,9 @@ class PrunerObjective:
         return {"positions": n, "loss": loss / n, "top1": top1 / n, "top10": top10 / n}
 
 
-def mean_per_stream(losses: Tensor, stream: Tensor, num_streams: int) -> list[float]:
-    """Return the mean loss of each stream; `stream` (R,) says which one a loss (R,) belongs to."""
-    sums = torch.zeros(num_streams).scatter_add_(0, stream, losses.detach())
-    counts = torch.bincount(stream, minlength=num_streams).clamp(min=1)
-    return [round(float(value), 4) for value in sums / counts]
+def next_tokens(batch: Sequence[Selection]) -> np.ndarray:
+    """Return the token after every selected position, int64."""
+    return np.array([s.example.answer[i] for s in batch for i in s.rows], dtype=np.int64)
 
 
 def _parts(held_out: Sequence[Selection]) -> list[Sequence[Selection]]:

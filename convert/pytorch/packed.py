@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from .adapters import StreamAdapters
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .merged import MergedLayers
 from .model import rotate_values
 from .states import States
@@ -48,7 +48,7 @@ class PackedBatch:
 class PackedStreams:
     """Stream rows of one model, batched; compute dtype is the backbone's, adapters stay float32."""
 
-    def __init__(self, backbone: Backbone, adapters: StreamAdapters) -> None:
+    def __init__(self, backbone: TorchBackbone, adapters: StreamAdapters) -> None:
         self.backbone, self.adapters = backbone, adapters
         self.rows = MergedLayers(backbone, adapters)
         self.layers = range(adapters.first_msa_layer, len(backbone.layers))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .adapters import StreamAdapters
-from .backbone import Backbone, DecoderLayer, Rotation, attend
-from .batched import Decoder, Prompt, greedy
+from .backbone import DecoderLayer, Rotation, TorchBackbone, attend
+from .batched import PromptInSlot, SlotDecoder, greedy
 from .model import rotate_values
 
 
-def merge_lora(backbone: Backbone, adapters: StreamAdapters) -> None:
+def merge_lora(backbone: TorchBackbone, adapters: StreamAdapters) -> None:
     """Add s·B·A to the backbone's own weights, in place."""
     with torch.no_grad():
         for index, layer in enumerate(backbone.layers):
@@ -26,12 +26,12 @@ def merge_lora(backbone: Backbone, adapters: StreamAdapters) -> None:
                     module.weight.add_(change.to(module.weight.dtype))
 
 
-class SharedDecoder(Decoder):
-    """A `Decoder` whose rows carry streams from the last prompt token on; `backbone` holds the merged weights."""
+class SharedDecoder(SlotDecoder):
+    """A `SlotDecoder` whose rows carry streams from the last prompt token on; `backbone` holds the merged weights."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: TorchBackbone,
         batch_size: int,
         max_length: int,
         max_new_tokens: int,
@@ -47,15 +47,15 @@ class SharedDecoder(Decoder):
         positions = torch.arange(max_length + adapters.config.num_streams)[None]
         self.rotations = backbone.rotation(positions)
 
-    def fill(self, slots: list[int], prompts: list[Prompt]) -> list[Prompt]:
+    def fill(self, slots: list[int], prompts: list[PromptInSlot]) -> list[PromptInSlot]:
         """Prefill all but the last prompt token, which has streams and so takes the next step."""
-        self._prefill(slots, [p.ids[:-1] for p in prompts])
-        self._occupy(slots, prompts, [len(p.ids) - 1 for p in prompts])
+        self._prefill(slots, [p.tokens[:-1] for p in prompts])
+        self._occupy(slots, prompts, [len(p.tokens) - 1 for p in prompts])
         for slot, prompt in zip(slots, prompts, strict=True):
-            self.last[slot] = prompt.ids[-1]
+            self.last[slot] = prompt.tokens[-1]
         return []
 
-    def step(self) -> list[Prompt]:
+    def step(self) -> list[PromptInSlot]:
         """Decode one token in every slot; return the prompts that are finished."""
         slots = [slot for slot, prompt in enumerate(self.prompts) if prompt is not None]
         S = int(self.lengths[slots].max()) + 1

@@ -24,7 +24,7 @@ STRING = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What one answer reached."""
 
     exact: bool
@@ -43,7 +43,7 @@ def normalized(query: str) -> str:
     return re.sub(r"\s*([(),=<>])\s*", r"\1", text)
 
 
-def judge(schema: str, gold: str, answer: str, seed: int = 0) -> Verdict:
+def judge(schema: str, gold: str, answer: str, seed: int = 0) -> Judgement:
     """Compare an answer with the gold query; `schema`: CREATE TABLE statements."""
     ordered = "order by" in gold.lower()
     runs = right = True
@@ -53,7 +53,7 @@ def judge(schema: str, gold: str, answer: str, seed: int = 0) -> Verdict:
         database.close()
         runs = runs and got is not None
         right = right and got is not None and got == wanted
-    return Verdict(normalized(answer) == normalized(gold), runs, right)
+    return Judgement(normalized(answer) == normalized(gold), runs, right)
 
 
 def filled(schema: str, gold: str, seed: str) -> sqlite3.Connection:

@@ -6,21 +6,23 @@ import argparse
 
 import torch
 
-from ...config import StreamConfig
 from ...errors import OptionError
+from ...train.options import TrainOptions
 from .adapters import StreamAdapters, grow
-from .backbone import Backbone
+from .backbone import TorchBackbone
 from .checkpoint import load_checkpoint
 from .objectives import (
     Common,
-    LosslessObjective,
     Objective,
-    PrunerObjective,
-    SharedObjective,
+    TorchLossless,
+    TorchPruner,
+    TorchShared,
 )
 
 
-def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapters:
+def make_adapters(
+    args: argparse.Namespace, options: TrainOptions, backbone: TorchBackbone
+) -> StreamAdapters:
     """Make new adapters, or take those of `--start-from` and give them what they lack.
 
     Raises:
@@ -28,53 +30,43 @@ def make_adapters(args: argparse.Namespace, backbone: Backbone) -> StreamAdapter
     """
     if args.start_from:
         adapters = load_checkpoint(args.start_from, backbone)
+        given = adapters.config
         wanted = {
-            "num_streams": max(args.num_streams, adapters.config.num_streams),
-            "mode": args.mode,
-            "next_token_rank": adapters.config.next_token_rank or args.next_token_rank,
-            "conditioner_tokens": max(args.conditioner_tokens, adapters.config.conditioner_tokens),
+            "num_streams": max(options.num_streams, given.num_streams),
+            "mode": options.mode,
+            "next_token_rank": given.next_token_rank or options.next_token_rank,
+            "conditioner_tokens": max(options.conditioner_tokens, given.conditioner_tokens),
         }
-        if args.train == "pruner":
-            wanted["pruner_rank"] = args.pruner_rank
+        if options.part == "pruner":
+            wanted["pruner_rank"] = options.pruner_rank
         if args.resize_rank:
             wanted["lora_rank"] = args.resize_rank
         grown = grow(adapters, backbone, **wanted)
-        if args.mode == "shared" and adapters.config.mode == "lossless":
-            grown.scale_lora(args.start_scale)
+        if options.mode == "shared" and given.mode == "lossless":
+            grown.scale_lora(options.start_scale)
         return grown
-    if args.train == "pruner":
+    if options.part == "pruner":
         raise OptionError(
             "--train pruner needs --start-from with the streams that the pruner is for"
         )
-    modules = tuple(args.target_modules or backbone.layers[-1].linear_modules())
-    config = StreamConfig(
-        num_streams=args.num_streams,
-        num_msa_layers=args.num_msa_layers,
-        mode=args.mode,
-        lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        target_modules=modules if args.lora_rank else (),
-        conditioner_rank=args.conditioner_rank,
-        conditioner_hidden=args.conditioner_hidden,
-        next_token_rank=args.next_token_rank,
-        conditioner_tokens=args.conditioner_tokens if args.conditioner_rank else 1,
-    )
+    modules = tuple(backbone.layers[-1].linear_modules())
+    config = options.stream_config(len(backbone.layers), modules)
     return StreamAdapters(config, backbone, args.embedding_std)
 
 
-def make_objective(args: argparse.Namespace, common: Common) -> Objective:
+def make_objective(args: argparse.Namespace, options: TrainOptions, common: Common) -> Objective:
     """Return what is minimised."""
-    if args.train == "pruner":
-        return PrunerObjective(common)
-    if args.mode == "shared":
-        return SharedObjective(
+    if options.part == "pruner":
+        return TorchPruner(common)
+    if options.mode == "shared":
+        return TorchShared(
             common,
-            args.main_weight,
-            args.stream_weight,
-            gate_start=args.gate_start,
+            options.main_loss,
+            options.stream_loss,
+            gate_start=options.gate_start,
             streams=args.train != "plain",
         )
-    return LosslessObjective(common)
+    return TorchLossless(common)
 
 
 def parameter_groups(args: argparse.Namespace, adapters: StreamAdapters) -> list[dict[str, object]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...train.data import Key
-from .backbone import Backbone, attend
+from .backbone import TorchBackbone, attend
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class StateReader:
 
 
 def compute_states(
-    backbone: Backbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int
+    backbone: TorchBackbone, prompt: Sequence[int], answer: Sequence[int], num_msa_layers: int
 ) -> States:
     """Run the base model over one text and keep what lossless training needs of it."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])

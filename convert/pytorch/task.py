@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ...exit_status import exit_status
 from ...prompts.lines import json_lines
 from ...weights.files import atomic_file, refuse_same_file
-from .backbone import Backbone
-from .batched import Decoder, answer
+from .backbone import TorchBackbone
+from .batched import SlotDecoder, answer
 from .checkpoint import load_checkpoint
 from .distill import read_prompts
 from .shared_decoding import SharedDecoder, merge_lora
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    backbone = Backbone.load(args.model, getattr(torch, args.dtype))
-    make = Decoder
+    backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
+    make = SlotDecoder
     if args.checkpoint:
         adapters = load_checkpoint(args.checkpoint, backbone).requires_grad_(False)
         merge_lora(backbone, adapters)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         verdict = judge(gold["prompt"].split(QUESTION)[0], gold["completion"], reply)
         for name in counts:
             counts[name] += getattr(verdict, name)
-        records.append(prompt.record(tokenizer))
+        records.append(prompt.record(prompt.answer, tokenizer))
     with atomic_file(args.output, if_exists="replace") as path:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         path.write_text(text, encoding="utf-8")

@@ -29,8 +29,9 @@ import sys
 
 from ...errors import OptionError
 from ...exit_status import exit_status
+from ...train.options import FIELDS, Adds, TrainOptions, add_option, check_value, flag_of
 from . import workers
-from .trainer import Trainer
+from .trainer import TorchTrainer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,113 +65,93 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("streams", "pruner", "plain"),
         help="plain: next-token LoRA without streams, the yardstick of shared mode",
     )
-    group.add_argument("--mode", default="lossless", choices=("lossless", "shared"))
-    group.add_argument("--main-weight", type=float, default=1.0, help="α_0, shared mode")
-    group.add_argument("--stream-weight", type=float, default=0.1, help="α_j, shared mode")
-    group.add_argument(
-        "--gate-start",
-        type=float,
-        default=-6.0,
-        help="shared mode: score by which main's attention to its streams begins; zero after 30 %% of the run",
-    )
-    group.add_argument("--pruner-rank", type=int, default=8, help="with --train pruner")
+    _add(group, "mode", "main_loss", "stream_loss", "gate_start", "pruner_rank")
     group = parser.add_argument_group("shape")
-    group.add_argument("--num-streams", type=int, default=4, help="γ")
-    group.add_argument("--num-msa-layers", type=int, default=12, help="N_s")
-    group.add_argument("--lora-rank", type=int, default=16)
-    group.add_argument("--lora-alpha", type=float, default=32.0)
-    group.add_argument(
-        "--target-modules", nargs="*", help="linear layers that get LoRA (default: all)"
-    )
-    group.add_argument(
-        "--conditioner-rank",
-        type=int,
-        default=64,
-        help="0 leaves the conditioner out (and hidden 0)",
-    )
-    group.add_argument("--conditioner-hidden", type=int, default=128)
-    group.add_argument(
-        "--conditioner-tokens",
-        type=int,
-        default=1,
-        choices=(1, 2),
-        help="tokens before a candidate that the conditioner sees",
-    )
-    group.add_argument(
-        "--next-token-rank",
-        type=int,
-        default=0,
-        help="streams know the next token from their start on; they then need the deferred schedule",
-    )
-    group.add_argument(
-        "--embedding-std", type=float, default=1.0, help="scale of the untrained stream embeddings"
-    )
-    group.add_argument(
-        "--resize-rank",
-        type=int,
-        default=0,
-        help="with --start-from: cut its adapters to this rank (singular values), or widen them",
-    )
-    group.add_argument(
-        "--start-scale",
-        type=float,
-        default=0.3,
-        help="shared mode from lossless streams: share of their LoRA kept, for main rows must now bear it too",
-    )
+    _add(group, "num_streams", "num_msa_layers", "lora_rank", "lora_alpha", "target_modules")
+    _add(group, "conditioner_rank", "conditioner_hidden", "conditioner_tokens", "next_token_rank")
+    _own(group, "--embedding-std", 1.0, "scale of the untrained stream embeddings")
+    text = "with --start-from: cut its adapters to this rank (singular values), or widen them"
+    _own(group, "--resize-rank", 0, text)
+    _add(group, "start_scale")
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--steps", type=int, default=1000, help="budget in steps, unless --max-minutes is given"
-    )
-    group.add_argument(
-        "--max-minutes",
-        type=float,
-        default=0.0,
-        help="budget in minutes; the decay follows the clock",
-    )
-    group.add_argument("--positions", type=int, default=768, help="stream positions of a step")
-    group.add_argument(
-        "--fraction", type=float, default=0.5, help="share of a text's positions used per epoch"
-    )
-    group.add_argument(
-        "--group-size",
-        type=int,
-        default=1,
-        help="shared mode: so many texts whose prompts begin alike stand together and share that beginning",
-    )
-    group.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
-    group.add_argument("--embedding-lr", type=float, default=4e-2)
-    group.add_argument("--conditioner-lr", type=float, default=2e-3)
-    group.add_argument("--next-token-lr", type=float, default=2e-3)
-    group.add_argument(
-        "--final-lr", type=float, default=0.05, help="share of the learning rate left at the end"
-    )
-    group.add_argument("--warmup", type=int, default=40, help="steps")
-    group.add_argument("--beta2", type=float, default=0.99)
-    group.add_argument("--clip", type=float, default=1.0)
-    group.add_argument("--alpha-decay", type=float, default=0.8, help="α_j ∝ this to the power j-1")
-    group.add_argument(
-        "--num-frequent", type=int, default=4096, help="tokens always in the head's subset"
-    )
-    group.add_argument(
-        "--num-random", type=int, default=1024, help="sampled others in the head's subset"
-    )
-    group.add_argument("--max-length", type=int, default=1024)
+    _add(group, "iters")
+    _own(group, "--max-minutes", 0.0, "budget in minutes; the decay follows the clock")
+    _own(group, "--positions", 768, "stream positions of a step")
+    _add(group, "position_fraction")
+    text = "shared mode: so many texts whose prompts begin alike stand together and share that beginning"
+    _own(group, "--group-size", 1, text)
+    _add(group, "learning_rate", "embedding_learning_rate")
+    _own(group, "--conditioner-lr", 2e-3, "of the conditioner")
+    _own(group, "--next-token-lr", 2e-3, "of the map of the next token")
+    _add(group, "final_lr", "warmup", "beta2", "clip", "alpha_decay")
+    _own(group, "--num-frequent", 4096, "tokens always in the head's subset")
+    _own(group, "--num-random", 1024, "sampled others in the head's subset")
+    _add(group, "max_seq_length")
     group = parser.add_argument_group("running")
-    group.add_argument("--held-out", type=int, default=64, help="texts kept for measuring")
-    group.add_argument(
-        "--eval-fraction", type=float, default=0.25, help="share of their positions measured"
-    )
-    group.add_argument("--eval-seconds", type=float, default=300.0)
-    group.add_argument("--save-seconds", type=float, default=180.0)
-    group.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    group.add_argument(
-        "--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32")
-    )
-    group.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice"
-    )
-    group.add_argument("--seed", type=int, default=0)
+    _add(group, "held_out")
+    _own(group, "--eval-fraction", 0.25, "share of their positions measured")
+    _own(group, "--eval-seconds", 300.0, "between measurements; 0: at the end alone")
+    _own(group, "--save-seconds", 180.0, "between checkpoints")
+    floats = ("bfloat16", "float16", "float32")
+    group.add_argument("--dtype", default="bfloat16", choices=floats[::2])
+    group.add_argument("--save-dtype", default="bfloat16", choices=floats)
+    _own(group, "--threads", 0, "CPU threads; 0 leaves PyTorch's choice")
+    _add(group, "seed")
     return parser
+
+
+NAMES = {
+    "iters": "steps",
+    "learning_rate": "lr",
+    "embedding_learning_rate": "embedding_lr",
+    "max_seq_length": "max_length",
+    "position_fraction": "fraction",
+    "main_loss": "main_weight",
+    "stream_loss": "stream_weight",
+}
+"""Options of the common table that have another name here."""
+
+DEFAULTS = {"num_msa_layers": 12, "warmup": 40, "embedding_learning_rate": 4e-2, "pruner_rank": 8}
+HELP = {
+    "iters": "budget in steps, unless --max-minutes is given",
+    "embedding_learning_rate": "of the stream embeddings",
+    "max_seq_length": "longer texts are left out",
+    "pruner_rank": "with --train pruner",
+    "learning_rate": "of the adapters",
+    "held_out": "texts kept for measuring",
+    "warmup": "steps of linear warm-up",
+    "num_msa_layers": "upper layers N_s that run streams",
+}
+
+
+def _add(parser: Adds, *names: str) -> None:
+    """Add options of the common table."""
+    for name in names:
+        own, text = NAMES.get(name, name), HELP.get(name, "")
+        default = DEFAULTS.get(name, FIELDS[name].default)
+        add_option(parser, name, flag_of(own), text=text, default=default)
+
+
+def _own(parser: Adds, flag: str, default: float, text: str) -> None:
+    """Add an option that only this trainer has."""
+    parser.add_argument(flag, type=type(default), default=default, help=f"{text} ({default})")
+
+
+def options_of(args: argparse.Namespace) -> TrainOptions:
+    """Return what the common table has of these options.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+    own = {name: NAMES.get(name, name) for name in FIELDS}
+    values = {name: getattr(args, own[name]) for name in FIELDS if own[name] in args}
+    for name, value in values.items():
+        check_value(FIELDS[name], value, flag_of(own[name]))
+    if args.train == "pruner":
+        values["part"] = "pruner"
+    else:
+        values["pruner_rank"] = 0
+    return TrainOptions(**values)
 
 
 def main(argv: list[str]) -> int:
@@ -181,8 +162,9 @@ def main(argv: list[str]) -> int:
         args.conditioner_hidden = 0
     if not math.isfinite(args.max_minutes) or args.max_minutes < 0:
         raise OptionError(f"--max-minutes must be zero or more, got {args.max_minutes}.")
+    options = options_of(args)
     with workers.group():
-        Trainer(args).run()
+        TorchTrainer(args, options).run()
     return 0
 
 

@@ -7,7 +7,7 @@
 | `check.py` | which models can be batched exactly |
 | `choose.py` | every sequence's own sampler and processors |
 | `step.py` | one pass: verify every chain, draft the next ones |
-| `slot.py` | a request, from waiting to finished |
+| `sequence.py` | a request in the batch, from waiting to finished |
 | `governor.py` | whether drafting pays beside the other requests, by timing both ways |
 | `decode.py` | the loop that requests join and leave |
 | `generation.py` | texts in, texts out: `batch_generate` |
@@ -15,6 +15,6 @@
 
 from .decode import BatchDecoder
 from .governor import BatchGovernor
-from .slot import BatchEvent, Slot
+from .sequence import BatchEvent, BatchSequence
 
-__all__ = ["BatchDecoder", "BatchEvent", "BatchGovernor", "Slot"]
+__all__ = ["BatchDecoder", "BatchEvent", "BatchGovernor", "BatchSequence"]

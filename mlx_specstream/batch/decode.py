@@ -1,11 +1,11 @@
 """The batched loop: requests join and leave at any step, and every step is one pass for all.
 
     decoder = BatchDecoder(model)
-    slot = decoder.add(prompt_ids, criteria=MaxTokens(100, stop=eos_ids))
+    sequence = decoder.add(prompt_ids, criteria=MaxTokens(100, stop=eos_ids))
     while decoder.busy:
-        for slot, result, error in decoder.step():
+        for sequence, result, error in decoder.step():
             ...
-        # a finished slot gives its cache back: cache = decoder.remove(slot)
+        # a finished sequence gives its cache back: cache = decoder.remove(sequence)
 
 A request waits until its prompt is in a cache of its own (a bounded number of prompt tokens is
 computed between two steps, so that the others are never held up for long), joins the batch,
@@ -34,7 +34,7 @@ from ..speculation.sampling import TokenSampler
 from .cache import BatchKVCache, check_cache
 from .check import check_model
 from .governor import BatchGovernor
-from .slot import BatchEvent, Slot
+from .sequence import BatchEvent, BatchSequence
 from .step import BatchStep, BatchStepper
 
 PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
@@ -45,7 +45,7 @@ class _Pending:
     """A scheduled step and whose rows it has."""
 
     step: BatchStep
-    slots: list[Slot]
+    sequences: list[BatchSequence]
     num_drafts: list[int]
     lengths: list[int]
     drafting: bool
@@ -80,8 +80,8 @@ class BatchDecoder:
     stepper: BatchStepper = field(init=False)
     plain_stepper: BatchStepper = field(init=False)
     cache: BatchKVCache = field(init=False)
-    running: list[Slot] = field(init=False, default_factory=list)
-    waiting: deque[Slot] = field(init=False, default_factory=deque)
+    running: list[BatchSequence] = field(init=False, default_factory=list)
+    waiting: deque[BatchSequence] = field(init=False, default_factory=deque)
     _pending: _Pending | None = field(init=False, default=None)
     _drafts: mx.array | None = field(init=False, default=None)
     _undisturbed: bool = field(init=False, default=False)  # since the last pass was done
@@ -97,13 +97,13 @@ class BatchDecoder:
 
     @property
     def busy(self) -> bool:
-        """Tell whether a slot is waiting or running, so that another step makes sense."""
+        """Tell whether a sequence is waiting or running, so that another step makes sense."""
         return bool(self.waiting or self.running)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the KV caches of waiting and running slots."""
-        return self.cache.nbytes + sum(slot.cache.nbytes for slot in self.waiting)
+        """Return the bytes of the KV caches of waiting and running sequences."""
+        return self.cache.nbytes + sum(sequence.cache.nbytes for sequence in self.waiting)
 
     def new_cache(self) -> KVCache:
         """Return an empty cache of the kind that requests are batched with."""
@@ -116,16 +116,16 @@ class BatchDecoder:
         cache: KVCache | None = None,
         token_sampler: TokenSampler | None = None,
         criteria: StopCriteria | None = None,
-    ) -> Slot:
-        """Take in a request and return its slot; nothing is computed yet.
+    ) -> BatchSequence:
+        """Take in a request and return its sequence; nothing is computed yet.
 
         Args:
             prompt: token ids, at least one.
             cache: what comes before the prompt; None for nothing. The decoder keeps it.
             token_sampler: draws the target's tokens, for this request alone; None takes the likeliest.
                 Its `history` is kept up, so it must begin as the text before the first token.
-            criteria: asked with every result whether the slot needs another step, before that is
-                scheduled; None for always. After no the slot is finished and waits for `remove`.
+            criteria: asked with every result whether the sequence needs another step, before that is
+                scheduled; None for always. After no the sequence is finished and waits for `remove`.
 
         Raises:
             OptionError: no prompt, or a cache that cannot be batched.
@@ -138,14 +138,16 @@ class BatchDecoder:
         ids = [int(token) for token in prompt]
         token_sampler = token_sampler or TokenSampler(history=list(ids))
         token_sampler.typical = self.config.typical if self.config is not None else None
-        slot = Slot(token_sampler, cache, ids, criteria or MaxTokens(), prompt_tokens=len(ids))
-        self.waiting.append(slot)
-        return slot
+        sequence = BatchSequence(
+            token_sampler, cache, ids, criteria or MaxTokens(), prompt_tokens=len(ids)
+        )
+        self.waiting.append(sequence)
+        return sequence
 
     def step(self) -> list[BatchEvent]:
         """Hand out the results of the scheduled step, after scheduling the next one.
 
-        The list is empty where no slot was running yet. A failed slot (NaN, or what its token_sampler
+        The list is empty where no sequence was running yet. A failed sequence (NaN, or what its token_sampler
         or `criteria` raised) leaves the batch without touching the others; remove it as usual.
         """
         events = self._finish()
@@ -153,31 +155,33 @@ class BatchDecoder:
         self._schedule()
         return events
 
-    def remove(self, slot: Slot) -> KVCache:
-        """Take a slot out, in whatever state it is, and return the cache of its text.
+    def remove(self, sequence: BatchSequence) -> KVCache:
+        """Take a sequence out, in whatever state it is, and return the cache of its text.
 
         The cache holds the prompt and all tokens handed out but the last, as a fresh prefill
-        would have left it; of a slot that was waiting, as much of the prompt as was computed.
+        would have left it; of a sequence that was waiting, as much of the prompt as was computed.
 
         Raises:
-            OptionError: the slot was removed before, or belongs to another decoder.
+            OptionError: the sequence was removed before, or belongs to another decoder.
         """
-        if slot.state == "removed" or not self._knows(slot):
-            raise OptionError("this slot is not in the batch: it was removed, or never added here.")
-        if slot.state == "waiting":
-            self.waiting.remove(slot)
-        elif slot.state == "running":
-            self._leave(slot)
+        if sequence.state == "removed" or not self._knows(sequence):
+            raise OptionError(
+                "this sequence is not in the batch: it was removed, or never added here."
+            )
+        if sequence.state == "waiting":
+            self.waiting.remove(sequence)
+        elif sequence.state == "running":
+            self._leave(sequence)
             self._undisturbed = False
-        slot.state = "removed"
-        cache, slot.cache = slot.cache, KVCache(0)
+        sequence.state = "removed"
+        cache, sequence.cache = sequence.cache, KVCache(0)
         return cache
 
-    def _knows(self, slot: Slot) -> bool:
-        if slot.state == "waiting":
-            return any(slot is other for other in self.waiting)
-        if slot.state == "running":
-            return any(slot is other for other in self.running)
+    def _knows(self, sequence: BatchSequence) -> bool:
+        if sequence.state == "waiting":
+            return any(sequence is other for other in self.waiting)
+        if sequence.state == "running":
+            return any(sequence is other for other in self.running)
         return True
 
     def _finish(self) -> list[BatchEvent]:
@@ -190,27 +194,27 @@ class BatchDecoder:
         undisturbed, self._undisturbed = self._undisturbed, True
         events = [
             self._result(pending, row, verdicts[row])
-            for row, slot in enumerate(pending.slots)
-            if slot.state == "running"  # not removed since the step was scheduled
+            for row, sequence in enumerate(pending.sequences)
+            if sequence.state == "running"  # not removed since the step was scheduled
         ]
         if self.governor is not None:
             tokens = sum(len(event.result.tokens) for event in events if event.result is not None)
             self.governor.after(
-                len(pending.slots), tokens, speculated=pending.drafting, undisturbed=undisturbed
+                len(pending.sequences), tokens, speculated=pending.drafting, undisturbed=undisturbed
             )
         return events
 
     def _result(self, pending: _Pending, row: int, verdict: Verdict) -> BatchEvent:
-        """Commit what a step accepted for one slot, and ask whether it goes on."""
-        slot, num_drafts = pending.slots[row], pending.num_drafts[row]
+        """Commit what a step accepted for one sequence, and ask whether it goes on."""
+        sequence, num_drafts = pending.sequences[row], pending.num_drafts[row]
         raised = pending.step.errors.get(row)
         if raised is not None:
-            return self._fail(slot, raised)
+            return self._fail(sequence, raised)
         if not verdict.finite:
-            return self._fail(slot, not_a_number(pending.lengths[row]))
+            return self._fail(sequence, not_a_number(pending.lengths[row]))
         tokens, nodes = verdict.tokens, 1 + num_drafts
-        self.cache.lengths[slot.row] += len(tokens)
-        slot.token_sampler.extend(tokens)
+        self.cache.lengths[sequence.row] += len(tokens)
+        sequence.token_sampler.extend(tokens)
         draft = None
         if self.keep_drafts:
             draft = DraftRecord(
@@ -221,59 +225,59 @@ class BatchDecoder:
             )
         result = StepResult(tokens, num_drafts, pending.step.logits[row, : len(tokens)], draft)
         try:
-            wanted = slot.criteria.should_continue(result)
+            wanted = sequence.criteria.should_continue(result)
         except Exception as error:
-            return self._fail(slot, error)
+            return self._fail(sequence, error)
         if not wanted:
-            self._leave(slot)
-            slot.state = "finished"
-        return BatchEvent(slot, result, None)
+            self._leave(sequence)
+            sequence.state = "finished"
+        return BatchEvent(sequence, result, None)
 
-    def _fail(self, slot: Slot, error: Exception) -> BatchEvent:
-        self._leave(slot)
-        slot.state = "failed"
-        return BatchEvent(slot, None, error)
+    def _fail(self, sequence: BatchSequence, error: Exception) -> BatchEvent:
+        self._leave(sequence)
+        sequence.state = "failed"
+        return BatchEvent(sequence, None, error)
 
-    def _leave(self, slot: Slot) -> None:
-        """Take a running slot's rows out of the batch; the last slot moves into its place."""
-        slot.cache = self.cache.leave(slot.row)
+    def _leave(self, sequence: BatchSequence) -> None:
+        """Take a running sequence's rows out of the batch; the last sequence moves into its place."""
+        sequence.cache = self.cache.leave(sequence.row)
         last = self.running.pop()
-        if last is not slot:
-            last.row = slot.row
-            self.running[slot.row] = last
-        slot.row = -1
+        if last is not sequence:
+            last.row = sequence.row
+            self.running[sequence.row] = last
+        sequence.row = -1
 
     def _prefill(self) -> None:
-        """Compute prompts for at most the budget, a chunk of each waiting slot in turn."""
+        """Compute prompts for at most the budget, a chunk of each waiting sequence in turn."""
         streams = self.stepper.streams
         forward = streams.forward if streams is not None else self.model.backbone.forward
         left = self.prefill_budget
         while self.waiting and (left or len(self.waiting[0].pending_prompt) == 1):
-            slot = self.waiting[0]
+            sequence = self.waiting[0]
             self._undisturbed = False
-            part, slot.pending_prompt = (
-                slot.pending_prompt[:-1][:left],
-                slot.pending_prompt[min(left, len(slot.pending_prompt) - 1) :],
+            part, sequence.pending_prompt = (
+                sequence.pending_prompt[:-1][:left],
+                sequence.pending_prompt[min(left, len(sequence.pending_prompt) - 1) :],
             )
             if part:
                 left -= len(part)
-                forward(mx.array(part, dtype=mx.int32), slot.cache)
-                slot.cache.advance(len(part))
-                mx.async_eval(slot.cache.arrays)
+                forward(mx.array(part, dtype=mx.int32), sequence.cache)
+                sequence.cache.advance(len(part))
+                mx.async_eval(sequence.cache.arrays)
             self.waiting.popleft()
-            if len(slot.pending_prompt) == 1:
-                self._join(slot)
+            if len(sequence.pending_prompt) == 1:
+                self._join(sequence)
             else:
-                self.waiting.append(slot)
+                self.waiting.append(sequence)
         if not self.running and self.waiting:
             # Nothing else waits for the device: do not queue up chunk after chunk.
-            mx.eval([slot.cache.arrays for slot in self.waiting])
+            mx.eval([sequence.cache.arrays for sequence in self.waiting])
 
-    def _join(self, slot: Slot) -> None:
-        self.cache.join(slot.cache)
-        slot.cache = KVCache(0)  # its rows are the batch's now
-        slot.row, slot.state = len(self.running), "running"
-        self.running.append(slot)
+    def _join(self, sequence: BatchSequence) -> None:
+        self.cache.join(sequence.cache)
+        sequence.cache = KVCache(0)  # its rows are the batch's now
+        sequence.row, sequence.state = len(self.running), "running"
+        self.running.append(sequence)
 
     def _schedule(self) -> None:
         """Schedule the next step for all that run."""
@@ -286,37 +290,37 @@ class BatchDecoder:
         stepper = self.stepper if drafting else self.plain_stepper
         # Drafts of the last pass are verified, whether or not this one makes any.
         self.cache.reserve(self.stepper.scratch)
-        token_samplers = [slot.token_sampler for slot in self.running]
+        token_samplers = [sequence.token_sampler for sequence in self.running]
         step = stepper.step(tokens, num_drafts, token_samplers, self.cache)
         step.schedule()
         lengths = list(self.cache.lengths)
         self._pending = _Pending(step, list(self.running), num_drafts, lengths, drafting)
         self._drafts = step.next_tokens
-        for row, slot in enumerate(self.running):
-            slot.drafted = row
+        for row, sequence in enumerate(self.running):
+            sequence.drafted = row
 
     def _chains(self) -> tuple[mx.array, list[int]]:
-        """Return every running slot's root and drafts (B, T), and how many drafts are real.
+        """Return every running sequence's root and drafts (B, T), and how many drafts are real.
 
-        Chains come from the last step, in whatever order the slots are now; those that have just
+        Chains come from the last step, in whatever order the sequences are now; those that have just
         joined bring their root alone, behind which zeros fill up the shape.
         """
-        fresh = [slot for slot in self.running if slot.drafted is None]
+        fresh = [sequence for sequence in self.running if sequence.drafted is None]
         if self._drafts is None or len(fresh) == len(self.running):
-            roots = [[slot.pending_prompt[-1]] for slot in self.running]
+            roots = [[sequence.pending_prompt[-1]] for sequence in self.running]
             return mx.array(roots, dtype=mx.int32), [0] * len(roots)
         rows, T = self._drafts.shape
         chains = self._drafts
         if fresh:
-            new = [[slot.pending_prompt[-1]] + [0] * (T - 1) for slot in fresh]
+            new = [[sequence.pending_prompt[-1]] + [0] * (T - 1) for sequence in fresh]
             chains = mx.concatenate([chains, mx.array(new, dtype=mx.int32)])
         order, num_drafts = [], []
-        for slot in self.running:
-            if slot.drafted is None:
-                order.append(rows + fresh.index(slot))
+        for sequence in self.running:
+            if sequence.drafted is None:
+                order.append(rows + fresh.index(sequence))
             else:
-                order.append(slot.drafted)
-            num_drafts.append(0 if slot.drafted is None else T - 1)
+                order.append(sequence.drafted)
+            num_drafts.append(0 if sequence.drafted is None else T - 1)
         if order != list(range(chains.shape[0])):
             chains = mx.take(chains, mx.array(order, dtype=mx.int32), axis=0)
         return chains, num_drafts

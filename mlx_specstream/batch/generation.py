@@ -31,7 +31,7 @@ from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeP
 from ..speculation.statistics import SpeculationStats
 from .decode import PREFILL_BUDGET, BatchDecoder
 from .governor import governor_for
-from .slot import Slot
+from .sequence import BatchSequence
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -236,23 +236,23 @@ def _run(
     on_answer: Callable[[int, BatchAnswer], None],
 ) -> int:
     """Decode all requests, `batch_size` at a time, and return the number of steps."""
-    queue, under_way = list(reversed(requests)), dict[Slot, _Request]()
+    queue, under_way = list(reversed(requests)), dict[BatchSequence, _Request]()
     steps = 0
     while queue or decoder.busy:
         while queue and len(under_way) < batch_size:
             request = queue.pop()
-            slot = decoder.add(
+            sequence = decoder.add(
                 request.prompt, token_sampler=request.token_sampler, criteria=request
             )
-            under_way[slot] = request
+            under_way[sequence] = request
         events = decoder.step()
         steps += bool(events)
-        for slot, _, error in events:
+        for sequence, _, error in events:
             if error is not None:
                 raise error
-            if slot.state == "finished":
-                request = under_way.pop(slot)
-                request.cache = decoder.remove(slot)
+            if sequence.state == "finished":
+                request = under_way.pop(sequence)
+                request.cache = decoder.remove(sequence)
                 # A step may emit tokens behind the answer's end.
                 request.cache.rewind(len(request.prompt) + len(request.tokens) - 1)
                 on_answer(request.index, request.ended())

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..speculation.streams import Streams
 
 TRIAL = 6  # passes of a kind, before it is judged or tried again
-FIRST_REST = 64  # passes until the slower way is tried again,
-LONGEST_REST = 1024  # twice as many after every trial in vain
+FIRST_PAUSE = 64  # passes until the slower way is tried again,
+LONGEST_PAUSE = 1024  # twice as many after every trial that changed nothing
 MARGIN = 1.03  # by which speculation must be faster
 _SMOOTHING = 0.15  # weight of the newest pass
 _LONGEST = 3.0  # a pass that took this much longer than usual was interrupted
@@ -55,10 +55,11 @@ class Way:
 
 
 @dataclass
-class Contest:
-    """Both ways for one number of requests. speculating: the way that is up.
+class SpeedComparison:
+    """Both ways timed for one number of requests. speculating: which one is taken now.
 
-    left: passes until it is judged, if it is on trial, or until the other one is.
+    left: passes until this way is judged, while it is on trial, else until the other one is tried.
+    pause: passes between trials.
     """
 
     speculative: Way = field(default_factory=Way)
@@ -66,7 +67,7 @@ class Contest:
     speculating: bool = True
     on_trial: bool = False
     left: int = TRIAL
-    rest: int = FIRST_REST
+    pause: int = FIRST_PAUSE
 
     def take(self, seconds: float, tokens: int, *, speculated: bool) -> None:
         """Take in a pass, and change ways where it is time to."""
@@ -81,18 +82,20 @@ class Contest:
             self._fresh_way()
             return
         better = self.speculative.rate >= MARGIN * self.plain.rate
-        self.rest = FIRST_REST if better == self.speculating else min(2 * self.rest, LONGEST_REST)
-        self.speculating, self.on_trial, self.left = better, False, self.rest
+        self.pause = (
+            FIRST_PAUSE if better == self.speculating else min(2 * self.pause, LONGEST_PAUSE)
+        )
+        self.speculating, self.on_trial, self.left = better, False, self.pause
 
     def _falls_behind(self) -> bool:
-        """Tell whether the way that is up has become slower than the other was."""
-        up, other = self.plain, self.speculative
+        """Tell whether the way taken now has become slower than the other one was."""
+        taken, other = self.plain, self.speculative
         if self.speculating:
-            up, other = other, up
-        return other.passes > 0 and up.rate < 0.9 * other.rate
+            taken, other = other, taken
+        return other.passes > 0 and taken.rate < 0.9 * other.rate
 
     def _fresh_way(self) -> None:
-        """Forget what the way that is tried gave the last time."""
+        """Forget how the way to be tried did the last time."""
         if self.speculating:
             self.speculative = Way()
         else:
@@ -104,13 +107,13 @@ class BatchGovernor:
     """Chooses the way of a batch, pass by pass. clock: seconds."""
 
     clock: Callable[[], float] = time.perf_counter
-    contests: dict[int, Contest] = field(default_factory=dict)
-    _then: float | None = None
-    _before: tuple[int, bool] | None = None
+    comparisons: dict[int, SpeedComparison] = field(default_factory=dict)
+    _last_pass_at: float | None = None
+    _last_kind: tuple[int, bool] | None = None
 
     def speculates(self, requests: int) -> bool:
         """Tell whether the next pass of so many requests drafts."""
-        return self.contests.setdefault(requests, Contest()).speculating
+        return self.comparisons.setdefault(requests, SpeedComparison()).speculating
 
     def after(self, requests: int, tokens: int, *, speculated: bool, undisturbed: bool) -> None:
         """Take in a pass that is done: its requests and their tokens.
@@ -118,12 +121,12 @@ class BatchGovernor:
         speculated: it verified drafts. undisturbed: nobody joined, left or was read in meanwhile.
         Passes count if the one before was of the same kind, so that a whole period is timed.
         """
-        then, self._then = self._then, self.clock()
+        last, self._last_pass_at = self._last_pass_at, self.clock()
         kind = (requests, speculated)
-        alike, self._before = self._before == kind, kind if undisturbed else None
-        if then is not None and alike and undisturbed:
-            contest = self.contests.setdefault(requests, Contest())
-            contest.take(self._then - then, tokens, speculated=speculated)
+        alike, self._last_kind = self._last_kind == kind, kind if undisturbed else None
+        if last is not None and alike and undisturbed:
+            comparison = self.comparisons.setdefault(requests, SpeedComparison())
+            comparison.take(self._last_pass_at - last, tokens, speculated=speculated)
 
 
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:

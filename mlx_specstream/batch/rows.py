@@ -27,7 +27,7 @@ from .cache import BatchKVCache, BatchPass
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The rows of one pass: where they go, their RoPE positions (B, R) and their masks."""
 
     cache: BatchPass
@@ -35,13 +35,13 @@ class Rows:
     mask: RowMask
 
 
-def main_rows(cache: BatchKVCache, num_nodes: int) -> Rows:
+def main_rows(cache: BatchKVCache, num_nodes: int) -> BatchRows:
     """Return the rows of the main stream alone: `num_nodes` behind each sequence's text."""
     at = _lengths(cache) + mx.arange(num_nodes, dtype=mx.int32)
     return _rows(cache, at, at, num_nodes, num_nodes, prefix=at)
 
 
-def inline_rows(cache: BatchKVCache, num_nodes: int, streams: Streams) -> Rows:
+def inline_rows(cache: BatchKVCache, num_nodes: int, streams: Streams) -> BatchRows:
     """Return main rows, then every node's streams, node by node."""
     T, G = num_nodes, streams.num_streams
     main = _lengths(cache) + mx.arange(T, dtype=mx.int32)
@@ -68,7 +68,7 @@ def inline_rows(cache: BatchKVCache, num_nodes: int, streams: Streams) -> Rows:
 
 def deferred_rows(
     cache: BatchKVCache, num_nodes: int, streams: Streams, accepted: mx.array
-) -> Rows:
+) -> BatchRows:
     """Return the streams of one node per sequence, `accepted` (B,), behind the main rows."""
     lengths = _lengths(cache)
     first = lengths + num_nodes
@@ -93,7 +93,7 @@ def _rows(
     width: int,
     prefix: mx.array,
     own: tuple[mx.array, mx.array] | None = None,
-) -> Rows:
+) -> BatchRows:
     """Return rows that see columns ≤ `prefix` and those in `own` (first, last), all (B, R).
 
     width: columns in use behind each sequence's text at the end of the pass.
@@ -115,7 +115,7 @@ def _rows(
 
     own_streams = None if to_streams is None else to_streams[:, None]
     mask = RowMask(seen[:, None], at, own_streams)
-    return Rows(BatchPass(cache, columns, num_main, end), positions, mask)
+    return BatchRows(BatchPass(cache, columns, num_main, end), positions, mask)
 
 
 def _lengths(cache: BatchKVCache) -> mx.array:

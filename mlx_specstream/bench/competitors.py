@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Contest:
+class Competitors:
     """The model with everything that competes on it.
 
     methods: by name; those without streams of their own have them resolved. by_streams: the
@@ -75,13 +75,13 @@ class Contest:
         raise OptionError("trees can only be compared with streams; leave out --streams none.")
 
 
-def open_contest(
+def open_competitors(
     model_name: str,
     adapter_path: str | None,
     methods: dict[str, Method],
     categories: list[str],
     draft_model: str | None,
-) -> Contest:
+) -> Competitors:
     """Load the model, and all that the methods need.
 
     Raises:
@@ -112,7 +112,7 @@ def open_contest(
     drafter = None
     if draft_model is not None:
         drafter = _draft_model(draft_model, tokenizer)
-    return Contest(model, tokenizer, resolved, by_streams, drafter, configs)
+    return Competitors(model, tokenizer, resolved, by_streams, drafter, configs)
 
 
 def setting_config(method: Method) -> DecodeConfig:
@@ -169,9 +169,9 @@ def _draft_model(name: str, tokenizer: TokenizerWrapper) -> nn.Module:
     return loaded.model
 
 
-def described_model(contest: Contest, name: str) -> dict[str, Any]:
+def described_model(competitors: Competitors, name: str) -> dict[str, Any]:
     """Return what a result says of the model and its streams, in JSON's terms."""
-    backbone, module = contest.model.backbone, contest.model.model
+    backbone, module = competitors.model.backbone, competitors.model.model
     parameters = _arrays(module)
     return {
         "name": Path(name).name if Path(name).expanduser().exists() else name,
@@ -188,7 +188,7 @@ def described_model(contest: Contest, name: str) -> dict[str, Any]:
         "weight_bytes": sum(array.nbytes for array in parameters),
         "used": {
             method_name: method.streams
-            for method_name, method in contest.methods.items()
+            for method_name, method in competitors.methods.items()
             if method.kind == "streams"
         },
         "streams": {
@@ -198,7 +198,7 @@ def described_model(contest: Contest, name: str) -> dict[str, Any]:
                 "mode": joined.streams.config.mode,
                 "conditioned": bool(joined.streams.config.conditioner_rank),
             }
-            for streams, joined in contest.by_streams.items()
+            for streams, joined in competitors.by_streams.items()
             if joined.streams is not None
         },
     }

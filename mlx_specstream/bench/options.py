@@ -12,7 +12,7 @@ from ..loading.demo import DEMO_NAME
 from ..weights.shipped import AUTO
 from .cases import BUILT_IN
 from .methods import MLX_LM, Method, named, parse_setting, parse_streams
-from .result import Settings
+from .result import BenchSettings
 
 QUICK_LIMIT_S = 105.0
 QUICK_CATEGORIES = ("chat", "code", "summarize", "sql")
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
+def settings_of(arguments: argparse.Namespace) -> BenchSettings:
     """Return what the options describe.
 
     Raises:
@@ -124,7 +124,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         categories = list(QUICK_CATEGORIES)
     methods = methods_of(arguments)
     named(methods)
-    return Settings(
+    return BenchSettings(
         model=arguments.model,
         adapter_path=arguments.adapter_path,
         sources=sources,

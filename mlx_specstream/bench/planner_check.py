@@ -49,7 +49,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PlannerCheck:
     """What was found. choice: the plan the planner takes for these prompts."""
 
     rows: list[Checked]
@@ -91,7 +91,7 @@ def check(
     curve: CostCurve,
     plans: Sequence[StepSetting],
     on_answer: Callable[[], None] = lambda: None,
-) -> Verdict:
+) -> PlannerCheck:
     """Answer all prompts with all plans and compare with what the curve predicts.
 
     The planner's choice among `plans` is for these prompts' acceptance.
@@ -132,10 +132,10 @@ def check(
                 identical=same[forecast.plan],
             )
         )
-    return Verdict(rows, chosen(found).plan)
+    return PlannerCheck(rows, chosen(found).plan)
 
 
-def scaled(verdict: Verdict) -> Verdict:
+def scaled(verdict: PlannerCheck) -> PlannerCheck:
     """Return the verdict with predictions in units of measured plain decoding.
 
     The curve's clock and the check's may differ when a machine is warm; what the planner
@@ -144,4 +144,4 @@ def scaled(verdict: Verdict) -> Verdict:
     plain = next(row for row in verdict.rows if row.plan is None)
     factor = plain.measured / plain.predicted
     rows = [replace(row, predicted=row.predicted * factor) for row in verdict.rows]
-    return Verdict(rows, verdict.choice)
+    return PlannerCheck(rows, verdict.choice)

@@ -12,7 +12,7 @@ from ..planner.settings import StepSetting
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .planner_check import Verdict
+    from .planner_check import PlannerCheck
 
 
 def as_json(
@@ -86,7 +86,7 @@ def plain_forecast(found: list[Forecast]) -> Forecast:
     return next(forecast for forecast in found if forecast.plan is None)
 
 
-def check_json(found: Verdict) -> dict[str, object]:
+def check_json(found: PlannerCheck) -> dict[str, object]:
     """Return the findings of a check in the form of JSON."""
     return {
         "choice": _name(found.choice),
@@ -107,7 +107,7 @@ def check_json(found: Verdict) -> dict[str, object]:
     }
 
 
-def show_check(console: Console, found: Verdict) -> None:
+def show_check(console: Console, found: PlannerCheck) -> None:
     """Print measured and predicted speeds, the fastest first, and how good the choice was."""
     from rich.table import Table
 

@@ -23,7 +23,7 @@ from .methods import Method
 KIND, VERSION = "specstream-bench", 1
 RESULT_FILE = "result.json"
 
-# What `contest.described_model` writes and reports read.
+# What `competitors.described_model` writes and reports read.
 _MODEL_FIELDS = {
     "name",
     "family",
@@ -40,7 +40,7 @@ D = TypeVar("D")
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What a benchmark was asked to do: enough to do it again.
 
     sources: prompt files as given, or `built-in`. num_prompts: per category, drawn by `seed`.
@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One answer of one method. Times in seconds; what they span is said in `measure.py`.
 
     order: its turn among the methods. verdict: `identical` to the first answer of mlx-lm,
@@ -93,7 +93,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPrompt:
     """A prompt with the runs of all methods. turn: 0 for a conversation's first."""
 
     category: str
@@ -101,7 +101,7 @@ class Asked:
     sha256: str
     turn: int
     prompt_tokens: int
-    runs: list[Run]
+    runs: list[MethodRun]
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Result:
     by category, every small tree as predicted and measured.
     """
 
-    settings: Settings
+    settings: BenchSettings
     machine: Machine
     model: dict[str, Any]
     started: str
@@ -122,14 +122,14 @@ class Result:
     finished: str = ""
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    cold: list[Run] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
+    cold: list[MethodRun] = field(default_factory=list)
+    asked: list[AskedPrompt] = field(default_factory=list)
     ceilings: dict[str, Any] | None = None
     plans: dict[str, Any] = field(default_factory=dict)
     trees: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def failures(self) -> list[tuple[Asked, Run]]:
+    def failures(self) -> list[tuple[AskedPrompt, MethodRun]]:
         """Return the runs of our methods whose output is not the reference's."""
         ours = {name for name, method in self.named_methods.items() if method.ours}
         return [
@@ -178,7 +178,7 @@ class Result:
             settings = dict(values["settings"])
             methods = [Method.from_dict(method) for method in settings.pop("methods")]
             result = cls(
-                settings=_made(Settings, {**settings, "methods": methods}),
+                settings=_made(BenchSettings, {**settings, "methods": methods}),
                 machine=Machine.from_dict(values["machine"]),
                 model=dict(values["model"]),
                 started=str(values["started"]),
@@ -186,9 +186,12 @@ class Result:
                 finished=str(values["finished"]),
                 left_out=[str(line) for line in values["left_out"]],
                 notes=[str(line) for line in values["notes"]],
-                cold=[_made(Run, run) for run in values["cold"]],
+                cold=[_made(MethodRun, run) for run in values["cold"]],
                 asked=[
-                    _made(Asked, {**asked, "runs": [_made(Run, run) for run in asked["runs"]]})
+                    _made(
+                        AskedPrompt,
+                        {**asked, "runs": [_made(MethodRun, run) for run in asked["runs"]]},
+                    )
                     for asked in values["asked"]
                 ],
                 ceilings=values["ceilings"],

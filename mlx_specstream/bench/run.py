@@ -20,10 +20,10 @@ from ..machine import rounds_float32
 from ..prompts import Prompt, encode_prompt
 from ..verify import first_difference, judge, reference_logits
 from .cases import Case
-from .competitors import Contest
+from .competitors import Competitors
 from .measure import Answered, in_turns
 from .methods import MLX_LM
-from .result import Asked, Result, Run
+from .result import AskedPrompt, MethodRun, Result
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -37,12 +37,12 @@ Show = Callable[[str], None]
 class Bench:
     """A benchmark under way: `result` is written to `path` after every prompt."""
 
-    contest: Contest
+    competitors: Competitors
     cases: list[Case]
     result: Result
     path: Path
     on_step: Show = lambda _: None
-    on_prompt: Callable[[Sequence[Asked]], None] = lambda _: None
+    on_prompt: Callable[[Sequence[AskedPrompt]], None] = lambda _: None
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Bench:
         if not fits:
             raise DataError(
                 "no prompt fits into the model's context of "
-                f"{self.contest.model.context_length} tokens with its answer; lower --max-tokens."
+                f"{self.competitors.model.context_length} tokens with its answer; lower --max-tokens."
             )
         if len(fits) < len(self.cases):
             self.result.left_out.append(
@@ -66,15 +66,15 @@ class Bench:
         self.cases = fits
 
     def _fits(self, prompt: Prompt) -> bool:
-        context = self.contest.model.context_length
-        length = len(encode_prompt(self.contest.tokenizer, prompt))
+        context = self.competitors.model.context_length
+        length = len(encode_prompt(self.competitors.tokenizer, prompt))
         return context is None or length + self.result.settings.max_tokens <= context
 
     @property
     def names(self) -> list[str]:
-        return list(self.contest.methods)
+        return list(self.competitors.methods)
 
-    def plain_runs(self) -> list[Run]:
+    def plain_runs(self) -> list[MethodRun]:
         """Return mlx-lm's runs so far."""
         runs = [run for asked in self.result.asked for run in asked.runs]
         return [run for run in runs if run.method == MLX_LM.label]
@@ -83,11 +83,11 @@ class Bench:
         """Let every method answer the first prompt once, and note the cold figures."""
         limit = min(COLD_TOKENS, self.result.settings.max_tokens)
         case = self.cases[0]
-        prompt = encode_prompt(self.contest.tokenizer, case.prompt)
+        prompt = encode_prompt(self.competitors.tokenizer, case.prompt)
         cold = []
         for order, name in enumerate(self.names):
             self.on_step(f"warming up: {name}")
-            answer = self.contest.answer(name, case.category, prompt, limit)
+            answer = self.competitors.answer(name, case.category, prompt, limit)
             in_turns([answer], 0)
             cold.append(_run(name, 0, order, answer.answered))
         self.result.cold = self.result.cold or cold  # resumed: the first process's are colder
@@ -129,7 +129,7 @@ class Bench:
         self.result.finished = now()
         self.result.save(self.path)
 
-    def _ask(self, case: Case, number: int) -> list[Asked]:
+    def _ask(self, case: Case, number: int) -> list[AskedPrompt]:
         """Have all turns of a prompt answered by all methods."""
         asked = []
         messages = list(case.prompt.messages)
@@ -145,11 +145,13 @@ class Bench:
             messages.append({"role": "assistant", "content": text})
         return asked
 
-    def _ask_turn(self, case: Case, prompt: Prompt, turn: int, number: int) -> tuple[Asked, str]:
+    def _ask_turn(
+        self, case: Case, prompt: Prompt, turn: int, number: int
+    ) -> tuple[AskedPrompt, str]:
         """Have one turn answered; return the runs and the reference's text."""
         from mlx_lm.generate import wired_limit
 
-        ids = encode_prompt(self.contest.tokenizer, prompt)
+        ids = encode_prompt(self.competitors.tokenizer, prompt)
         settings, names = self.result.settings, self.names
         answers: list[tuple[str, int, int, Answered]] = []
         for repeat in range(settings.repeats):
@@ -157,9 +159,10 @@ class Bench:
             turns = names[first:] + names[:first]
             self.on_step(f"{case.category}: {prompt.title}")
             begun = [
-                self.contest.answer(name, case.category, ids, settings.max_tokens) for name in turns
+                self.competitors.answer(name, case.category, ids, settings.max_tokens)
+                for name in turns
             ]
-            with wired_limit(self.contest.model.model):  # once: answers end at different times
+            with wired_limit(self.competitors.model.model):  # once: answers end at different times
                 in_turns(begun, settings.turn_tokens)
             answers += [
                 (name, repeat, order, answer.answered)
@@ -170,15 +173,17 @@ class Bench:
             self._judged(_run(name, repeat, order, answered), answered, reference, ids)
             for name, repeat, order, answered in answers
         ]
-        found = Asked(case.category, prompt.title[:120], case.sha256, turn, len(ids), runs)
+        found = AskedPrompt(case.category, prompt.title[:120], case.sha256, turn, len(ids), runs)
         return found, "".join(reference.pieces)
 
-    def _judged(self, run: Run, answered: Answered, reference: Answered, prompt: list[int]) -> Run:
+    def _judged(
+        self, run: MethodRun, answered: Answered, reference: Answered, prompt: list[int]
+    ) -> MethodRun:
         """Compare an answer with the reference; explain the first difference."""
         position = first_difference(reference.tokens, answered.tokens)
         if position is None:
             return run
-        model, tokenizer = self.contest.model, self.contest.tokenizer
+        model, tokenizer = self.competitors.model, self.competitors.tokenizer
         logits = reference_logits(model, tokenizer, prompt, reference.tokens, position)
         ours, theirs = (
             a.tokens[position] if position < len(a.tokens) else -1 for a in (answered, reference)
@@ -193,8 +198,8 @@ class Bench:
         return replace(run, verdict=verdict, position=position, note=note)
 
 
-def _run(name: str, repeat: int, order: int, answered: Answered) -> Run:
-    return Run(
+def _run(name: str, repeat: int, order: int, answered: Answered) -> MethodRun:
+    return MethodRun(
         method=name,
         repeat=repeat,
         order=order,

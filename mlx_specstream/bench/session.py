@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine
 from .cases import Case, names
-from .competitors import described_model, open_contest
+from .competitors import described_model, open_competitors
 from .methods import MLX_LM
-from .result import Asked, Result, Run
+from .result import AskedPrompt, MethodRun, Result
 from .roofline import measure_ceilings
 from .run import Bench, now
 from .trees import CHECKED_PROMPTS, MEASURE_S, exhaustive, num_answers, plan_costs
@@ -40,36 +40,36 @@ def measured(
         console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=not console.is_terminal)
     result.notes += [note for note in notes if note not in result.notes]
     with console.status(f"Loading {settings.model}"):
-        contest = open_contest(
+        competitors = open_competitors(
             settings.model,
             settings.adapter_path,
             result.named_methods,
             names(cases),
             settings.draft_model,
         )
-    result.model = result.model or described_model(contest, settings.model)
+    result.model = result.model or described_model(competitors, settings.model)
     result.started = result.started or now()
-    for name, method in contest.methods.items():
+    for name, method in competitors.methods.items():
         if method.kind == "streams":
             console.print(
                 f"{name}: streams {method.streams}", soft_wrap=not console.is_terminal, markup=False
             )
     # Not under a spinner: the planner says itself that it measures.
-    result.plans = plan_costs(contest) or result.plans
+    result.plans = plan_costs(competitors) or result.plans
     for streams, planned in result.plans.items():
         console.print(
             f"auto, {Path(streams).name}: begins with {planned['chosen']}",
             soft_wrap=not console.is_terminal,
             markup=False,
         )
-    bench = Bench(contest, cases, result, path)
+    bench = Bench(competitors, cases, result, path)
     bench.begun = begun
     with console.status("Warming up") as status:
         bench.on_step = status.update
         bench.warm_up()
         if result.ceilings is None:
             status.update("Measuring memory and arithmetic")
-            result.ceilings = measure_ceilings(contest.model.backbone.dtype).to_dict()
+            result.ceilings = measure_ceilings(competitors.model.backbone.dtype).to_dict()
     done = {(asked.category, asked.sha256) for asked in result.asked}
     left = sum((case.category, case.sha256) not in done for case in bench.cases)
     limit = settings.limit_s
@@ -84,7 +84,7 @@ def measured(
     with _progress(console) as progress:
         task = progress.add_task("", total=left)
 
-        def on_prompt(asked: Sequence[Asked]) -> None:
+        def on_prompt(asked: Sequence[AskedPrompt]) -> None:
             progress.advance(task)
             text = prompt_line(asked)
             console.print(text, markup=False, soft_wrap=not console.is_terminal)
@@ -104,7 +104,7 @@ def measured(
 
 def compare_trees(bench: Bench, console: Console) -> None:
     """Answer some prompts of each category with every small tree, and keep what came of it."""
-    result, contest = bench.result, bench.contest
+    result, competitors = bench.result, bench.competitors
     settings = result.settings
     count = settings.num_prompts or CHECKED_PROMPTS
     groups = {
@@ -113,7 +113,7 @@ def compare_trees(bench: Bench, console: Console) -> None:
         if name not in result.trees
     }
     answers = {
-        name: num_answers(contest, cases, name, settings.exhaustive)
+        name: num_answers(competitors, cases, name, settings.exhaustive)
         for name, cases in groups.items()
     }
     each = max((run.prefill_s + run.decode_s for run in bench.plain_runs()), default=1.0)
@@ -125,7 +125,7 @@ def compare_trees(bench: Bench, console: Console) -> None:
         for name, cases in groups.items():
             task = progress.add_task(name, total=answers[name])
             found = exhaustive(
-                contest,
+                competitors,
                 cases,
                 name,
                 settings.max_tokens,
@@ -160,7 +160,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def prompt_line(asked: Sequence[Asked]) -> str:
+def prompt_line(asked: Sequence[AskedPrompt]) -> str:
     """Return a prompt's outcome in a line: each method's times as fast as mlx-lm."""
     parts = []
     for name in dict.fromkeys(run.method for one in asked for run in one.runs):
@@ -176,7 +176,7 @@ def prompt_line(asked: Sequence[Asked]) -> str:
     return f"{asked[0].category:<10} {short:<24}  {' · '.join(parts)}"
 
 
-def _ratio(base: list[Run], runs: list[Run]) -> float | None:
+def _ratio(base: list[MethodRun], runs: list[MethodRun]) -> float | None:
     """Return the seconds per token of `base` over those of `runs`, None where there are none."""
     ours, theirs = sum(run.decode_s for run in runs), sum(run.decode_s for run in base)
     tokens, base_tokens = (sum(run.tokens - 1 for run in some) for some in (runs, base))

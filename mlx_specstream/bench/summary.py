@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .methods import MLX_LM
-from .result import Asked, Result, Run
+from .result import AskedPrompt, MethodRun, Result
 
 ALL = "all"
 
@@ -76,7 +76,7 @@ def summarised(result: Result) -> list[Line]:
     return lines
 
 
-def _line(category: str, method: str, asked: Sequence[Asked]) -> Line | None:
+def _line(category: str, method: str, asked: Sequence[AskedPrompt]) -> Line | None:
     runs = [run for one in asked for run in one.runs if run.method == method]
     ratios, seconds, base_seconds, timed = [], 0.0, 0.0, 0
     for one in asked:
@@ -128,7 +128,7 @@ def _line(category: str, method: str, asked: Sequence[Asked]) -> Line | None:
     )
 
 
-def _token_s(runs: Iterable[Run], method: str) -> float | None:
+def _token_s(runs: Iterable[MethodRun], method: str) -> float | None:
     """Return the median seconds per token of a method's repeats."""
     values = [run.token_s for run in runs if run.method == method]
     known = [value for value in values if value is not None]

@@ -12,7 +12,7 @@ from ..planner.costs import planner_for, step_costs
 from ..planner.measure import measure
 from ..prompts import encode_prompt
 from .cases import Case
-from .competitors import Contest
+from .competitors import Competitors
 from .planner_check import check, scaled, small_trees
 from .planner_report import check_json
 
@@ -20,16 +20,16 @@ CHECKED_PROMPTS = 4  # per category, if the settings do not say
 MEASURE_S = 60.0
 
 
-def plan_costs(contest: Contest) -> dict[str, Any]:
+def plan_costs(competitors: Competitors) -> dict[str, Any]:
     """Return the cost curve, forecasts and choice for each set of streams that is planned with.
 
     Measures what is not in the cache, so that no answer's time holds it.
     """
     found = {}
-    for name, config in contest.configs.items():
+    for name, config in competitors.configs.items():
         if config.tree.kind != "auto":
             continue
-        for streams, joined in contest.streams_of(name).items():
+        for streams, joined in competitors.streams_of(name).items():
             planner = planner_for(joined, config)
             if planner is not None and streams not in found:
                 found[streams] = described(joined, config)
@@ -69,7 +69,7 @@ def _kind(plan: Any) -> str:
 
 
 def exhaustive(
-    contest: Contest,
+    competitors: Competitors,
     cases: list[Case],
     category: str,
     max_tokens: int,
@@ -81,19 +81,19 @@ def exhaustive(
     Returns, in JSON's terms, measured and predicted tokens per second of each tree and of plain
     decoding, the planner's choice among them for these prompts, and its share of the best.
     """
-    model = contest.by_streams[contest.first_streams(category)]
+    model = competitors.by_streams[competitors.first_streams(category)]
     assert model.streams is not None
     plans = small_trees(model.streams.num_streams, most_rows, shared=model.streams.shared)
     curve = measure(model.streams, plans, budget_s=MEASURE_S)
     assert curve is not None, "the model computes NaN"
-    ids = [encode_prompt(contest.tokenizer, case.prompt) for case in cases]
-    found = scaled(check(model, contest.tokenizer, ids, max_tokens, curve, plans, on_answer))
+    ids = [encode_prompt(competitors.tokenizer, case.prompt) for case in cases]
+    found = scaled(check(model, competitors.tokenizer, ids, max_tokens, curve, plans, on_answer))
     return {"prompts": len(ids), "streams": model.streams_name, **check_json(found)}
 
 
-def num_answers(contest: Contest, cases: list[Case], category: str, most_rows: int) -> int:
+def num_answers(competitors: Competitors, cases: list[Case], category: str, most_rows: int) -> int:
     """Return how many answers `exhaustive` will take."""
-    model = contest.by_streams[contest.first_streams(category)]
+    model = competitors.by_streams[competitors.first_streams(category)]
     assert model.streams is not None
     plans = small_trees(model.streams.num_streams, most_rows, shared=model.streams.shared)
     return len(cases) * (1 + len(plans))

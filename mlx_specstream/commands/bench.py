@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..bench.cases import Case, chosen_cases
 from ..bench.options import build_parser, settings_of
-from ..bench.result import RESULT_FILE, Result, Settings
+from ..bench.result import RESULT_FILE, BenchSettings, Result
 from ..errors import DataError, OptionError, OutputError
 from ..machine import Machine
 
@@ -99,7 +99,7 @@ def finish(result: Result, folder: Path, console: Console, *, plots: bool) -> in
     return 1 if result.failures else 0
 
 
-def cases_of(settings: Settings) -> list[Case]:
+def cases_of(settings: BenchSettings) -> list[Case]:
     """Return the prompts that the settings ask for."""
     return chosen_cases(
         settings.sources,

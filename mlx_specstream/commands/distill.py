@@ -1,10 +1,7 @@
 """`specstream distill`: the model's own answers to a file of prompts, to train its streams on.
 
 Streams learn to foresee what *this* model says, so their best training text is what it says. The
-output is mlx-lm's chat format, with the exact token ids beside the text:
-
-    {"messages": [..., {"role": "assistant", "content": "..."}], "prompt_ids": [...],
-     "answer_ids": [...], "index": 17}
+output is mlx-lm's chat format, with the exact token ids beside the text (`train/distilled.py`).
 
 Answers are written as they are finished; a run that was stopped continues where it was, and a
 line that was cut off by a kill is made again. What a prompt is answered at a temperature depends
@@ -15,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,23 +25,14 @@ from ..errors import DataError, OptionError, OutputError, brief
 from ..loading.load import StreamModel, load
 from ..train.builtin_prompts import BUILTIN, builtin_records
 from ..train.data import Record, read_records
+from ..train.distilled import PromptToAnswer, answered, in_order
 from ..weights.files import refuse_same_file
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 SORT_WINDOW = 1024
-"""Prompts are sorted by length inside windows of this size, so that any prefix is a fair sample."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt to answer: its place in the file, its messages, its tokens."""
-
-    index: int
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    tokens: list[int] = field(default_factory=list)
+"""Prompts are sorted by length inside windows of this size."""
 
 
 def records_of(source: str, split: str) -> list[Record]:
@@ -57,7 +43,7 @@ def records_of(source: str, split: str) -> list[Record]:
 
 def read_prompts(
     records: Sequence[Record], tokenizer: Any, max_length: int
-) -> tuple[list[Prompt], int]:
+) -> tuple[list[PromptToAnswer], int]:
     """Return the prompts of records, and how many were too long.
 
     A chat is answered at its last user turn; `{"prompt": ...}` alone will do. A tokenizer without
@@ -91,51 +77,8 @@ def read_prompts(
         if len(tokens) > max_length:
             too_long += 1
             continue
-        prompts.append(Prompt(index, messages, tools, list(tokens)))
+        prompts.append(PromptToAnswer(index, messages, tools, list(tokens)))
     return prompts, too_long
-
-
-def finished(path: Path) -> set[int]:
-    """Return the indices of the answers in a file, cutting off a last line that is incomplete.
-
-    Raises:
-        OutputError: the file is something else.
-    """
-    if not path.exists():
-        return set()
-    done, whole = set(), 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(int(json.loads(line)["index"]))
-            except (ValueError, KeyError, TypeError):
-                raise OutputError(
-                    f"{path} exists and was not written by specstream distill; name another file."
-                ) from None
-            whole += len(line)
-    os.truncate(path, whole)
-    return done
-
-
-def in_order(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
-    """Yield prompts with neighbours of like length, longest windows' members first to last."""
-    for start in range(0, len(prompts), SORT_WINDOW):
-        yield from sorted(prompts[start : start + SORT_WINDOW], key=lambda p: len(p.tokens))
-
-
-def record_of(prompt: Prompt, answer: list[int], tokenizer: Any) -> dict[str, Any]:
-    """Return the line to write for an answer."""
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    tools = {"tools": prompt.tools} if prompt.tools else {}
-    return {
-        "messages": [*prompt.messages, {"role": "assistant", "content": text}],
-        **tools,
-        "prompt_ids": prompt.tokens,
-        "answer_ids": answer,
-        "index": prompt.index,
-    }
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -146,7 +89,7 @@ def seed_of(seed: int, index: int) -> int:
 def answer_prompts(
     model: StreamModel,
     tokenizer: TokenizerWrapper,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[PromptToAnswer],
     output: Path,
     *,
     max_tokens: int,
@@ -168,7 +111,7 @@ def answer_prompts(
         with output.open("a", encoding="utf-8") as file:
 
             def write(number: int, answer: BatchAnswer) -> None:
-                record = record_of(left[number], answer.token_ids, tokenizer)
+                record = left[number].record(answer.token_ids, tokenizer)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 on_record(record)
@@ -237,7 +180,7 @@ def main(argv: list[str]) -> int:
     check(args)
     refuse_same_file({"--data": args.data, "--output": args.output})
     output = Path(args.output).expanduser()
-    done = finished(output)
+    done = {index for _, index in answered(output)}
     model, tokenizer = load(args.model, streams=None)
     room = (model.context_length or args.max_prompt_tokens + args.max_tokens) - args.max_tokens
     prompts, too_long = read_prompts(
@@ -253,7 +196,7 @@ def main(argv: list[str]) -> int:
         + (f", {too_long} too long and left out." if too_long else "."),
         flush=True,
     )
-    left = list(in_order(left))
+    left = list(in_order(left, SORT_WINDOW))
     with tqdm(
         total=len(prompts), initial=len(prompts) - len(left), unit="answer", disable=None
     ) as bar:

@@ -26,7 +26,7 @@ from ..generation.sampling_options import (
     make_grammar_processors,
     sampling_config,
 )
-from ..prompts.template_args import template_args
+from ..prompts.encode import template_args
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

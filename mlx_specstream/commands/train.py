@@ -8,7 +8,6 @@ Options are those of `TrainOptions`; where mlx-lm's `lora` has one, it has its n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,15 +22,15 @@ from ..loading.load import StreamModel, load
 from ..model.backbone import Backbone
 from ..train.batches import select
 from ..train.data import Example, read_records, split_held_out, tokenize
-from ..train.head import VocabularySampler
 from ..train.initialise import hidden_rms, untrained, with_next_token
-from ..train.loop import DivergenceError, Trainer
 from ..train.objective import LosslessObjective
-from ..train.options import PRESETS, TrainOptions, flag_of
+from ..train.options import FIELDS, PRESETS, TrainOptions, add_option
 from ..train.pruner import PrunerObjective
 from ..train.shared import SharedObjective
 from ..train.state import SavedState, resumable
 from ..train.task import Task
+from ..train.trainer import DivergenceError, Trainer
+from ..train.vocabulary import VocabularySampler
 from ..train.warm_start import warm_start
 from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from ..weights.fingerprint import base_dims
@@ -65,26 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", help="a YAML file with any of these options")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # mlx-lm's habit
-    for field in dataclasses.fields(TrainOptions):
-        _add_option(parser, field)
+    for name in FIELDS:
+        flags = ("--num-msa-layers", "--num-layers") if name == "num_msa_layers" else ()
+        add_option(parser, name, *flags, dest=name, default=None)
     return parser
-
-
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    flag, about, default = flag_of(field.name), field.metadata["help"], field.default
-    flags = (flag, "--num-layers") if field.name == "num_msa_layers" else (flag,)
-    kwargs: dict[str, Any] = {"default": None, "dest": field.name}
-    if isinstance(default, bool):
-        parser.add_argument(
-            flag, action=argparse.BooleanOptionalAction, help=f"{about} ({default})", **kwargs
-        )
-        return
-    if field.metadata["choices"]:
-        kwargs["choices"] = field.metadata["choices"]
-    if isinstance(default, tuple):
-        parser.add_argument(flag, nargs="+", metavar="MODULE", help=about, **kwargs)
-        return
-    parser.add_argument(*flags, type=type(default), help=f"{about} ({default})", **kwargs)
 
 
 def options_of(args: argparse.Namespace) -> TrainOptions:
@@ -96,9 +79,9 @@ def options_of(args: argparse.Namespace) -> TrainOptions:
     values = dict(PRESETS[args.preset])
     if args.config:
         values |= _from_yaml(Path(args.config))
-    for field in dataclasses.fields(TrainOptions):
-        if (given := getattr(args, field.name)) is not None:
-            values[field.name] = given
+    for name in FIELDS:
+        if (given := getattr(args, name)) is not None:
+            values[name] = given
     return TrainOptions(**values)
 
 
@@ -286,7 +269,7 @@ def make_objective(task: Task) -> LosslessObjective:
     if size < 0:
         size = CPU_VOCABULARY if mx.default_device() == mx.cpu else 0
     texts = (example.tokens[example.prompt_length :] for example in task.train)
-    sampler = VocabularySampler(task.backbone, texts, size)
+    sampler = VocabularySampler.of_size(task.backbone.vocab_size, texts, size)
     objective: type[LosslessObjective] = LosslessObjective
     if options.part == "pruner":
         objective = PrunerObjective

@@ -61,22 +61,22 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         parts = take_apart(model)
-        self.family, self.around = parts.name, parts.around
+        self.family, self.embed_and_head = parts.name, parts.embed_and_head
         self.calls = parts.calls
         self.windows: list[int | None] = [call.window for call in parts.calls]
         self.layers = [
             self._view(layer, call) for layer, call in zip(parts.layers, parts.calls, strict=True)
         ]
         self.num_layers = len(self.layers)
-        self.hidden_size = parts.around.hidden_size
-        self.vocab_size = parts.around.vocab_size
+        self.hidden_size = parts.embed_and_head.hidden_size
+        self.vocab_size = parts.embed_and_head.vocab_size
         self.dtype = self.embed(mx.zeros((1,), dtype=mx.int32)).dtype
         # Scales behind the head belong to its rows; a soft-cap does not.
-        self.is_finished = parts.around.is_finished
+        self.is_finished = parts.embed_and_head.is_finished
         self.head_scale = 1.0
         if not self.is_finished:
             small = mx.array([[[SMALL]]])
-            self.head_scale = cast(float, parts.around.finish(small).item()) / SMALL
+            self.head_scale = cast(float, parts.embed_and_head.finish(small).item()) / SMALL
 
     def _view(self, layer: nn.Module, call: LayerCall) -> nn.Module:
         """Return a layer's view: its RoPE takes rows, its state is kept row by row, one call."""
@@ -86,7 +86,7 @@ class Backbone:
                 keep_states(view)
             except ModelError as error:
                 raise refusal(self.family, error) from error
-        return uniform(view, call, self.around.extras)
+        return uniform(view, call, self.embed_and_head.extras)
 
     @property
     def is_recurrent(self) -> bool:
@@ -95,26 +95,26 @@ class Backbone:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the input hidden states (1, R, h) of tokens (R,)."""
-        return self.around.embed(tokens)
+        return self.embed_and_head.embed(tokens)
 
     def embedding_rows(self, tokens: mx.array) -> mx.array:
         """Return the bare embedding rows (n, h) of tokens (n,), unscaled."""
-        return cast(mx.array, self.around.embedding(tokens))
+        return cast(mx.array, self.embed_and_head.embedding(tokens))
 
     def norm(self, hidden: mx.array) -> mx.array:
         """Return what the head multiplies, (B, R, h): the final norm of hidden states (B, R, h)."""
-        return self.around.norm(hidden)
+        return self.embed_and_head.norm(hidden)
 
     def head(self, normed: mx.array) -> mx.array:
         """Return logits (1, R, V) of normed hidden states (1, R, h)."""
-        return self.around.finish(self.around.product(normed))
+        return self.embed_and_head.finish(self.embed_and_head.product(normed))
 
     def head_rows(self, tokens: mx.array) -> mx.array:
         """Return the LM head's rows (n, h) for tokens (n,): logits without the full product.
 
         A scale that the family applies behind the product is in them; `from_rows` does the rest.
         """
-        head = self.around.head
+        head = self.embed_and_head.head
         if isinstance(head, nn.Embedding | nn.QuantizedEmbedding):
             rows = cast(mx.array, head(tokens))
         elif isinstance(head, nn.QuantizedLinear):
@@ -136,12 +136,12 @@ class Backbone:
 
         Adds what `head_rows` leaves out: the head's bias, and the family's soft-cap.
         """
-        bias: mx.array | None = self.around.head.get("bias")
+        bias: mx.array | None = self.embed_and_head.head.get("bias")
         if self.head_scale != 1.0:
             products = products / self.head_scale
         if bias is not None:
             products = products + bias[tokens]
-        return self.around.finish(products)
+        return self.embed_and_head.finish(products)
 
     def mask(self, index: int, mask: RowMask, span: Span | None) -> Mask:
         """Return the mask of layer `index`: its window's, and an array where it must be one.

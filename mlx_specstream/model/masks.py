@@ -85,3 +85,17 @@ def causal_mask(length: int, rows: int) -> RowMask:
         return keys[length:], keys
 
     return RowMask(None if rows == 1 else "causal", positions)
+
+
+def among_streams(num_nodes: int, num_streams: int) -> mx.array:
+    """Return who sees whom among the streams of nodes, node by node, (n·γ, n·γ) bool [SS Eq. 2].
+
+    Stream j sees streams 1..j of its own node; of two nodes with two streams each:
+
+        1 0 0 0
+        1 1 0 0
+        0 0 1 0
+        0 0 1 1
+    """
+    earlier = mx.tril(mx.ones((num_streams, num_streams), dtype=mx.bool_))
+    return mx.kron(mx.eye(num_nodes, dtype=mx.bool_), earlier)

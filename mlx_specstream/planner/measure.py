@@ -27,7 +27,7 @@ MAX_ROUNDS = 7
 STEPS = 2  # of a plan per sample
 RESTARTS = 3  # samples of a step of the root alone
 GROUP = 3  # plans between two samples of plain decoding
-HOPELESS = 0.8  # of the best plan's tokens per second: plans below are dropped
+UNPROFITABLE = 0.8  # of the best plan's tokens per second: plans below are dropped
 _EXPLORING = 0.5  # share of the budget in which plans are still begun
 
 Yield = Callable[[StepSetting], float]
@@ -198,7 +198,9 @@ class _Session:
         guess *= 0.9  # it is a guess
         if 1 + plan.depth(G) < guess:
             return False
-        return self.tokens_per_step is None or self._speed(plan, guess) >= HOPELESS * self._best()
+        return (
+            self.tokens_per_step is None or self._speed(plan, guess) >= UNPROFITABLE * self._best()
+        )
 
     def _none_pays(self) -> bool:
         """Tell whether no plan gains even if every draft is accepted, by a wide margin."""
@@ -211,7 +213,7 @@ class _Session:
     def _drop(self) -> None:
         best = self._best()
         for plan, found in list(self.ratios.items()):
-            if self._speed(plan, statistics.median(found)) < HOPELESS * best:
+            if self._speed(plan, statistics.median(found)) < UNPROFITABLE * best:
                 self.dropped[plan] = self.ratios.pop(plan)
 
 

@@ -30,12 +30,12 @@ SMOOTHING = 0.3  # weight of the newest tree in the ease of the text
 KEPT = 0.3  # of the ease, when another answer begins
 TRUST = 0.01  # weight of one expected draft in the share of them that is accepted
 GAIN = 0.3  # of a step's extra cost must be won for a tree to be verified for its own sake
-SURE = 0.25  # a gain per step, in its own cost, at which nobody waits for the next tree
-PROBE_SHARE = 0.0035  # of the time goes into probing when that is in vain for long
-FIRST_WAIT = 1 / 8  # of the wait that makes probing so cheap: between the first probes in vain
-SHORT_WAIT = 1 / 32  # of it: after a probe that paid
-IMPATIENCE = 4  # waits grow by this after a probe in vain, and shrink by it after a good one
-LATE = 8  # plain tokens before an answer's first probe, if none of the last answer's paid
+SURE = 0.25  # a gain per step, in its own cost, from which on the next tree is verified unseen
+PROBE_SHARE = 0.0035  # of the time goes into probe steps where they have not paid for long
+FIRST = 1 / 8  # of the interval that makes probing so cheap: after the first probe
+SHORT = 1 / 32  # of it: after a probe that paid
+BACKOFF = 4  # intervals grow by this after a probe that did not pay, and shrink after one that did
+FIRST_PROBE = 8  # plain tokens before an answer's first probe, if none of the last answer's paid
 LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
 
 
@@ -57,18 +57,18 @@ class Planner:
     context: int = 0
     ease: float | None = None
     trust: float = 0.9  # accepted of expected drafts
-    _wait: float = 0.0  # plain tokens after the next probe in vain
+    _interval: float = 0.0  # plain tokens between probes, if the next one does not pay
     _until_probe: int | None = None  # plain tokens, None for never
     _plain_tokens: int = 0  # since the last step
-    _paid: bool = True  # whether a probe of this answer did
-    _tree: mx.array | None = None  # what the tree at hand expects
+    _paid: bool = True  # whether a tree of this answer did
+    _tree: mx.array | None = None  # drafts that the tree to verify next expects to be accepted
     _is_read: bool = False  # whether the ease has taken that in
-    _then: float | None = None  # when the last step was done, None if this one is not to be timed
+    _last_step: float | None = None  # when it was done; None if this one is not to be timed
     _paused: float = 0.0  # when the caller took over
 
     def begin(self, length: int) -> StepSetting | None:
         """Return the plan for an answer that follows `length` committed tokens."""
-        self.context, self.plan, self._tree, self._then = length, None, None, None
+        self.context, self.plan, self._tree, self._last_step = length, None, None, None
         self._until_probe, self._plain_tokens = None, 0
         self.correction.fade()
         if self.is_never_profitable:
@@ -76,11 +76,11 @@ class Planner:
         first = self._best(1.0)
         even = min(1.0, (self._cost(first) - 1) / self._recorded(first))
         self.ease = even if self.ease is None else KEPT * self.ease + (1 - KEPT) * even
-        self._wait = max(FIRST_WAIT * self._longest_wait(), self._wait / 2)
+        self._interval = max(FIRST * self._longest_interval(), self._interval / 2)
         if self._paid:
             self.plan = self._best(self.ease)
         else:
-            self._until_probe = LATE
+            self._until_probe = FIRST_PROBE
         self._paid = False
         return self.plan
 
@@ -108,8 +108,8 @@ class Planner:
             self._paid = True
             self.plan = self._best(self.ease or 0.0)
         else:
-            self._until_probe = max(1, int(self._wait))
-            self._wait = min(IMPATIENCE * self._wait, self._longest_wait())
+            self._until_probe = max(1, int(self._interval))
+            self._interval = min(BACKOFF * self._interval, self._longest_interval())
             self.plan, self._tree, self._plain_tokens = None, None, 0
         return self.plan
 
@@ -125,7 +125,7 @@ class Planner:
         self._is_read = True
         own = 1 + self._see(to_float(self._tree), self.plan)
         if own - cost >= GAIN * (cost - 1):
-            self._wait = max(SHORT_WAIT * self._longest_wait(), self._wait / IMPATIENCE)
+            self._interval = max(SHORT * self._longest_interval(), self._interval / BACKOFF)
             return True
         return 1 + self.ease * self._recorded(self.plan) >= cost
 
@@ -159,7 +159,7 @@ class Planner:
         costs = ((p, self.curve.relative(p, context)) for p in plans)
         return all(1 + p.depth(G) < (1 + self.margin) * cost for p, cost in costs)
 
-    def _longest_wait(self) -> float:
+    def _longest_interval(self) -> float:
         """Return the plain tokens between two probes that make probing as cheap as it may be."""
         return max(1.0, (self.curve.restart(self.context or None) - 1) / PROBE_SHARE)
 
@@ -175,20 +175,20 @@ class Planner:
     def resume(self) -> None:
         """Do not time the step under way if the caller was long: a slow reader, or another's turn."""
         if self.clock is not None and self.clock() - self._paused > LONG * self.curve.plain.seconds:
-            self._then = None
+            self._last_step = None
 
     def _time(self, drafted_by: StepSetting | None) -> None:
         """Hold the seconds since the last step against what they should be, if it was of the same kind."""
         if self.clock is None:
             return
-        then, self._then = self._then, self.clock()
+        last, self._last_step = self._last_step, self.clock()
         expected = self.curve.seconds(drafted_by, self.context)
         if drafted_by is not None:
-            if then is not None:
-                self.correction.step(self._then - then, expected)
+            if last is not None:
+                self.correction.step(self._last_step - last, expected)
         elif self.plan is not None:  # a probe step, which has a price of its own
             return
         elif (
-            then is not None and self._plain_tokens
+            last is not None and self._plain_tokens
         ):  # the first one waits for the pipeline to fill
-            self.correction.plain(self._then - then, expected)
+            self.correction.plain(self._last_step - last, expected)

@@ -5,8 +5,7 @@
 | `read.py` | mlx-lm's data formats, one JSON object a line, or plain text |
 | `lines.py` | lines of text and of JSON: the one reader of prompt files, training data and logs |
 | `control.py` | control tokens in user text are spelled out |
-| `template_args.py` | further arguments of chat templates, from JSON |
-| `encode.py` | a prompt as the model reads it, through its chat template |
+| `encode.py` | a prompt as the model reads it, through its chat template and the variables given to it |
 """
 
 from .encode import encode_prompt

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, brief
+from ..errors import DataError, OptionError, brief
 from .control import ControlTokens
 from .read import Prompt
 
@@ -76,3 +77,20 @@ def encode_prompt(
             "system prompt, or ignore the chat template."
         ) from error
     return control.encode(text, add_special_tokens=False)
+
+
+def template_args(text: str | None, option: str) -> dict[str, Any]:
+    """Return the variables for a chat template that a JSON object names, none for None.
+
+    Raises:
+        OptionError: it is no JSON object; `option` is named.
+    """
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise OptionError(f"{option} must be a JSON object like '{{\"key\": true}}', got {text!r}.")
+    return values

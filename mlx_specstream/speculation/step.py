@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..config import PruneSpec, TreeSpec
 from ..model.cache import KVCache
-from ..model.masks import RowMask
+from ..model.masks import RowMask, among_streams
 from .accept import accept
 from .condition import (
     NUM_CANDIDATES,
@@ -207,7 +207,7 @@ class Stepper:
         the verifying pass left them, behind the committed text, and put their own behind those.
         """
         if verified.streams is not None:
-            # Of a node without streams another's are returned: the tree they make is never used.
+            # A node without streams gets another node's; the tree made from them is never used.
             with_streams = verified.stream_nodes
             place = node if with_streams is None else mx.argmax(with_streams == node)
             return mx.take(verified.streams, place, axis=1)
@@ -217,8 +217,7 @@ class Stepper:
         own = streams.positions(mx.take(verified.positions, node))
         prefix = mx.ones((G, length), dtype=mx.bool_)
         on_path = mx.broadcast_to(mx.take(verified.seen, node, axis=0), (G, T))
-        earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
-        allowed = mx.concatenate([prefix, on_path, earlier], axis=1)
+        allowed = mx.concatenate([prefix, on_path, among_streams(1, G)], axis=1)
         keys = mx.concatenate([verified.positions, own])
         mask = RowMask(allowed, lambda: (own, _keys(keys, length)))
         hidden = streams.start(mx.take(verified.first, node, axis=1), following.reshape(1, 1))

@@ -35,7 +35,7 @@ from ..config import StreamConfig
 from ..errors import StreamsError
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
-from ..model.masks import Mask, RowMask, causal_mask
+from ..model.masks import Mask, RowMask, among_streams, causal_mask
 from .condition import unit
 
 
@@ -303,8 +303,7 @@ def pass_mask(
         if nodes is not None:
             itself, above = mx.take(itself, nodes, axis=0), mx.take(above, nodes, axis=0)
         own = mx.repeat(itself.T, G, axis=1)
-        earlier = mx.tril(mx.ones((G, G), dtype=mx.bool_))
-        among = mx.kron(mx.eye(itself.shape[0], dtype=mx.bool_), earlier)
+        among = among_streams(itself.shape[0], G)
         main = [ancestor_mask, own if main_sees_streams else mx.zeros_like(own)]
         streams = [mx.repeat(above, G, axis=0), among]
         local = mx.concatenate(

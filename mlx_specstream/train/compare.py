@@ -19,10 +19,10 @@ from .base import base_states, embed_texts, kept_rows, pad_texts
 from .batches import BatchPlan, Selection
 from .head import Head, cross_entropy
 from .initialise import untrained
-from .loop import Task
 from .loss import Tensors
 from .optimizer import StreamOptimizer
 from .shared import SharedObjective, main_rows
+from .task import Task
 
 
 def plain_states(streams: Streams, batch: Sequence[Selection]) -> mx.array:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,6 +306,21 @@ def _until_end(tokens: list[int], prompt_length: int, tokenizer: TokenizerWrappe
         return tokens
     rest = tokens[last + 1 :]
     return tokens[: last + 1] if rest and not tokenizer.decode(rest).strip() else tokens
+
+
+def read_distilled(
+    files: Iterable[str | Path], tokenizer: Any = None, max_length: int = 1024
+) -> list[Example]:
+    """Read the training texts of several files; those of more than `max_length` tokens are left out.
+
+    Raises:
+        DataError: a line is not JSON or holds no text in a known form.
+    """
+    examples = []
+    for file in files:
+        records = read_records(file, "train")
+        examples += tokenize(records, tokenizer, max_length=max_length, cut=False)[0]
+    return examples
 
 
 def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:

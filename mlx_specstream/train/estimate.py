@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -17,24 +16,9 @@ from .batches import Selection
 from .head import CHUNK
 from .loss import Tensors
 from .options import TrainOptions
+from .progress import Estimate
 
 ADAM_COPIES = 4  # weights, gradient, two moments
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes at the peak and seconds of an update."""
-
-    peak_bytes: int
-    update_s: float
-
-    def describe(self, updates: int) -> str:
-        minutes = self.update_s * updates / 60
-        digits = 0 if self.update_s >= 10 else 2
-        return (
-            f"about {self.update_s:.{digits}f} s an update, {minutes:.0f} minutes for {updates}; "
-            f"{self.peak_bytes / 1e9:.2g} GB of memory at the peak"
-        )
 
 
 def memory_bytes(
@@ -89,4 +73,4 @@ def try_batch(run: Callable[[], object], share: float) -> Estimate:
     started = time.perf_counter()
     run()
     taken = time.perf_counter() - started
-    return Estimate(mx.get_peak_memory(), taken * share)
+    return Estimate(taken * share, mx.get_peak_memory())

@@ -31,6 +31,31 @@ class Ranks:
     loss: np.ndarray
     valid: np.ndarray
 
+    @classmethod
+    def of(
+        cls,
+        index: np.ndarray,
+        shape: tuple[int, int],
+        marginal: Sequence[np.ndarray],
+        conditioned: Sequence[np.ndarray],
+        losses: Sequence[np.ndarray],
+    ) -> Ranks:
+        """Put together what was found chunk by chunk of the rows with a target.
+
+        index: (R,), their places among the N·γ rows. shape: (N, γ). conditioned: may be empty.
+        """
+
+        def spread(parts: Sequence[np.ndarray], empty: float) -> np.ndarray:
+            table = np.full(shape[0] * shape[1], empty, dtype=np.float32)
+            if len(index):
+                table[index] = np.concatenate(parts)
+            return table.reshape(shape)
+
+        ranks = spread(marginal, NUM_CANDIDATES)
+        given = spread(conditioned, NUM_CANDIDATES) if conditioned else None
+        valid = spread([np.ones(len(index))], 0.0).astype(bool)
+        return cls(ranks, given, spread(losses, 0.0), valid)
+
 
 def chain_lengths(ranks: np.ndarray) -> np.ndarray:
     """Return how many drafts of a chain are accepted at each position, (N,)."""
@@ -48,6 +73,34 @@ def walk(accepted: Sequence[int]) -> list[int]:
         steps.append(int(accepted[t]))
         t += steps[-1] + 1
     return steps
+
+
+@dataclass
+class Tally:
+    """Tokens and steps of texts whose every position was scored: over all positions, and walking."""
+
+    positions: int = 0
+    accepted: int = 0
+    steps: int = 0
+
+    def add(self, accepted: Sequence[int]) -> None:
+        """Count one text: the accepted drafts of each position, in order."""
+        self.positions += len(accepted)
+        self.accepted += sum(accepted)
+        self.steps += len(walk(accepted))
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "all_positions": round(1 + self.accepted / max(1, self.positions), 4),
+            "walking": round(self.positions / max(1, self.steps), 4),
+        }
+
+
+def mean_per_stream(losses: np.ndarray, stream: np.ndarray, num_streams: int) -> list[float]:
+    """Return the mean loss of each stream; `stream` (R,) says which one a loss (R,) belongs to."""
+    sums = np.bincount(stream, losses, minlength=num_streams)
+    counts = np.maximum(np.bincount(stream, minlength=num_streams), 1)
+    return [round(float(value), 4) for value in sums / counts]
 
 
 def summarize(parts: Sequence[Ranks]) -> dict[str, object]:

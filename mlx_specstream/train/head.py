@@ -2,15 +2,12 @@
 
 The head is the largest product of a step: every stream row against every token. Two things keep
 it in bounds. Logits exist for `CHUNK` rows at a time; what is kept is the gradient of the loss
-with respect to the hidden states, (R, h). And the vocabulary may be sampled: all targets, the
-most frequent tokens of the training text, and a random draw of the others whose logits are raised
-by log(others / drawn), so that the sampled partition sum estimates the whole one without bias.
+with respect to the hidden states, (R, h). And the vocabulary may be sampled (`vocabulary.py`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..model.backbone import Backbone
+from .vocabulary import Vocabulary
 
 CHUNK = 512
 """Rows whose logits exist at the same time."""
@@ -37,6 +35,14 @@ class Head:
     bias: mx.array | None = None
     place: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, backbone: Backbone, vocabulary: Vocabulary | None) -> Head:
+        """Return the head of some tokens; None: of all."""
+        if vocabulary is None:
+            return cls(backbone)
+        tokens, bias = mx.array(vocabulary.tokens.astype(np.int32)), mx.array(vocabulary.bias)
+        return cls(backbone, backbone.head_rows(tokens), tokens, bias, vocabulary.place)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (R, V') of normed hidden states (R, h), in the model's dtype."""
         if self.rows is None or self.tokens is None:
@@ -51,37 +57,6 @@ class Head:
     def places(self, tokens: np.ndarray) -> mx.array:
         """Return where tokens (R,) stand in the logits."""
         return mx.array(tokens if self.place is None else self.place[tokens])
-
-
-class VocabularySampler:
-    """Draws the tokens a step's head knows; the whole vocabulary if `size` is 0 or not smaller."""
-
-    def __init__(
-        self, backbone: Backbone, texts: Iterable[Sequence[int]], size: int, frequent: float = 0.8
-    ) -> None:
-        self.backbone, self.size = backbone, size
-        counts = Counter(token for text in texts for token in text) if size else Counter()
-        most = int(size * frequent)
-        self.frequent = np.array([token for token, _ in counts.most_common(most)], dtype=np.int64)
-
-    def draw(self, targets: np.ndarray, seed: tuple[int, ...]) -> Head:
-        """Return the head for a step with these targets."""
-        V = self.backbone.vocab_size
-        known = np.zeros(V, dtype=bool)
-        known[targets] = True
-        known[self.frequent] = True
-        fixed, others = np.flatnonzero(known), np.flatnonzero(~known)
-        extra = max(1, self.size - len(self.frequent))
-        if not self.size or extra >= len(others):
-            return Head(self.backbone)
-        drawn = np.random.default_rng(seed).choice(others, size=extra, replace=False)
-        ids = np.concatenate([fixed, np.sort(drawn)])
-        bias = np.zeros(len(ids), dtype=np.float32)
-        bias[len(fixed) :] = np.log(len(others) / extra)
-        place = np.zeros(V, dtype=np.int32)
-        place[ids] = np.arange(len(ids))
-        tokens = mx.array(ids.astype(np.int32))
-        return Head(self.backbone, self.backbone.head_rows(tokens), tokens, mx.array(bias), place)
 
 
 def cross_entropy(

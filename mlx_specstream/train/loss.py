@@ -25,7 +25,7 @@ from ..speculation.streams import Streams
 from .base import BaseStates
 from .head import Head, cross_entropy
 from .segments import Segments, stream_states
-from .targets import Rows
+from .targets import TargetRows
 
 Tensors = dict[str, mx.array]
 ADAPTER = ("lora_a", "lora_b")
@@ -57,7 +57,7 @@ def stream_loss(
     hidden: mx.array,
     tensors: Mapping[str, mx.array],
     backbone: Backbone,
-    rows: Rows,
+    rows: TargetRows,
     weights: np.ndarray,
     head: Head,
     teacher: mx.array | None = None,
@@ -88,7 +88,7 @@ def lossless_loss(
     config: StreamConfig,
     base: BaseStates,
     segments: Segments,
-    rows: Rows,
+    rows: TargetRows,
     weights: np.ndarray,
     head: Head,
     soft: float = 0.0,

@@ -8,14 +8,14 @@ import numpy as np
 from ..model.backbone import Backbone
 from ..speculation.condition import NUM_CANDIDATES, Conditioner, top_candidates
 from .figures import Ranks
-from .targets import Rows
+from .targets import TargetRows
 
 CHUNK = 256
 
 
 def rank(
     hidden: mx.array,
-    rows: Rows,
+    rows: TargetRows,
     num_positions: int,
     num_streams: int,
     backbone: Backbone,
@@ -23,7 +23,7 @@ def rank(
 ) -> Ranks:
     """Rank the targets of a pass, hidden (R, h) being the states of `rows`."""
     places, corrected, losses = [], [], []
-    for start in range(0, len(rows.index), CHUNK):
+    for start in range(0, len(rows), CHUNK):
         at = slice(start, start + CHUNK)
         states, target = hidden[at], mx.array(rows.target[at])[:, None]
         logits = backbone.head(states[None])[0].astype(mx.float32)
@@ -42,19 +42,8 @@ def rank(
         order = mx.argsort(-(mx.take_along_axis(logits, ids, axis=-1) + gain), axis=-1)
         corrected.append(_place(mx.take_along_axis(ids, order, axis=-1), target))
 
-    def spread(parts: list[np.ndarray], empty: float) -> np.ndarray:
-        table = np.full(num_positions * num_streams, empty, dtype=np.float32)
-        table[rows.index] = np.concatenate(parts)
-        return table.reshape(num_positions, num_streams)
-
-    valid = np.zeros(num_positions * num_streams, dtype=bool)
-    valid[rows.index] = True
-    return Ranks(
-        spread(places, NUM_CANDIDATES),
-        spread(corrected, NUM_CANDIDATES) if corrected else None,
-        spread(losses, 0.0),
-        valid.reshape(num_positions, num_streams),
-    )
+    shape = (num_positions, num_streams)
+    return Ranks.of(rows.index, shape, places, corrected, losses)
 
 
 def _place(candidates: mx.array, target: mx.array) -> np.ndarray:

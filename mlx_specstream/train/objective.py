@@ -23,12 +23,13 @@ from .base import BaseStates, base_states, pad_texts
 from .batches import Selection
 from .early_exit import exit_rows, exit_states
 from .figures import Ranks, summarize
-from .head import Head, VocabularySampler, cross_entropy
+from .head import Head, cross_entropy
 from .loss import Tensors, conditioner_of, lossless_loss
 from .measure import rank
 from .options import TrainOptions
 from .segments import Segments, cut, stream_states
-from .targets import Rows, rows_of, stream_weights, target_counts
+from .targets import TargetRows, rows_of, stream_weights, target_counts
+from .vocabulary import VocabularySampler
 
 
 def number(scalar: mx.array) -> float:
@@ -57,7 +58,7 @@ class BatchResult:
         self.extra |= other.extra
 
     def add_pass(
-        self, gradients: Tensors, total: mx.array, losses: Sequence[mx.array], rows: Rows
+        self, gradients: Tensors, total: mx.array, losses: Sequence[mx.array], rows: TargetRows
     ) -> None:
         """Add one pass: its gradients, its loss, and each row's cross-entropies (R,)."""
         self.gradients = {name: g + gradients[name] for name, g in self.gradients.items()}
@@ -82,7 +83,7 @@ class LosslessObjective:
     def head(self, batch: Sequence[Selection], number: int) -> Head:
         """Return the head for batch `number`; all processes and passes of it have the same."""
         tokens = np.concatenate([s.example.tokens[s.example.prompt_length :] for s in batch])
-        return self.sampler.draw(tokens, (self.options.seed, number))
+        return Head.of(self.backbone, self.sampler.draw(tokens, (self.options.seed, number)))
 
     def gradients(
         self, tensors: Tensors, batch: Sequence[Selection], weights: np.ndarray, head: Head
@@ -96,7 +97,7 @@ class LosslessObjective:
         base, segments = self._prepare(batch, with_last=options.soft_targets > 0)
         for part in self._passes(segments):
             rows = rows_of(part, batch, G)
-            if not len(rows.index):
+            if not len(rows):
                 continue
 
             def loss(tensors: Tensors, part=part, rows=rows):  # type: ignore[no-untyped-def]
@@ -173,7 +174,7 @@ class LosslessObjective:
         ranks = []
         for part in self._passes(segments):
             rows = rows_of(part, batch, self.config.num_streams)
-            if not len(rows.index):
+            if not len(rows):
                 continue
             hidden = stream_states(streams, base, part)
             hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(rows.index)]

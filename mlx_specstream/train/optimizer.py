@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 
 from .loss import Tensors
 from .options import TrainOptions
+from .progress import rate_factor
 
 GROUPS = ("embeddings", "adapters")
 
@@ -21,20 +22,12 @@ def group_of(name: str) -> str:
 
 
 def schedule(options: TrainOptions, update: int, elapsed_s: float = 0.0) -> float:
-    """Return the learning rate's factor for update `update` (from 0), 1 at the top.
-
-    Linear warm-up; then linear or cosine decay that reaches `final_lr` at the last update, or when
-    the minutes are over.
-    """
-    warm = min(1.0, (update + 1) / options.warmup) if options.warmup else 1.0
-    last = max(1, options.num_updates - 1)
-    done = min(1.0, update / last)
+    """Return the learning rate's factor for update `update` (from 0); the last one has `final_lr`."""
+    done = min(1.0, update / max(1, options.num_updates - 1))
     if options.max_minutes:
-        done = max(done, min(1.0, elapsed_s / (60 * options.max_minutes)))
-    if options.lr_schedule == "constant":
-        return warm
-    left = 1 - done if options.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return warm * (options.final_lr + (1 - options.final_lr) * left)
+        done = min(1.0, elapsed_s / (60 * options.max_minutes))
+    shape = options.lr_schedule
+    return rate_factor(update, done, warmup=options.warmup, final=options.final_lr, shape=shape)
 
 
 class StreamOptimizer:

@@ -1,21 +1,30 @@
 # ruff: noqa: RUF009 (`option` is `dataclasses.field` in other words)
 """How a run trains: every option, its default, its help and its bounds, in one place.
 
-Names that mlx-lm's `lora` has keep their meaning there. The command line is made from this class.
+Names that mlx-lm's `lora` has keep their meaning there. The command lines of both trainers, MLX's
+and PyTorch's, are made from this class.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..config import Mode, RopeOffset, StreamConfig
 from ..errors import OptionError
 
 Part = Literal["streams", "pruner"]
 Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Adds(Protocol):
+    """A parser of argparse, or a group of one."""
+
+    def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action: ...
 
 
 def option(
@@ -84,7 +93,7 @@ class TrainOptions:
     # optimisation
     iters: int = option(1000, "batches to train on", 1)
     max_minutes: float = option(
-        0.0, "end after so many minutes of training, the decay by the clock; 0: off", 0
+        0.0, "minutes of training in place of --iters, the decay by the clock; 0: off", 0
     )
     batch_size: int = option(8, "texts per batch, over all processes", 1)
     grad_accumulation_steps: int = option(1, "batches per update", 1)
@@ -133,16 +142,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for f in dataclasses.fields(self):
-            value, flag = getattr(self, f.name), flag_of(f.name)
-            low, high = f.metadata["low"], f.metadata["high"]
-            if low is not None and not value >= low:
-                raise OptionError(f"{flag} must be at least {low}, got {value}.")
-            if high is not None and not value <= high:
-                raise OptionError(f"{flag} must be at most {high}, got {value}.")
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise OptionError(
-                    f"{flag} must be one of {', '.join(f.metadata['choices'])}, got {value!r}."
-                )
+            check_value(f, getattr(self, f.name), flag_of(f.name))
         if not self.position_fraction > 0:
             raise OptionError("--position-fraction must be above 0.")
         if not 0 < self.learning_rate < float("inf"):
@@ -162,9 +162,14 @@ class TrainOptions:
             raise OptionError("--conditioner-rank and --conditioner-hidden are both 0 or both not.")
 
     @property
+    def num_batches(self) -> int:
+        """Return how many batches there are to train on; by the clock there is no end of them."""
+        return sys.maxsize if self.max_minutes else self.iters
+
+    @property
     def num_updates(self) -> int:
         """Return how often the weights are updated; the last update may see fewer batches."""
-        return -(-self.iters // self.grad_accumulation_steps)
+        return -(-self.num_batches // self.grad_accumulation_steps)
 
     def msa_layers(self, num_layers: int) -> int:
         """Return N_s for a model of so many layers.
@@ -230,6 +235,44 @@ class TrainOptions:
             if not f.metadata["free"] and before.get(f.name, f.default) != now[f.name]:
                 return f"{flag_of(f.name)} was {before.get(f.name)} and is now {now[f.name]}"
         return None
+
+
+def check_value(f: dataclasses.Field[Any], value: Any, flag: str) -> None:
+    """Refuse what an option's bounds do not allow.
+
+    Raises:
+        OptionError: it says `flag`.
+    """
+    low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+    if low is not None and not value >= low:
+        raise OptionError(f"{flag} must be at least {low}, got {value}.")
+    if high is not None and not value <= high:
+        raise OptionError(f"{flag} must be at most {high}, got {value}.")
+    if choices and value not in choices:
+        raise OptionError(f"{flag} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
+
+
+def add_option(parser: Adds, name: str, *flags: str, text: str = "", **kwargs: Any) -> None:
+    """Add an option to a parser or a group of one, as argparse's `add_argument` does.
+
+    flags: `--NAME` unless given. text: help, the table's unless given. kwargs: default, dest.
+    """
+    default, choices = FIELDS[name].default, FIELDS[name].metadata["choices"]
+    shown = kwargs["default"] if kwargs.get("default") is not None else default
+    text, flags = text or FIELDS[name].metadata["help"], flags or (flag_of(name),)
+    if isinstance(default, tuple):
+        parser.add_argument(*flags, nargs="*", metavar="MODULE", help=text, **kwargs)
+        return
+    kwargs["help"] = f"{text} ({shown})"
+    if choices:
+        kwargs["choices"] = choices
+    if isinstance(default, bool):
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **kwargs)
+    else:
+        parser.add_argument(*flags, type=type(default), **kwargs)
 
 
 def flag_of(name: str) -> str:

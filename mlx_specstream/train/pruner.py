@@ -17,7 +17,7 @@ from .head import Head
 from .loss import Tensors
 from .measure import Ranks, rank
 from .objective import BatchResult, LosslessObjective
-from .targets import Rows
+from .targets import TargetRows
 
 
 class PrunerObjective(LosslessObjective):
@@ -53,7 +53,7 @@ class PrunerObjective(LosslessObjective):
         text, at, target = exit_rows(batch)
         hidden = exit_states(tensors, self.backbone, base, text, at)
         index = np.arange(len(target), dtype=np.int32)
-        rows = Rows(index, np.zeros_like(index), text, target, target, target, at)
+        rows = TargetRows(index, np.zeros_like(index), text, target, target, target, at)
         return [rank(hidden, rows, len(index), 1, self.backbone, None)]
 
     def figures(self, ranks: Sequence[Ranks]) -> dict[str, object]:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..model.cache import KVCache, LayerKV, Span
-from ..model.masks import Mask, RowMask
+from ..model.cache import KVCache, LayerKV
+from ..model.masks import RowMask, among_streams
 from ..speculation.streams import Streams
 from .base import BaseStates, KeptRows
 
@@ -74,7 +74,7 @@ def cut(positions: Sequence[Sequence[int]], size: int) -> Segments:
     )
 
 
-class SegmentRows(KeptRows):
+class SegmentKeys(KeptRows):
     """One layer's keys: the given main rows of each segment's text, then the segment's own rows."""
 
     def __init__(self, main_keys: mx.array, main_values: mx.array) -> None:
@@ -87,40 +87,42 @@ class SegmentRows(KeptRows):
         return keys, values
 
 
-class SegmentMask(RowMask):
-    """Who sees whom in each segment: (n, 1, R, S) bool, per sliding window.
+@dataclass(frozen=True)
+class SegmentRows:
+    """The rows of segments: their RoPE positions (n, R) and who sees whom, (n, 1, R, S) bool."""
 
-    seen: (n, R, S) bool. rows: (n, R) and keys: (n, S), their positions, int32.
-    """
-
-    def __init__(self, seen: mx.array, rows: mx.array, keys: mx.array) -> None:
-        super().__init__(None, lambda: (rows, keys))
-        self.by_segment, self.rows, self.keys = seen[:, None], rows, keys
-
-    def of(self, window: int | None, span: Span | None = None) -> Mask:
-        assert span is None
-        if window is None:
-            return self.by_segment
-        if window not in self._windowed:
-            near = self.keys[:, None, :] > self.rows[:, :, None] - window
-            self._windowed[window] = self.by_segment & near[:, None]
-        return self._windowed[window]
+    positions: mx.array
+    mask: RowMask
 
 
-def stream_mask(positions: mx.array, num_keys: int, streams: Streams) -> SegmentMask:
-    """Return the mask of stream rows (n, P·γ) over `num_keys` main keys and their own P·γ keys.
+def segment_rows(
+    positions: mx.array, num_keys: int, streams: Streams, first: mx.array | None = None
+) -> SegmentRows:
+    """Return the stream rows of segments (n, P), over `num_keys` main keys and their own P·γ keys.
 
     Row (t, j) sees the main stream up to t and streams 1..j of the same t [SS Eq. 2].
+
+    first: (n,), where main rows stand before the stream rows, P of each segment (shared mode): the
+    position from which on main row t sees the streams of t.
     """
     n, P = positions.shape
     G = streams.num_streams
     main_keys = mx.arange(num_keys, dtype=mx.int32)
-    to_main = mx.repeat(main_keys <= positions[..., None], G, axis=1)
-    own = mx.kron(mx.eye(P, dtype=mx.bool_), mx.tril(mx.ones((G, G), dtype=mx.bool_)))
-    own = mx.broadcast_to(own, (n, P * G, P * G))
-    rows = streams.positions(positions.reshape(-1)).reshape(n, P * G)
-    keys = mx.concatenate([mx.broadcast_to(main_keys, (n, num_keys)), rows], axis=1)
-    return SegmentMask(mx.concatenate([to_main, own], axis=2), rows, keys)
+    causal = main_keys <= positions[..., None]
+    to_main = [mx.repeat(causal, G, axis=1)]
+    to_streams = [mx.broadcast_to(among_streams(P, G), (n, P * G, P * G))]
+    later = streams.positions(positions.reshape(-1)).reshape(n, P * G)
+    rows = [later]
+    if first is not None:
+        itself = mx.repeat(mx.eye(P, dtype=mx.bool_), G, axis=1)
+        to_main.insert(0, causal)
+        to_streams.insert(0, itself & (positions >= first[:, None])[..., None])
+        rows.insert(0, positions)
+    parts = [mx.concatenate(part, axis=1) for part in (to_main, to_streams)]
+    seen = mx.concatenate(parts, axis=2)[:, None]
+    at = mx.concatenate(rows, axis=1)
+    keys = mx.concatenate([mx.broadcast_to(main_keys, (n, num_keys)), later], axis=1)
+    return SegmentRows(at, RowMask(seen, lambda: (at[:, None], keys[:, None])))
 
 
 def stream_states(streams: Streams, base: BaseStates, segments: Segments) -> mx.array:
@@ -137,15 +139,15 @@ def stream_states(streams: Streams, base: BaseStates, segments: Segments) -> mx.
         base.first[text[:, None], positions].reshape(1, n * P, h),
         base.tokens[text[:, None], following].reshape(1, n * P),
     )
-    mask = stream_mask(positions, S, streams)
+    rows = segment_rows(positions, S, streams)
     cache = KVCache(0)
     cache.layers = [LayerKV() for _ in range(base.first_msa)]
     for keys, values in zip(base.keys, base.values, strict=True):
         cache.layers.append(
-            SegmentRows(
+            SegmentKeys(
                 mx.take(keys, text, axis=0)[:, :, :S], mx.take(values, text, axis=0)[:, :, :S]
             )
         )
     hidden = starts.reshape(n, P * G, h)
-    hidden = streams.run(hidden, 0, streams.upper, cache, 0, mask.rows, mask)
+    hidden = streams.run(hidden, 0, streams.upper, cache, 0, rows.positions, rows.mask)
     return streams.backbone.norm(hidden).reshape(n, P, G, h)

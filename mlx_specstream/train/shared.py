@@ -28,8 +28,8 @@ from .head import Head, cross_entropy
 from .loss import PassLoss, Tensors, conditioner_of, recompute_layers, stream_loss
 from .measure import Ranks, rank
 from .objective import BatchResult, LosslessObjective
-from .segments import SegmentMask, Segments
-from .targets import Rows, rows_of
+from .segments import Segments, segment_rows
+from .targets import TargetRows, rows_of
 
 
 class JointRows(KeptRows):
@@ -62,27 +62,6 @@ class JointStates:
     streams: mx.array
 
 
-def joint_mask(positions: mx.array, first: mx.array, length: int, streams: Streams) -> SegmentMask:
-    """Return the mask of segments (B·n, P + P·γ) over `length` main keys and their own streams.
-
-    positions: (B·n, P). first: (B·n,), the text's last prompt position; earlier main rows see no
-    streams.
-    """
-    n, P = positions.shape
-    G = streams.num_streams
-    main_keys = mx.arange(length, dtype=mx.int32)
-    causal = main_keys <= positions[..., None]
-    itself = mx.repeat(mx.eye(P, dtype=mx.bool_), G, axis=1)
-    main_own = itself & (positions >= first[:, None])[..., None]
-    earlier = mx.kron(mx.eye(P, dtype=mx.bool_), mx.tril(mx.ones((G, G), dtype=mx.bool_)))
-    own = mx.concatenate([main_own, mx.broadcast_to(earlier, (n, P * G, P * G))], axis=1)
-    to_main = mx.concatenate([causal, mx.repeat(causal, G, axis=1)], axis=1)
-    later = streams.positions(positions.reshape(-1)).reshape(n, P * G)
-    rows = mx.concatenate([positions, later], axis=1)
-    keys = mx.concatenate([mx.broadcast_to(main_keys, (n, length)), later], axis=1)
-    return SegmentMask(mx.concatenate([to_main, own], axis=2), rows, keys)
-
-
 def joint_states(streams: Streams, batch: Sequence[Selection], size: int) -> JointStates:
     """Run main rows and streams of whole texts together, in segments of `size` positions."""
     backbone, G = streams.backbone, streams.num_streams
@@ -96,11 +75,11 @@ def joint_states(streams: Streams, batch: Sequence[Selection], size: int) -> Joi
     hidden = streams.run(hidden, L, streams.lower, cache, 0, 0, causal_mask(0, L))
     positions = mx.tile(mx.arange(L, dtype=mx.int32).reshape(n, size), (B, 1))
     first = mx.repeat(mx.array([s.example.prompt_length - 1 for s in batch]), n)
-    mask = joint_mask(positions, first, L, streams)
+    pass_rows = segment_rows(positions, L, streams, first)
     main = hidden.reshape(B * n, size, h)
     starts = streams.start(main.reshape(1, B * L, h)).reshape(B * n, size * G, h)
     rows = mx.concatenate([main, starts], axis=1)
-    rows = streams.run(rows, size, streams.upper, cache, 0, mask.rows, mask)
+    rows = streams.run(rows, size, streams.upper, cache, 0, pass_rows.positions, pass_rows.mask)
     normed = backbone.norm(rows)
     return JointStates(
         normed[:, :size].reshape(B, L, h), normed[:, size:].reshape(B * n, size, G, h)
@@ -163,7 +142,7 @@ class SharedObjective(LosslessObjective):
         self,
         tensors: Tensors,
         batch: Sequence[Selection],
-        rows: Rows,
+        rows: TargetRows,
         weights: np.ndarray,
         head: Head,
     ) -> tuple[PassLoss, mx.array]:

@@ -13,7 +13,7 @@ weights of an unbroken run: everything random is a function of the seed and the 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,28 +22,9 @@ import mlx.core as mx
 from ..errors import OptionError, OutputError
 from ..weights.files import atomic_file
 from .loss import Tensors
+from .progress import Progress
 
 STATE_FILE = "training_state.safetensors"
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    update: updates made. over: the minutes are spent. log_bytes: length of the log then. best, worse: early stopping.
-    before: tokens per step decoded before training. elapsed_s: time spent, over all sittings.
-    """
-
-    update: int = 0
-    log_bytes: int = 0
-    elapsed_s: float = 0.0
-    best: float | None = None
-    best_update: int = 0
-    worse: int = 0
-    stopped: bool = False
-    over: bool = False
-    rms: float = 0.0
-    before: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_specstream.batch import BatchDecoder, Slot
+from mlx_specstream.batch import BatchDecoder, BatchSequence
 from mlx_specstream.batch.step import BatchStepper
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.loading.load import StreamModel
@@ -77,10 +77,10 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
     error: Exception | None = None
-    slot: Slot = field(init=False)
+    sequence: BatchSequence = field(init=False)
 
     def __post_init__(self) -> None:
-        self.slot = self.decoder.add(
+        self.sequence = self.decoder.add(
             self.prompt, cache=self.cache, token_sampler=self.token_sampler(), criteria=self
         )
 
@@ -94,11 +94,11 @@ class Request:
 
 
 def step(decoder: BatchDecoder, requests: Sequence[Request]) -> None:
-    """Take one step, noting errors, and check that each slot was told at most once."""
+    """Take one step, noting errors, and check that each sequence was told at most once."""
     events = decoder.step()
-    assert len({id(event.slot) for event in events}) == len(events)
-    for slot, result, error in events:
-        (request,) = (request for request in requests if request.slot is slot)
+    assert len({id(event.sequence) for event in events}) == len(events)
+    for sequence, result, error in events:
+        (request,) = (request for request in requests if request.sequence is sequence)
         assert (result is None) != (error is None)
         if result is not None:
             assert request.results[-1] is result

@@ -204,7 +204,7 @@ actions = st.lists(
 def test_any_order_of_joining_and_leaving(
     script: list[tuple[str, int, int, int]], schedule: str, budget: int
 ) -> None:
-    """Texts are plain decoding's, and caches fresh prefills', in whatever state a slot leaves."""
+    """Texts are plain decoding's, and caches fresh prefills', in whatever state a sequence leaves."""
     model = streamed(small_model(attention=0.25))
     assert model.streams is not None
     decoder = with_table(batch_decoder(model, schedule, prefill_budget=budget))
@@ -214,9 +214,9 @@ def test_any_order_of_joining_and_leaving(
     def take_out(place: int) -> None:
         request = requests[place]
         assert model.streams is not None
-        state, computed = request.slot.state, request.slot.prefilled
+        state, computed = request.sequence.state, request.sequence.prefilled
         event(f"removed while {state}")
-        cache = caches[place] = decoder.remove(request.slot)
+        cache = caches[place] = decoder.remove(request.sequence)
         prompt = list(request.prompt)
         text = prompt[:computed] if state == "waiting" else [*prompt, *request.tokens[:-1]]
         if not request.tokens and state == "running":
@@ -235,7 +235,7 @@ def test_any_order_of_joining_and_leaving(
     finish(decoder, requests)
     for place, request in enumerate(requests):
         if caches[place] is None:
-            assert request.slot.state == "finished"
+            assert request.sequence.state == "finished"
             assert len(request.tokens) >= request.limit
             take_out(place)
         assert_as_alone(request, model.streams)
@@ -250,16 +250,18 @@ def test_a_cache_goes_back_into_a_batch() -> None:
     decoder = batch_decoder(model)
     other = Request(decoder, prompt_of(7, 3), 60)
     first = Request(decoder, prompt_of(9, 1), 10)
-    while first.slot.state != "finished":
+    while first.sequence.state != "finished":
         step(decoder, [first, other])
     text = [*first.prompt, *first.tokens]
-    cache = decoder.remove(first.slot)
+    cache = decoder.remove(first.sequence)
     turn = prompt_of(4, 2)
     second = Request(decoder, [text[-1], *turn], 10, cache=cache)
     finish(decoder, [other, second])
     expected = plain(model.streams, [*text, *turn], 10)
     assert_same_text(second.tokens, expected)
-    assert_fresh(decoder.remove(second.slot), model.streams, [*text, *turn, *second.tokens[:-1]])
+    assert_fresh(
+        decoder.remove(second.sequence), model.streams, [*text, *turn, *second.tokens[:-1]]
+    )
     assert_as_alone(other, model.streams)
 
 
@@ -281,7 +283,7 @@ def test_samplers_and_processors_are_each_requests_own(schedule: str) -> None:
     for number, request in enumerate(requests):
         alone = plain(model.streams, request.prompt, 25, token_sampler=request.token_sampler())
         assert request.tokens == alone.tokens[: len(request.tokens)]
-        assert request.slot.token_sampler.history == [*request.prompt, *request.tokens]
+        assert request.sequence.token_sampler.history == [*request.prompt, *request.tokens]
         assert (request.tokens[:20] == greedy[number]) == (number == 2)
     assert sum(result.accepted for r in requests for result in r.results) > 3
 
@@ -335,7 +337,7 @@ def test_nan_stays_with_its_request(schedule: str, place: int) -> None:
     prompts = [prompt_of(n, n, 11) for n in (6, 9)]
     prompts.insert(place, [11] * 40)
     requests = [Request(decoder, prompt, 30) for prompt in prompts]
-    while requests[place].slot.state != "failed":
+    while requests[place].sequence.state != "failed":
         step(decoder, requests)
     error = requests[place].error
     assert isinstance(error, ModelError)
@@ -343,7 +345,7 @@ def test_nan_stays_with_its_request(schedule: str, place: int) -> None:
     assert requests[place].tokens == []
     requests += [Request(decoder, prompt_of(n, n, 11), 30) for n in (1, 3, 4)]
     finish(decoder, requests)
-    assert len({decoder.remove(request.slot).length for request in requests}) > 1
+    assert len({decoder.remove(request.sequence).length for request in requests}) > 1
     requests.pop(place)
     for request in requests:
         assert_as_alone(request, model.streams)
@@ -383,14 +385,14 @@ def test_what_a_processor_or_callback_raises_stays_with_its_request() -> None:
         def should_continue(self, result: object) -> bool:
             raise RuntimeError("callback")
 
-    slot = decoder.add(prompt_of(3, 3), criteria=Shout())
+    sequence = decoder.add(prompt_of(3, 3), criteria=Shout())
     errors = {}
     while decoder.busy:
         for which, _, error in decoder.step():
             if error is not None:
                 errors[id(which)] = str(error)
-    assert errors == {id(bad.slot): "processor", id(slot): "callback"}
-    assert slot.state == "failed"
+    assert errors == {id(bad.sequence): "processor", id(sequence): "callback"}
+    assert sequence.state == "failed"
     assert_same_text(bad.tokens, plain(model.streams, bad.prompt, len(bad.tokens)))
     for request in good:
         assert_as_alone(request, model.streams)
@@ -405,12 +407,12 @@ def test_long_prompts_do_not_hold_up_the_others() -> None:
     short = Request(decoder, prompt_of(6, 3), 5)
     requests = [running, long, short]
     seen = []
-    while long.slot.state == "waiting":
-        before, given = long.slot.prefilled, len(running.results)
+    while long.sequence.state == "waiting":
+        before, given = long.sequence.prefilled, len(running.results)
         step(decoder, requests)
-        assert long.slot.prefilled - before <= 10
+        assert long.sequence.prefilled - before <= 10
         assert len(running.results) == given + 1
-        seen.append(short.slot.state)
+        seen.append(short.sequence.state)
     assert len(seen) >= 10
     assert "running" in seen[:2]
     finish(decoder, requests)
@@ -489,10 +491,10 @@ def test_what_cannot_be_batched_is_refused() -> None:
         with pytest.raises(OptionError, match="rotates or is quantised"):
             decoder.add([1], cache=model.backbone.new_cache(kind))
     assert not decoder.busy
-    slot = decoder.add([1, 2, 3])
-    assert decoder.remove(slot).length == 0
+    sequence = decoder.add([1, 2, 3])
+    assert decoder.remove(sequence).length == 0
     with pytest.raises(OptionError, match="not in the batch"):
-        decoder.remove(slot)
+        decoder.remove(sequence)
     waiting = batch_decoder(model).add([1])
     with pytest.raises(OptionError, match="not in the batch"):
         decoder.remove(waiting)

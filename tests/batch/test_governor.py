@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_specstream.batch.governor import LONGEST_REST, BatchGovernor, governor_for
+from mlx_specstream.batch.governor import LONGEST_PAUSE, BatchGovernor, governor_for
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from tests.batch.engine import Request, batch_decoder, finish, prompt_of, step, streamed
 from tests.batch.test_decode import assert_as_alone
@@ -81,7 +81,7 @@ def test_another_text_or_machine_changes_the_way() -> None:
     governor = BatchGovernor(clock=lambda: now[0])
     run(governor, now, 300, {True: 1.3, False: 1.0})
     assert run(governor, now, 300, {True: 3.0, False: 1.0}) < 80
-    assert run(governor, now, 2 * LONGEST_REST, {True: 1.0, False: 1.0}) > LONGEST_REST // 2
+    assert run(governor, now, 2 * LONGEST_PAUSE, {True: 1.0, False: 1.0}) > LONGEST_PAUSE // 2
 
 
 def test_a_pause_and_others_prompts_do_not_count() -> None:
@@ -91,13 +91,13 @@ def test_a_pause_and_others_prompts_do_not_count() -> None:
     for _ in range(50):
         now[0] += 60.0
         governor.after(4, 8, speculated=True, undisturbed=False)
-    contest = governor.contests[4]
-    assert contest.speculative.seconds == pytest.approx(1.5, rel=0.01)
+    comparison = governor.comparisons[4]
+    assert comparison.speculative.seconds == pytest.approx(1.5, rel=0.01)
     now[0] += 1.5
     governor.after(4, 8, speculated=True, undisturbed=True)
     now[0] += 3600
     governor.after(4, 8, speculated=True, undisturbed=True)
-    assert contest.speculative.seconds < 2.1
+    assert comparison.speculative.seconds < 2.1
 
 
 def test_who_names_a_tree_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from mlx_specstream.bench.lookup import LookUpDrafter, look_up
 from mlx_specstream.bench.methods import Method, parse_setting, parse_streams
 from mlx_specstream.bench.plot_style import MISSING, available
 from mlx_specstream.bench.plots import write_plots
-from mlx_specstream.bench.result import Asked, Result, Run
+from mlx_specstream.bench.result import AskedPrompt, MethodRun, Result
 from mlx_specstream.bench.roofline import Ceilings, measure_ceilings, points
 from mlx_specstream.bench.session import duration, warnings_for
 from mlx_specstream.bench.summary import ALL, Spread, summarised
@@ -99,21 +99,21 @@ def test_look_up(tokens: list[int], found: int) -> None:
     assert cache[0].tokens == tokens[:-1]
 
 
-def run(method: str, decode_s: float, **values: object) -> Run:
-    made = Run(method, 0, 0, 0.1, decode_s, 11, 11, 0, [], 1000)
+def run(method: str, decode_s: float, **values: object) -> MethodRun:
+    made = MethodRun(method, 0, 0, 0.1, decode_s, 11, 11, 0, [], 1000)
     return replace(made, **values)  # type: ignore[arg-type]
 
 
 def made_result() -> Result:
-    from mlx_specstream.bench.result import Settings
+    from mlx_specstream.bench.result import BenchSettings
 
     methods = [Method("mlx-lm"), Method("streams", tree="8", streams="s")]
-    settings = Settings("m", None, ["built-in"], [], None, 16, 1, 0, None, 0.0, 0, methods)
+    settings = BenchSettings("m", None, ["built-in"], [], None, 16, 1, 0, None, 0.0, 0, methods)
     fast = {"passes": 5, "drafted": 28, "by_accepted": [1, 2, 1]}
     asked = [
-        Asked("sql", "q", "1", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 0.5, **fast)]),
-        Asked("sql", "r", "2", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 0.8, **fast)]),
-        Asked("chat", "s", "3", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 1.25, **fast)]),
+        AskedPrompt("sql", "q", "1", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 0.5, **fast)]),
+        AskedPrompt("sql", "r", "2", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 0.8, **fast)]),
+        AskedPrompt("chat", "s", "3", 0, 40, [run("mlx-lm", 1.0), run("tree 8", 1.25, **fast)]),
     ]
     model = {
         "name": "m", "family": "llama", "dtype": "float32", "bits": 32, "layers": 4,

@@ -24,7 +24,7 @@ from mlx_specstream.commands.adoption import measures, plan, stages
 from mlx_specstream.commands.adoption.plan import ANSWER_TOKENS, Rates, share_out
 from mlx_specstream.commands.adoption.prompts import PART_LETTERS, parts_of, records_for
 from mlx_specstream.commands.adoption.state import STATE_FILE
-from mlx_specstream.train import loop
+from mlx_specstream.train import trainer
 from mlx_specstream.train.prompt_kinds import kind_records
 from mlx_specstream.verify import compare, replay
 from mlx_specstream.weights.checkpoint import load_streams
@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "JUDGED_TOKENS", 8)
     for name, value in {"TRIAL_PROMPTS": 4, "TRIAL_TOKENS": 6}.items():
         monkeypatch.setattr(plan, name, value)
-    monkeypatch.setattr(loop, "draw_curve", lambda _: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda _: None)
 
 
 def adopt(*words: object) -> int:

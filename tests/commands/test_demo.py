@@ -64,9 +64,9 @@ def test_without_streams_there_is_nothing_to_show(
     [(2.0, "2.00x as fast"), (4.0, "no gain in time"), (8.0, "slower than plain decoding (0.50x)")],
 )
 def test_the_honest_line(seconds: float, words: str) -> None:
-    plain = Replayed([1] * 40, "", SpeculationStats(40, 40), 4.0, 1.0)
-    ours = Replayed([1] * 40, "", SpeculationStats(10, 40, 40, 30), seconds, 1.0)
-    fast = Replayed([1] * 40, "", SpeculationStats(10, 40, 40, 30), 1.0, 1.0)
+    plain = Replayed([1] * 40, "", SpeculationStats(40, 40), 4.0)
+    ours = Replayed([1] * 40, "", SpeculationStats(10, 40, 40, 30), seconds)
+    fast = Replayed([1] * 40, "", SpeculationStats(10, 40, 40, 30), 1.0)
     fixed, auto = DecodeConfig(TreeSpec()), DecodeConfig()
     found = [[Comparison(plain, fast, None), Comparison(plain, ours, None)]]
     line = verdict(["SQL"], [fixed, auto], found)

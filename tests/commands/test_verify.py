@@ -104,7 +104,7 @@ def test_the_gap_is_the_references(tiny_llama: nn.Module, byte_tokenizer: Tokeni
     plain = replay(model, byte_tokenizer, prompt, 8, None)
     assert plain.tokens == replay(model, byte_tokenizer, prompt, 8, DecodeConfig()).tokens
     other = (plain.tokens[5] + 1) % 250
-    wrong = Replayed([*plain.tokens[:5], other], "", plain.stats, 0.0, 0.0)
+    wrong = Replayed([*plain.tokens[:5], other], "", plain.stats, 0.0)
     found = compare(model, byte_tokenizer, prompt, plain, wrong).divergence
     assert found is not None
     logits = tiny_llama(mx.array([[*prompt, *plain.tokens[:5]]]))[0, -1]
@@ -189,7 +189,7 @@ def test_a_defect_is_told_from_rounding(dtype: str, byte_tokenizer: TokenizerWra
     below = (logits.max() - logits).tolist()
     order = sorted(range(256), key=lambda token: below[token])
     for token in (order[1], order[-1]):
-        wrong = Replayed([*plain.tokens[:3], token], "", plain.stats, 0.0, 0.0)
+        wrong = Replayed([*plain.tokens[:3], token], "", plain.stats, 0.0)
         found = compare(joined, byte_tokenizer, prompt, plain, wrong).divergence
         assert found is not None
         assert found.margin == pytest.approx(below[token], abs=1e-5)
@@ -204,7 +204,7 @@ def test_a_defect_is_told_from_rounding(dtype: str, byte_tokenizer: TokenizerWra
 def test_shared_streams_measure_no_rounding(byte_tokenizer: TokenizerWrapper) -> None:
     joined = with_streams(tiny.tiny_model(num_hidden_layers=3), mode="shared")
     plain = replay(joined, byte_tokenizer, [1, 2], 3, None)
-    wrong = Replayed([*plain.tokens[:2], plain.tokens[2] ^ 1], "", plain.stats, 0.0, 0.0)
+    wrong = Replayed([*plain.tokens[:2], plain.tokens[2] ^ 1], "", plain.stats, 0.0)
     found = compare(joined, byte_tokenizer, [1, 2], plain, wrong).divergence
     assert found is not None
     assert found.moved is None

@@ -87,7 +87,7 @@ def assert_same(
 
 
 def replayed(tokens: list[int]) -> Replayed:
-    return Replayed(tokens, "", SpeculationStats(), 0.0, 0.0)
+    return Replayed(tokens, "", SpeculationStats(), 0.0)
 
 
 @pytest.mark.parametrize("name", KINDS)

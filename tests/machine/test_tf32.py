@@ -72,7 +72,7 @@ def test_verify_calls_a_correct_engine_correct(
     assert "float32 (TF32) rounds by up to" in str(found.divergence)
     # A token that no rounding explains is a mismatch here, too.
     other = (plain.tokens[2] + 1) % 250
-    wrong = Replayed([*plain.tokens[:2], other], "", plain.stats, 0.0, 0.0)
+    wrong = Replayed([*plain.tokens[:2], other], "", plain.stats, 0.0)
     assert compare(model, byte_tokenizer, prompt, plain, wrong).verdict == "mismatch"
 
 

@@ -80,10 +80,10 @@ def test_windows_are_found() -> None:
 def test_scales_by_position_in_a_batch() -> None:
     backbone = Backbone(tiny_random_model("ministral3"))
     positions = mx.array([[3, 40, 9], [100, 0, 17]], dtype=mx.int32)
-    together = next(iter(backbone.around.extras(3, positions).values()))
+    together = next(iter(backbone.embed_and_head.extras(3, positions).values()))
     assert together.shape == (2, 1, 3, 1)
     for b, row in np.ndindex(2, 3):
-        alone = backbone.around.extras(1, int(positions[b, row].item()))
+        alone = backbone.embed_and_head.extras(1, int(positions[b, row].item()))
         assert together[b, 0, row, 0].item() == pytest.approx(next(iter(alone.values())).item())
 
 
@@ -171,7 +171,7 @@ def test_the_model_stays_as_it_was() -> None:
     check_backbone(backbone)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert {name: id(module) for name, module in model.named_modules()} == weights
-    assert backbone.around.embedding is model.model.embed_tokens
+    assert backbone.embed_and_head.embedding is model.model.embed_tokens
     assert isinstance(backbone.model.layers[0].self_attn.rope, nn.RoPE)
 
 

@@ -21,7 +21,7 @@ from mlx_specstream.planner import (
     forecasts,
 )
 from mlx_specstream.planner.correction import TimingCorrection
-from mlx_specstream.planner.planner import FIRST_WAIT, LATE, PROBE_SHARE
+from mlx_specstream.planner.planner import FIRST, FIRST_PROBE, PROBE_SHARE
 from mlx_specstream.speculation.result import StepResult
 
 P = StepSetting.parse
@@ -210,8 +210,8 @@ def test_after_probes_in_vain_an_answer_begins_plainly() -> None:
     assert planner.after(poor, None, 11) is None
     for look, later in ((poor, False), (good, True)):
         assert planner.begin(10) is None
-        plans = [planner.after(token, None, 11 + n) for n in range(LATE)]
-        assert [plan is not None for plan in plans] == [False] * (LATE - 1) + [True]
+        plans = [planner.after(token, None, 11 + n) for n in range(FIRST_PROBE)]
+        assert [plan is not None for plan in plans] == [False] * (FIRST_PROBE - 1) + [True]
         assert (planner.after(look, None, 20) is not None) == later
     assert planner.begin(10) is not None
 
@@ -226,7 +226,7 @@ def test_probes_that_grow_dear_with_the_context_are_rarer(context: int, look: fl
     assert planner.after(poor, None, context) is None
     wait = planner.plain_tokens_ahead()
     assert wait is not None
-    assert wait == pytest.approx(FIRST_WAIT * (look - 1) / PROBE_SHARE, abs=1)
+    assert wait == pytest.approx(FIRST * (look - 1) / PROBE_SHARE, abs=1)
 
 
 def test_in_good_text_nobody_waits_for_the_next_tree() -> None:
@@ -283,7 +283,7 @@ def test_a_bad_moment_is_forgotten() -> None:
     planner.correction.of_steps = 1.5
     assert not planner.is_never_profitable
     for _ in range(20):
-        assert planner.begin(10) is not None or planner.plain_tokens_ahead() == LATE
+        assert planner.begin(10) is not None or planner.plain_tokens_ahead() == FIRST_PROBE
     assert planner.correction.factor == pytest.approx(1.06, abs=0.02)
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from mlx_specstream.commands.train import comparison, make_objective
-from mlx_specstream.train import loop
+from mlx_specstream.train import trainer
 from mlx_specstream.train.calibrate import threshold_of
-from mlx_specstream.train.loop import Trainer
+from mlx_specstream.train.trainer import Trainer
 from mlx_specstream.weights.checkpoint import load_streams
 from tests.train.tiny_run import run_tiny, tiny_task
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
 
 
 def test_the_threshold_keeps_its_share() -> None:

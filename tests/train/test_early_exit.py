@@ -6,23 +6,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.train import loop
+from mlx_specstream.train import trainer
 from mlx_specstream.train.base import base_states, pad_texts
 from mlx_specstream.train.early_exit import exit_rows
-from mlx_specstream.train.head import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
-from mlx_specstream.train.record import read_log
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
-from tests.train.tiny_run import QUICK, run_tiny
+from tests.train.tiny_run import QUICK, read_log, run_tiny
 
 
 def test_its_gradients_are_the_plain_ones_and_streams_do_not_notice() -> None:
     backbone = Backbone(small_model(layers=3))
     config = stream_config()
     tensors = random_tensors(backbone, config)
-    sampler = VocabularySampler(backbone, [], 0)
+    sampler = VocabularySampler.of_size(backbone.vocab_size, [], 0)
     options = TrainOptions(**QUICK)
     objective = LosslessObjective(backbone, config, options, sampler)
     batch = everything(some_texts())
@@ -49,7 +48,7 @@ def test_its_gradients_are_the_plain_ones_and_streams_do_not_notice() -> None:
 
 
 def test_it_learns(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
     whole = {"batch_size": 10, "position_fraction": 1.0, "sampled_vocab": 0, "valid": []}
     run_tiny(tmp_path / "out", pruner_rank=8, iters=20, save_every=20, **whole)
     found = [r["early_exit"] for r in read_log(tmp_path / "out") if "early_exit" in r]

@@ -14,9 +14,10 @@ from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
 from mlx_specstream.train.base import base_states, pad_texts
-from mlx_specstream.train.head import Head, VocabularySampler, cross_entropy
+from mlx_specstream.train.head import Head, cross_entropy
 from mlx_specstream.train.segments import cut, stream_states
 from mlx_specstream.train.targets import stream_weights, target_counts
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.support.tiny import tiny_model
 from tests.train.plain import assert_close, everything, some_texts, whole_loss
@@ -123,21 +124,20 @@ def test_cross_entropy_is_the_plain_one_and_sees_a_sampled_vocabulary() -> None:
         return cross_entropy(hidden, head, targets, weights, teacher, 0.25)[0] * 3
 
     expected, slope = mx.value_and_grad(plain)(hidden)
-    whole = VocabularySampler(backbone, [], 0).draw(targets, (0,))
-    assert whole.rows is None
-    value, found = mx.value_and_grad(ours)(hidden, whole)
+    assert VocabularySampler.of_size(backbone.vocab_size, [], 0).draw(targets, (0,)) is None
+    value, found = mx.value_and_grad(ours)(hidden, Head.of(backbone, None))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert mx.allclose(found, slope, atol=1e-5)
 
     # Sampled: every target is known, and the estimate is right on average.
-    sampler = VocabularySampler(backbone, [[1, 2, 3]], 20)
-    head = sampler.draw(targets, (0,))
+    sampler = VocabularySampler.of_size(backbone.vocab_size, [[1, 2, 3]], 20)
+    head = Head.of(backbone, sampler.draw(targets, (0,)))
     known = np.flatnonzero(head.place)
     assert set(targets) - {0} <= set(known)
     assert set(known) >= {2, 3} - {int(head.rows.shape[0])}
     sums = []
     for seed in range(200):
-        head = sampler.draw(targets, (seed,))
+        head = Head.of(backbone, sampler.draw(targets, (seed,)))
         sums.append(np.array(mx.exp(head.scores(head.logits(hidden))).sum(-1)))
     exact = np.array(mx.exp(backbone.head(hidden[None])[0]).sum(-1))
     assert np.mean(sums, axis=0) == pytest.approx(exact, rel=0.1)

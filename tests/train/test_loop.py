@@ -19,14 +19,13 @@ from mlx.utils import tree_flatten
 
 from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError, OutputError
-from mlx_specstream.train import loop
-from mlx_specstream.train.loop import DivergenceError
-from mlx_specstream.train.record import read_log
+from mlx_specstream.train import trainer
 from mlx_specstream.train.state import STATE_FILE, load_state
+from mlx_specstream.train.trainer import DivergenceError
 from mlx_specstream.weights.checkpoint import load_streams
 from tests.support.engine import small_model
 from tests.support.tiny import tiny_model
-from tests.train.tiny_run import VOCAB, own_texts, run_tiny, tiny_task
+from tests.train.tiny_run import VOCAB, own_texts, read_log, run_tiny, tiny_task
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -41,7 +40,7 @@ def assert_identical(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +81,14 @@ def test_a_stopped_run_ends_as_the_unbroken_one(tmp_path, unbroken, monkeypatch)
     folder = tmp_path / "out"
 
     def stop_at(update: int) -> None:
-        original = loop.Trainer._update
+        original = trainer.Trainer.make_update
 
-        def stopping(self: loop.Trainer) -> float:
+        def stopping(self: trainer.Trainer) -> str:
             if self.progress.update == update:
                 raise KeyboardInterrupt
             return original(self)
 
-        monkeypatch.setattr(loop.Trainer, "_update", stopping)
+        monkeypatch.setattr(trainer.Trainer, "make_update", stopping)
 
     for update in (3, 7):
         stop_at(update)
@@ -155,7 +154,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, unbroken) -> None:
 def test_not_a_number_stops_the_run_and_names_the_examples(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "out"
     task = tiny_task(folder)
-    objective = loop.LosslessObjective.gradients
+    objective = trainer.LosslessObjective.gradients
 
     calls = []
 
@@ -166,7 +165,7 @@ def test_not_a_number_stops_the_run_and_names_the_examples(tmp_path, monkeypatch
             result.gradients["stream_embeddings"] = result.gradients["stream_embeddings"] * mx.nan
         return result
 
-    monkeypatch.setattr(loop.LosslessObjective, "gradients", broken)
+    monkeypatch.setattr(trainer.LosslessObjective, "gradients", broken)
     with pytest.raises(DivergenceError, match=r"update 6, on line \d+; .*checkpoint is kept"):
         run_tiny(folder)
     assert task.start.keys() == weights(folder).keys()
@@ -187,12 +186,12 @@ def test_patience_is_counted_in_validations_without_a_gain(
     tmp_path, monkeypatch, patience, update, best
 ) -> None:
     losses = iter([3.0, 2.0, 2.0, 2.5, 1.0, 1.5])
-    monkeypatch.setattr(loop, "validate", lambda *_: {"loss": [next(losses)]})
-    monkeypatch.setattr(loop, "describe", lambda _: "")
+    monkeypatch.setattr(trainer, "validate", lambda *_: {"loss": [next(losses)]})
+    monkeypatch.setattr(trainer, "describe", lambda _: "")
     task = tiny_task(tmp_path / "out", iters=6, steps_per_eval=1, patience=patience)
-    trainer = loop.Trainer(task, make_objective(task))
-    trainer.run()
-    assert (trainer.progress.update, trainer.progress.best_update) == (update, best)
+    run = trainer.Trainer(task, make_objective(task))
+    run.run()
+    assert (run.progress.update, run.progress.best_update) == (update, best)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, unbroken, monkeypatch) -> None:
@@ -200,7 +199,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, unbroken, monkeyp
         run_tiny(unbroken)
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_finish", lambda self: {})
+        patch.setattr(trainer.Trainer, "_finish", lambda self: {})
         run_tiny(folder)
     with pytest.raises(OptionError, match="add --resume"):
         run_tiny(folder)
@@ -249,7 +248,7 @@ def test_streams_without_a_state_are_a_finished_run(tmp_path, monkeypatch) -> No
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_streams", killed)
+    monkeypatch.setattr(trainer, "save_streams", killed)
     with pytest.raises(KeyboardInterrupt):
         run_tiny(tmp_path / "out")
     assert (tmp_path / "out" / STATE_FILE).exists()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.train.head import VocabularySampler
 from mlx_specstream.train.objective import LosslessObjective
 from mlx_specstream.train.options import TrainOptions
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import everything, some_texts
 
@@ -18,7 +18,7 @@ def peak_bytes(length: int, **options: int) -> tuple[int, float]:
     backbone = Backbone(small_model(layers=3))
     config = stream_config(num_streams=4, pruner_rank=0)
     tensors = random_tensors(backbone, config)
-    sampler = VocabularySampler(backbone, [], 0)
+    sampler = VocabularySampler.of_size(backbone.vocab_size, [], 0)
     objective = LosslessObjective(backbone, config, TrainOptions(**options), sampler)
     batch = everything(some_texts(lengths=(length,)))
     weights, head = objective.weights([batch]), objective.head(batch, 0)

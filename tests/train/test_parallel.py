@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_specstream.weights.checkpoint import load_streams
-from tests.train.test_loop import read_log
+from tests.train.tiny_run import read_log
 
 ROOT = Path(__file__).parents[2]
 

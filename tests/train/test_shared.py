@@ -13,14 +13,14 @@ from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Stepper
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only
-from mlx_specstream.train import loop
-from mlx_specstream.train.head import Head, VocabularySampler
+from mlx_specstream.train import trainer
+from mlx_specstream.train.head import Head
 from mlx_specstream.train.options import TrainOptions
-from mlx_specstream.train.record import read_log
 from mlx_specstream.train.shared import SharedObjective, joint_states
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support.engine import random_tensors, small_model, stream_config
 from tests.train.plain import assert_close, everything, some_texts
-from tests.train.tiny_run import QUICK, run_tiny
+from tests.train.tiny_run import QUICK, read_log, run_tiny
 
 
 def shared_tensors(backbone: Backbone, config) -> dict[str, mx.array]:
@@ -62,7 +62,9 @@ def test_gradients_are_the_slopes_of_the_loss() -> None:
     config = stream_config(mode="shared", pruner_rank=0)
     tensors = shared_tensors(backbone, config)
     options = TrainOptions(**{**QUICK, "mode": "shared"})
-    objective = SharedObjective(backbone, config, options, VocabularySampler(backbone, [], 0))
+    objective = SharedObjective(
+        backbone, config, options, VocabularySampler.of_size(backbone.vocab_size, [], 0)
+    )
     batch = everything(some_texts())
     weights = objective.weights([batch])
     head = Head(backbone)
@@ -86,7 +88,7 @@ def test_recomputing_layers_changes_nothing() -> None:
     backbone = Backbone(small_model("llama", layers=3))
     config = stream_config(mode="shared", pruner_rank=0)
     tensors, batch = shared_tensors(backbone, config), everything(some_texts())
-    sampler, found = VocabularySampler(backbone, [], 0), []
+    sampler, found = VocabularySampler.of_size(backbone.vocab_size, [], 0), []
     for again in (False, True):
         options = TrainOptions(**{**QUICK, "mode": "shared", "grad_checkpoint": again})
         objective = SharedObjective(backbone, config, options, sampler)
@@ -97,7 +99,7 @@ def test_recomputing_layers_changes_nothing() -> None:
 
 
 def test_both_losses_fall(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
     run_tiny(
         tmp_path / "out", mode="shared", iters=30, valid=[], steps_per_eval=0, sampled_vocab=0,
         save_every=30, alpha_decay=1.0,

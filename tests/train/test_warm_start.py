@@ -10,19 +10,18 @@ import pytest
 
 from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError
-from mlx_specstream.train import loop
+from mlx_specstream.train import trainer
 from mlx_specstream.train.compare import base_loss
 from mlx_specstream.train.initialise import with_next_token
-from mlx_specstream.train.loop import Trainer
-from mlx_specstream.train.record import read_log
+from mlx_specstream.train.trainer import Trainer
 from mlx_specstream.train.warm_start import PRUNER_RANK, warm_start
 from mlx_specstream.weights.checkpoint import load_streams
-from tests.train.tiny_run import run_tiny, tiny_task
+from tests.train.tiny_run import read_log, run_tiny, tiny_task
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_curve", lambda folder: None)
+    monkeypatch.setattr(trainer, "draw_own_curve", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def lossless(tmp_path_factory):
     """Streams of a short run, whose adapters are no longer zero."""
     folder = tmp_path_factory.mktemp("lossless") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_curve", lambda folder: None)
+        patch.setattr(trainer, "draw_own_curve", lambda folder: None)
         run_tiny(folder, iters=4, steps_per_eval=0)
     return load_streams(folder)
 
@@ -64,7 +63,7 @@ def test_shared_mode_begins_as_the_base_model_does(tmp_path, lossless) -> None:
     assert "layers.0.self_attn.q_proj.lora_a" in started.start
     embeddings = started.start["stream_embeddings"]
     assert mx.array_equal(embeddings, lossless.tensors["stream_embeddings"])
-    texts = [loop.select(example, 1.0, (0,)) for example in task.valid]
+    texts = [trainer.select(example, 1.0, (0,)) for example in task.valid]
     assert make_objective(started).main_loss(started.start, texts) == pytest.approx(
         base_loss(task), abs=1e-4
     )
@@ -94,7 +93,7 @@ def test_knowledge_of_the_next_token_may_be_added_and_is_fitted(tmp_path, lossle
     fields = {"next_token_rank": 3, "conditioner_tokens": 2}
     task = taken(tiny_task(tmp_path / "out", **fields), lossless)
     assert (task.config.next_token_rank, task.config.conditioner_tokens) == (3, 2)
-    texts = [loop.select(example, 1.0, (0,)) for example in task.valid]
+    texts = [trainer.select(example, 1.0, (0,)) for example in task.valid]
     found, wanted = [make_objective(each).measure(each.start, texts) for each in (task, before)]
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours.loss, theirs.loss, atol=1e-4)

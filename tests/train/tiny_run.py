@@ -5,6 +5,7 @@ python -m tests.train.tiny_run FOLDER [--resume] [--whole]
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from mlx_specstream.commands.train import make_objective
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.initialise import hidden_rms, untrained
-from mlx_specstream.train.loop import Trainer
 from mlx_specstream.train.options import TrainOptions
+from mlx_specstream.train.record import LOG_FILE
 from mlx_specstream.train.state import resumable
 from mlx_specstream.train.task import Task
+from mlx_specstream.train.trainer import Trainer
 from mlx_specstream.weights.fingerprint import base_dims
 from tests.support.engine import small_model
 
@@ -82,6 +84,12 @@ def run_tiny(folder: Path, resume: bool = False, **fields: Any) -> dict[str, dic
     task = tiny_task(folder, **fields)
     saved = resumable(folder, resume)
     return Trainer(task, make_objective(task), saved=saved).run()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's log."""
+    path = folder / LOG_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from ...bench.cases import chosen_cases
-from ...bench.competitors import Contest, described_model, setting_config
+from ...bench.competitors import Competitors, described_model, setting_config
 from ...bench.methods import MLX_LM, Method, named
 from ...bench.options import TURN_TOKENS
-from ...bench.result import RESULT_FILE, Result, Settings
+from ...bench.result import RESULT_FILE, BenchSettings, Result
 from ...bench.run import Bench, now
 from ...bench.summary import summarised
 from ...bench.trees import plan_costs
@@ -121,7 +121,7 @@ def benchmark(adoption: Adoption) -> None:
     with state.stage(BENCHMARK):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        asked = Settings(
+        asked = BenchSettings(
             model=settings.model,
             adapter_path=settings.adapter_path,
             sources=[prompt_source(adoption)],
@@ -138,7 +138,7 @@ def benchmark(adoption: Adoption) -> None:
         )
         model = joined(adoption)
         configs = {n: setting_config(m) for n, m in by_name.items() if m.kind == "streams"}
-        contest = Contest(
+        contest = Competitors(
             adoption.model, adoption.tokenizer, by_name, {AUTO_NAME: model}, configs=configs
         )
         result = Result(asked, Machine.read(), described_model(contest, settings.model), now())

@@ -22,9 +22,9 @@ from ...errors import DataError, OutputError
 from ...loading.load import StreamModel
 from ...train.batches import select
 from ...train.data import Example
+from ...train.distilled import PromptToAnswer
 from ...train.estimate import check_memory, memory_bytes
 from ...train.options import TrainOptions
-from ..distill import Prompt
 from ..train import make_objective, make_task
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def train_options(
         pruner_rank=PRUNER_RANK if lossless else 0,
         learning_rate=1e-3 if further else 2e-3,
         held_out=32,
-        iters=1_000_000,
         steps_per_eval=0,
         verdict_prompts=0,  # what was gained is measured afterwards, once
         **fields,
@@ -116,7 +115,7 @@ def train_options(
 def try_out(
     model: StreamModel,
     tokenizer: TokenizerWrapper,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptToAnswer],
     mode: str,
     folder: Path,
 ) -> Rates:

@@ -18,18 +18,20 @@ from ...bench.cases import BUILT_IN
 from ...config import StreamConfig
 from ...errors import StreamsError
 from ...loading.load import StreamModel
+from ...prompts.lines import json_lines
 from ...train.calibrate import accepted_scores, threshold_of
 from ...train.data import Example
 from ...train.decode_eval import decoded_tokens_per_step
-from ...train.loop import Trainer
+from ...train.distilled import PromptToAnswer, answered
 from ...train.loss import Tensors
-from ...train.record import LOG_FILE, read_log
+from ...train.record import LOG_FILE
 from ...train.state import STATE_FILE as TRAINING_STATE
 from ...train.state import resumable
+from ...train.trainer import Trainer
 from ...weights.checkpoint import StreamWeights, load_streams, save_streams
 from ...weights.files import atomic_file
 from ...weights.fingerprint import fingerprint
-from ..distill import Prompt, answer_prompts, finished, read_prompts
+from ..distill import answer_prompts, read_prompts
 from ..train import make_objective, make_task, read_data
 from .plan import ANSWER_TOKENS, AdoptionPlan, check_disk, share_out, train_options, try_out
 from .prompts import records_for
@@ -76,7 +78,7 @@ class Adoption:
         """Return the folder of the streams as they will be installed."""
         return self.folder / "made"
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[PromptToAnswer]:
         """Return what the model can be asked."""
         settings, context = self.state.settings, self.model.context_length
         longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context // 2)
@@ -103,7 +105,7 @@ class Adoption:
         if ANSWERS in self.state.done:
             return
         path, plan = self.folder / ANSWERS_FILE, self.plan
-        done = finished(path)
+        done = {index for _, index in answered(path)}
         left = [prompt for prompt in self.prompts() if prompt.index not in done]
         known = len(done) + (sum(1 for _ in whole_lines(self.learned)) if self.learned else 0)
         with (
@@ -134,7 +136,7 @@ class Adoption:
                 before, spent = spent, clock.tick(save=True)
                 round_s = spent - before
         mx.clear_cache()
-        self.say(f"{len(finished(path)):,} answers are there.")
+        self.say(f"{len(answered(path)):,} answers are there.")
 
     def texts(self) -> tuple[list[Example], list[Example]]:
         """Return the texts to train on and those held out; the same at every call.
@@ -197,7 +199,7 @@ class Adoption:
                 state.spent[TRAINING] = max(before, trainer.progress.elapsed_s)
                 state.save()
         with state.stage(TRAINING):
-            updates = [r for r in read_log(run) if "loss" in r]
+            updates = [r for r in _log_of(run) if "loss" in r]
             state.figures["updates"] = updates[-1]["update"] if updates else 0
             state.figures["texts"] = len(train)
             weights = load_streams(run)
@@ -284,7 +286,14 @@ def prompt_source(adoption: Adoption) -> str:
     return str(path)
 
 
+def _log_of(run: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's log, none if it has not begun."""
+    path = run / LOG_FILE
+    found = (record for record, _ in json_lines(path)) if path.exists() else ()
+    return [record for record in found if isinstance(record, dict)]
+
+
 def _is_over(run: Path) -> bool:
     """Tell whether a run of training has written its last."""
     no_state = not (run / TRAINING_STATE).exists()
-    return no_state and any("verdict" in record for record in read_log(run))
+    return no_state and any("verdict" in record for record in _log_of(run))

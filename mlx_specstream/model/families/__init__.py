@@ -1,11 +1,13 @@
 """Any decoder of mlx-lm, taken apart by watching it run; what cannot be followed is refused.
 
-    record.py   watch the model's own forward, compute nothing
-    calls.py    conclude how each layer is called, and make the calls alike
-    states.py   layers with a state, run so that every row of a draft leaves one
-    around.py   what stands before the layers and behind them, done by the model's own code
-    graft.py    shallow copies in which single modules behave differently
-    refused.py  what is known not to work, and why
+| file | the idea it holds |
+|---|---|
+| `record.py` | watch the model's own forward, compute nothing |
+| `calls.py` | conclude how each layer is called, and make the calls alike |
+| `states.py` | layers with a state, run so that every row of a draft leaves one |
+| `embed_and_head.py` | what stands before the layers and behind them, done by the model's own code |
+| `replace.py` | shallow copies in which single modules behave differently |
+| `refused.py` | what is known not to work, and why |
 
 What happens inside a layer is the layer's own code and needs no word here, as long as it rotates
 by `cache.offset`, attends what `cache.update_and_fetch` returns, and sees what its mask says.
@@ -20,8 +22,8 @@ from importlib.util import find_spec
 import mlx.nn as nn
 
 from ...errors import ModelError
-from .around import Around
 from .calls import LayerCall, layer_calls, uniform
+from .embed_and_head import EmbedAndHead
 from .record import record
 from .refused import REFUSED, STATES_ALONE
 from .states import keep_states
@@ -45,7 +47,7 @@ class Parts:
     name: str
     layers: list[nn.Module]
     calls: list[LayerCall]
-    around: Around
+    embed_and_head: EmbedAndHead
 
 
 def family_name(model: nn.Module) -> str:
@@ -82,7 +84,7 @@ def take_apart(model: nn.Module) -> Parts:
         calls = layer_calls(recording)
         if all(call.recurrent or call.cache is None for call in calls):
             raise ModelError(STATES_ALONE)
-        return Parts(name, recording.layers, calls, Around(recording, calls))
+        return Parts(name, recording.layers, calls, EmbedAndHead(recording, calls))
     except Exception as error:
         raise refusal(name, error) from error
 

@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import ModelError
-from .graft import behave
 from .record import FIRST, SECOND, Called, MaskMade, Recording
+from .replace import override_methods
 
 Key = int | str
 Extras = Callable[[int, int | mx.array], dict[Key, mx.array]]
@@ -215,5 +215,5 @@ def uniform(layer: nn.Module, call: LayerCall, extras: Extras) -> nn.Module:
                 kwargs[key] = value
         return _first_result(original(self, *args, **kwargs))
 
-    result: nn.Module = behave(layer, __call__=run)
+    result: nn.Module = override_methods(layer, __call__=run)
     return result

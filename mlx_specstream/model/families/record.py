@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ...errors import ModelError
-from .graft import Path, behave, find_list, graft, modules
+from .replace import Path, find_list, modules, override_methods, replace_modules
 
 FIRST, SECOND = 3, 4  # tokens in the two pieces
 
@@ -43,10 +43,10 @@ class MaskMade:
 
 @dataclass
 class Pass:
-    """What was seen of one piece. `layers` in the order of their calls."""
+    """What was seen of one piece. `layers` in the order of their calls; outside: those of other modules."""
 
     layers: list[Called] = field(default_factory=list)
-    around: list[Called] = field(default_factory=list)
+    outside: list[Called] = field(default_factory=list)
     masks: list[MaskMade] = field(default_factory=list)
     output: Any = None
 
@@ -94,15 +94,17 @@ def record(model: nn.Module) -> Recording:
     changes: dict[Path, Any] = {}
     for number, layer in enumerate(layers):
         path = (*owner, str(first + number))
-        changes[path] = behave(layer, __call__=spy(path, layer, "__call__", lambda p: p.layers))
+        changes[path] = override_methods(
+            layer, __call__=spy(path, layer, "__call__", lambda p: p.layers)
+        )
     for path, module in modules(model, outside=owner):
         names = [n for n in ("__call__", "as_linear") if _is_leaf(module) and hasattr(module, n)]
         if names and path:
-            spies = {n: spy((*path, n), module, n, lambda p: p.around) for n in names}
-            changes[path] = behave(module, **spies)
+            spies = {n: spy((*path, n), module, n, lambda p: p.outside) for n in names}
+            changes[path] = override_methods(module, **spies)
     for cache in flat_caches(caches):
         _spy_masks(cache, current)
-    view = graft(model, changes)
+    view = replace_modules(model, changes)
     for piece, length in zip(seen, (FIRST, SECOND), strict=True):
         current[0] = piece
         tokens = mx.arange(1, 1 + length, dtype=mx.int32)[None]

@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from ...errors import ModelError
 from ..cache.state import StatePass
-from .graft import behave
+from .replace import override_methods
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
@@ -63,7 +63,7 @@ def _once(linear: nn.Module, batch: _Batch) -> Any:
         y = original(self, x[-1:])
         return mx.broadcast_to(y, (x.shape[0], *y.shape[1:]))
 
-    return behave(linear, __call__=call)
+    return override_methods(linear, __call__=call)
 
 
 def _by_row(mixer: nn.Module, batch: _Batch) -> Any:
@@ -90,4 +90,4 @@ def _by_row(mixer: nn.Module, batch: _Batch) -> Any:
             batch.shared = False
         return cast(mx.array, y[-1:])
 
-    return behave(mixer, __call__=call)
+    return override_methods(mixer, __call__=call)

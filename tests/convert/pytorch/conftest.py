@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from mlx_specstream.config import StreamConfig  # noqa: E402
 from mlx_specstream.convert.pytorch.adapters import StreamAdapters  # noqa: E402
-from mlx_specstream.convert.pytorch.backbone import SUPPORTED_FAMILIES, Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import SUPPORTED_FAMILIES, TorchBackbone  # noqa: E402
 from mlx_specstream.train.data import Example  # noqa: E402
 
 VOCAB = 97
@@ -38,16 +38,16 @@ def tiny_config(family: str) -> object:
     return transformers.AutoConfig.for_model(family, **shape)
 
 
-def tiny_backbone(family: str = "llama", seed: int = 0) -> Backbone:
+def tiny_backbone(family: str = "llama", seed: int = 0) -> TorchBackbone:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    return Backbone(model.eval().requires_grad_(False))
+    return TorchBackbone(model.eval().requires_grad_(False))
 
 
-def tiny_adapters(backbone: Backbone, seed: int = 1, **changes: object) -> StreamAdapters:
+def tiny_adapters(backbone: TorchBackbone, seed: int = 1, **changes: object) -> StreamAdapters:
     torch.manual_seed(seed)
     fields = {
         "num_streams": 3,
@@ -73,7 +73,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_backbone() -> Callable[..., Backbone]:
+def make_backbone() -> Callable[..., TorchBackbone]:
     return tiny_backbone
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_specstream.convert.pytorch import curve
 from mlx_specstream.errors import DataError
+from mlx_specstream.train.curve import read_curve
 
 
 def test_runs_are_drawn_end_to_end(tmp_path):
@@ -17,7 +18,7 @@ def test_runs_are_drawn_end_to_end(tmp_path):
     run = [{"positions": 10, "loss": [3.0, 4.0]}, {"positions": 20, "held_out": held_out}]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(record) + "\n" for record in run + run))
-    assert [r["trained"] for r in curve.read_log(log)] == [10, 20, 30, 40]
+    assert [r["x"] for r in read_curve(log)] == [10, 20, 30, 40]
     assert curve.main([str(log), "--output", str(tmp_path / "curve.png")]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,15 +8,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+
 from mlx_specstream.convert.pytorch import workers  # noqa: E402
-from mlx_specstream.convert.pytorch.data import (  # noqa: E402
-    epoch_batches,
-    read_examples,
-    targets,
-)
 from mlx_specstream.errors import DataError  # noqa: E402
-from mlx_specstream.train.batches import Selection  # noqa: E402
-from mlx_specstream.train.data import split_held_out  # noqa: E402
+from mlx_specstream.train.batches import Selection, epoch_batches  # noqa: E402
+from mlx_specstream.train.data import read_distilled, split_held_out  # noqa: E402
+from mlx_specstream.train.targets import rows_of_batch  # noqa: E402
 from tests.convert.pytorch.conftest import example_of  # noqa: E402
 
 
@@ -26,12 +23,13 @@ def examples(count):
 
 def test_targets_follow_the_text():
     text = example_of(("s", 0), (5, 6), (10, 11, 12, 13))
-    wanted = targets([Selection(text, (1, 3))], num_streams=3)
-    assert wanted.tokens.tolist() == [[11, 12, 13], [13, 0, 0]]
-    assert wanted.parents.tolist() == [[10, 11, 12], [12, 13, 0]]
-    assert wanted.grandparents.tolist() == [[6, 10, 11], [11, 12, 13]]
-    assert wanted.rows(slice(1, 2)).tokens.tolist() == [[13, 0, 0]]
-    assert wanted.valid.tolist() == [[True, True, True], [True, False, False]]
+    rows = rows_of_batch([Selection(text, (1, 3))], num_streams=3)
+    assert rows.index.tolist() == [0, 1, 2, 3]
+    assert rows.target.tolist() == [11, 12, 13, 13]
+    assert rows.parent.tolist() == [10, 11, 12, 12]
+    assert rows.grandparent.tolist() == [6, 10, 11, 11]
+    later = rows.within(3, 6)
+    assert (later.index.tolist(), later.target.tolist(), later.stream.tolist()) == ([0], [13], [0])
 
 
 def test_epochs_are_functions_of_seed_and_number():
@@ -42,6 +40,11 @@ def test_epochs_are_functions_of_seed_and_number():
     keys = [s.example.key for batch in first for s in batch]
     assert len(keys) == len(set(keys)) >= 27  # a short last batch may be dropped
     assert all(p in s.example.positions for batch in first for s in batch for p in s.positions)
+
+
+def test_an_epoch_has_a_batch_however_few_its_texts_are():
+    few = list(epoch_batches(examples(2), num_positions=900, fraction=1, seed=0, epoch=0))
+    assert [len(batch) for batch in few] == [2]
 
 
 def test_held_out_prompts_are_stable_and_apart():
@@ -71,7 +74,7 @@ def test_bad_lines_are_named(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"prompt_ids": [1], "answer_ids": [2, 3]}) + "\nnot json\n")
     with pytest.raises(DataError, match="line 2"):
-        read_examples([file])
+        read_distilled([file])
     file.write_text(json.dumps({"question": "x"}) + "\n")
     with pytest.raises(DataError, match="line 1"):
-        read_examples([file])
+        read_distilled([file])

@@ -9,8 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch.batched import Prompt, answer, greedy  # noqa: E402
-from mlx_specstream.convert.pytorch.distill import read_done  # noqa: E402
+from mlx_specstream.convert.pytorch.batched import PromptInSlot, answer, greedy  # noqa: E402
 from mlx_specstream.convert.pytorch.states import (  # noqa: E402
     StateReader,
     StateShape,
@@ -18,6 +17,7 @@ from mlx_specstream.convert.pytorch.states import (  # noqa: E402
     compute_states,
 )
 from mlx_specstream.errors import DataError  # noqa: E402
+from mlx_specstream.train.distilled import answered  # noqa: E402
 
 EOS = 2
 
@@ -36,7 +36,7 @@ def prompts(count):
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
     return [
-        Prompt("p", i, "", torch.randint(3, 97, (n,), generator=generator).tolist())
+        PromptInSlot(i, [], None, torch.randint(3, 97, (n,), generator=generator).tolist(), "p")
         for i, n in enumerate(lengths)
     ]
 
@@ -50,7 +50,7 @@ def test_slots_refills_and_compaction_change_nothing(make_backbone, batch_size):
         p.index: p.answer
         for p in answer(backbone, prompts(11), batch_size=batch_size, max_new_tokens=9, eos=eos)
     }
-    expected = {p.index: plain_answer(backbone, p.ids, 9, eos) for p in prompts(11)}
+    expected = {p.index: plain_answer(backbone, p.tokens, 9, eos) for p in prompts(11)}
     assert found == expected
     assert len({len(a) for a in expected.values()}) > 2
 
@@ -60,7 +60,7 @@ def test_every_family(make_backbone, family):
         pytest.skip("texts beyond a sliding window are not distilled here")
     backbone = make_backbone(family)
     for p in answer(backbone, prompts(4), batch_size=4, max_new_tokens=5, eos={EOS}):
-        assert p.answer == plain_answer(backbone, p.ids, 5, {EOS})
+        assert p.answer == plain_answer(backbone, p.tokens, 5, {EOS})
 
 
 def test_states_are_those_of_a_forward_pass(make_backbone, tmp_path):
@@ -73,7 +73,7 @@ def test_states_are_those_of_a_forward_pass(make_backbone, tmp_path):
     for p in answer(
         backbone, prompts(5), batch_size=3, max_new_tokens=6, eos={EOS}, num_msa_layers=2
     ):
-        expected = compute_states(backbone, p.ids, p.answer, 2)
+        expected = compute_states(backbone, p.tokens, p.answer, 2)
         for name in ("keys", "values", "hidden"):
             torch.testing.assert_close(
                 getattr(p.states, name), getattr(expected, name), atol=1e-4, rtol=1e-4
@@ -112,6 +112,6 @@ def test_an_unfinished_line_is_cut_off(tmp_path):
     path = tmp_path / "out.jsonl"
     whole = json.dumps({"source": "a", "index": 3}) + "\n"
     path.write_text(whole + '{"source": "a", "ind', encoding="utf-8")
-    assert read_done(path) == {("a", 3)}
+    assert answered(path) == {("a", 3)}
     assert path.read_text(encoding="utf-8") == whole
-    assert read_done(tmp_path / "absent.jsonl") == set()
+    assert answered(tmp_path / "absent.jsonl") == set()

@@ -1,13 +1,16 @@
-"""The chunked head loss, the sampled vocabulary and the weights of the streams."""
+"""The chunked head loss, with the whole vocabulary and a sampled one."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from mlx_specstream.convert.pytorch import loss as loss_module  # noqa: E402
-from mlx_specstream.convert.pytorch.loss import HeadCrossEntropy, VocabularySampler, stream_weights  # noqa: E402
+from mlx_specstream.convert.pytorch.loss import HeadCrossEntropy, TorchHead  # noqa: E402
+from mlx_specstream.train.vocabulary import VocabularySampler  # noqa: E402
+from tests.convert.pytorch.conftest import VOCAB, tiny_backbone  # noqa: E402
 
 
 def test_chunked_cross_entropy_is_the_plain_one(monkeypatch):
@@ -26,29 +29,17 @@ def test_chunked_cross_entropy_is_the_plain_one(monkeypatch):
     torch.testing.assert_close(gradient, x.grad)
 
 
-def test_a_whole_vocabulary_needs_no_correction():
-    sampler = VocabularySampler(20, [[1, 1, 2]], num_frequent=2, num_random=100)
-    drawn = sampler.draw(torch.tensor([5, 5, 7]), seed=0)
-    assert sorted(drawn.ids.tolist()) == list(range(20))
-    assert (drawn.log_weight == 0).all()
-
-
-def test_the_sampled_partition_sum_is_unbiased():
-    torch.manual_seed(1)
-    logits = torch.randn(400)
-    sampler = VocabularySampler(400, [[1, 2, 3]], num_frequent=3, num_random=40)
-    sums = []
+def test_a_sampled_head_knows_its_targets_and_estimates_the_whole_sum():
+    backbone = tiny_backbone()
+    sampler = VocabularySampler.of(VOCAB, [[1, 2, 3]], num_frequent=3, num_random=20)
+    assert VocabularySampler.of(VOCAB, [], 0, 200).draw(np.array([5]), (0,)) is None
+    hidden, targets = torch.randn(2, backbone.hidden_size), np.array([9, 11])
+    whole, ones = TorchHead.of(backbone, None), np.ones(2, dtype=np.float32)
+    _, exact = whole.cross_entropy(hidden, targets, ones)
+    found = []
     for seed in range(300):
-        drawn = sampler.draw(torch.tensor([9, 11]), seed)
-        assert (drawn.index[drawn.ids] == torch.arange(len(drawn.ids))).all()
-        assert drawn.index[torch.tensor([9, 11, 1, 2, 3])].min() >= 0
-        sums.append((logits[drawn.ids] + drawn.log_weight).exp().sum())
-    assert torch.stack(sums).mean() == pytest.approx(float(logits.exp().sum()), rel=0.03)
-
-
-def test_stream_weights_decay_and_ignore_invalid_rows():
-    valid = torch.tensor([[True, True], [True, False], [True, False], [True, False]])
-    weights = stream_weights(valid, 0.8)
-    assert weights.sum() == pytest.approx(1.0)
-    assert weights[:, 1].sum() / weights[:, 0].sum() == pytest.approx(0.8)
-    assert (weights[1:, 1] == 0).all()
+        drawn = sampler.draw(targets, (seed,))
+        assert drawn.tokens[drawn.place[[9, 11, 1, 2, 3]]].tolist() == [9, 11, 1, 2, 3]
+        _, losses = TorchHead.of(backbone, drawn).cross_entropy(hidden, targets, ones)
+        found.append(np.exp(losses))
+    assert np.mean(found, axis=0) == pytest.approx(np.exp(exact), rel=0.1)

@@ -8,13 +8,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mlx_specstream.convert.pytorch.kernels import GatedSiLU, RMSNorm  # noqa: E402
-from mlx_specstream.convert.pytorch.loss import VocabularySampler  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
-from mlx_specstream.convert.pytorch.objectives import Common, LosslessObjective  # noqa: E402
+from mlx_specstream.convert.pytorch.objectives import Common, TorchLossless  # noqa: E402
 from mlx_specstream.convert.pytorch.packed import PackedBatch, PackedStreams  # noqa: E402
 from mlx_specstream.convert.pytorch.states import compute_states  # noqa: E402
 from mlx_specstream.errors import DataError  # noqa: E402
 from mlx_specstream.train.batches import Selection  # noqa: E402
+from mlx_specstream.train.vocabulary import VocabularySampler  # noqa: E402
 from tests.convert.pytorch.conftest import example_of  # noqa: E402
 
 TEXTS = [([5, 17, 3], [44, 60, 9, 71]), ([23, 12], [8, 30, 31, 32, 33, 90])]
@@ -108,15 +108,15 @@ def test_the_loss_of_one_batch_can_be_learned(make_backbone, make_adapters):
         )
         for i, (p, a) in enumerate(TEXTS)
     ]
-    sampler = VocabularySampler(backbone.vocab_size, [], num_frequent=0, num_random=1000)
+    sampler = VocabularySampler.of(backbone.vocab_size, [], num_frequent=0, num_random=1000)
     common = Common(
         backbone, adapters, sampler, lambda e: compute_states(backbone, e.prompt, e.answer, 2)
     )
-    objective = LosslessObjective(common)
+    objective = TorchLossless(common)
     optimizer, losses = torch.optim.Adam(adapters.parameters(), lr=0.02), []
     for step in range(60):
         optimizer.zero_grad()
-        total, figures = objective.loss(batch, step)
+        total, figures = objective.loss(batch, (0, step))
         total.backward()
         optimizer.step()
         losses.append(float(total.detach()))

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mlx_specstream.convert.pytorch.batched import Prompt, answer  # noqa: E402
+from mlx_specstream.convert.pytorch.batched import PromptInSlot, answer  # noqa: E402
 from mlx_specstream.convert.pytorch.model import SpeculativeModel  # noqa: E402
 from mlx_specstream.convert.pytorch.shared_decoding import SharedDecoder, merge_lora  # noqa: E402
 from tests.convert.pytorch.conftest import tiny_adapters, tiny_backbone  # noqa: E402
@@ -33,7 +33,7 @@ def test_answers_are_the_reference_s(family):
     model = SpeculativeModel(backbone, adapters)
     wanted = [greedy_reference(model, text, 8) for text in texts]
     merge_lora(backbone, adapters)
-    prompts = [Prompt("t", i, "", text) for i, text in enumerate(texts)]
+    prompts = [PromptInSlot(i, [], None, text, "t") for i, text in enumerate(texts)]
     make = functools.partial(SharedDecoder, adapters=adapters)
     list(answer(backbone, prompts, batch_size=2, max_new_tokens=8, eos={2}, make=make))
     assert [p.answer for p in prompts] == wanted

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mlx_specstream.convert.pytorch.sql_task import Verdict, judge, normalized
+from mlx_specstream.convert.pytorch.sql_task import Judgement, judge, normalized
 from mlx_specstream.errors import DataError
 
 SCHEMA = (
@@ -19,13 +19,13 @@ GOLD = "SELECT name FROM city WHERE size > 100"
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        ("select  name from CITY where size > 100;", Verdict(True, True, True)),
-        ("SELECT T.name FROM city AS T WHERE NOT T.size <= 100", Verdict(False, True, True)),
-        ("SELECT name FROM city WHERE size >= 100", Verdict(False, True, False)),
-        ("SELECT name FROM city", Verdict(False, True, False)),
-        ("SELECT nam FROM city", Verdict(False, False, False)),
-        ("There are three cities.", Verdict(False, False, False)),
-        ("SELECT 1; SELECT 2", Verdict(False, False, False)),
+        ("select  name from CITY where size > 100;", Judgement(True, True, True)),
+        ("SELECT T.name FROM city AS T WHERE NOT T.size <= 100", Judgement(False, True, True)),
+        ("SELECT name FROM city WHERE size >= 100", Judgement(False, True, False)),
+        ("SELECT name FROM city", Judgement(False, True, False)),
+        ("SELECT nam FROM city", Judgement(False, False, False)),
+        ("There are three cities.", Judgement(False, False, False)),
+        ("SELECT 1; SELECT 2", Judgement(False, False, False)),
     ],
 )
 def test_an_answer_is_judged_by_text_and_by_rows(answer, verdict):

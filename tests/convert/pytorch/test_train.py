@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mlx_specstream.convert.pytorch import distill, evaluate, task, train, trainer  # noqa: E402
-from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import TorchBackbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import load_checkpoint  # noqa: E402
 from mlx_specstream.convert.pytorch.states import state_files  # noqa: E402
 from mlx_specstream.errors import DataError, OptionError  # noqa: E402
@@ -108,23 +108,23 @@ def test_a_run_its_exact_resume_and_what_follows(work):
     class StopError(Exception):
         pass
 
-    original = trainer.Trainer.step
+    original = trainer.TorchTrainer.step
 
     def step(self, batch):
-        if self.progress.step == 7:
+        if self.progress.update == 7:
             raise StopError
         return original(self, batch)
 
-    trainer.Trainer.step = step
+    trainer.TorchTrainer.step = step
     try:
         with pytest.raises(StopError):
             run(work, "halves", "--steps", "12", "--save-seconds", "0")
     finally:
-        trainer.Trainer.step = original
+        trainer.TorchTrainer.step = original
     assert not (work / "halves").exists()
     log = run(work, "halves", "--steps", "12", "--save-seconds", "0")
     assert [record["step"] for record in log if "conditioned_loss" in record] == list(range(1, 13))
-    backbone = Backbone.load(work / "model")
+    backbone = TorchBackbone.load(work / "model")
     whole, halves = (load_checkpoint(work / name, backbone) for name in ("whole", "halves"))
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, halves.get_parameter(name)), name
@@ -164,7 +164,7 @@ def test_shared_mode_trains_main_too(work):
     log = run(work, "shared", *options)
     assert "main_loss" in log[0]
     assert 0 <= log[-1]["held_out"]["main_top1"] <= 1
-    adapters = load_checkpoint(work / "shared", Backbone.load(work / "model"))
+    adapters = load_checkpoint(work / "shared", TorchBackbone.load(work / "model"))
     assert adapters.delta(0, "self_attn.q_proj").lora_B.weight.abs().max() > 0
 
 
@@ -279,3 +279,18 @@ def test_a_pruner_needs_streams(work):
 def test_a_budget_is_a_number_of_minutes(work):
     with pytest.raises(OptionError, match="--max-minutes"):
         train.main([*paths(work, "own.jsonl", "none"), *SMALL, "--max-minutes", "nan"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lr", "-1"], "--lr must be at least 0"),
+        (["--fraction", "2"], "--fraction must be at most 1"),
+        (["--num-msa-layers", "4"], "leaves no layer below the streams"),
+        (["--held-out", "1000"], "no text to train on"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_this_trainers_words(work, words, message):
+    with pytest.raises((OptionError, DataError), match=message):
+        train.main([*paths(work, "own.jsonl", "none"), *SMALL, *words])

@@ -15,14 +15,14 @@ import mlx.nn as nn
 Path = tuple[str, ...]
 
 
-def behave(module: nn.Module, **methods: Callable[..., Any]) -> Any:
+def override_methods(module: nn.Module, **methods: Callable[..., Any]) -> Any:
     """Return a shallow copy of `module`, still an instance of its class, with other methods."""
     view = copy.copy(module)
     view.__class__ = type(type(module).__name__, (type(module),), methods)
     return view
 
 
-def graft(root: Any, changes: Mapping[Path, Any]) -> Any:
+def replace_modules(root: Any, changes: Mapping[Path, Any]) -> Any:
     """Return a shallow copy of `root` with the modules at these paths replaced.
 
     A path names children and places in lists: ("model", "layers", "3"). Only the modules and lists
@@ -36,7 +36,7 @@ def graft(root: Any, changes: Mapping[Path, Any]) -> Any:
     view = copy.copy(root)
     for name, inner in below.items():
         key: Any = int(name) if isinstance(view, list) else name
-        view[key] = graft(view[key], inner)
+        view[key] = replace_modules(view[key], inner)
     return view
 
 

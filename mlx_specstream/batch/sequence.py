@@ -19,7 +19,7 @@ State = Literal["waiting", "running", "finished", "failed", "removed"]
 
 
 @dataclass(eq=False)
-class Slot:
+class BatchSequence:
     """A request in the batch: what `BatchDecoder.add` returns, to be used as a handle.
 
     state: `waiting` (prompt being computed), `running`, `finished` (its `criteria` have enough),
@@ -44,8 +44,8 @@ class Slot:
 
 
 class BatchEvent(NamedTuple):
-    """What a step brought for one slot: a result, or the error that ended the slot."""
+    """What a step brought for one sequence: a result, or the error that ended the sequence."""
 
-    slot: Slot
+    sequence: BatchSequence
     result: StepResult | None
     error: Exception | None

@@ -19,8 +19,8 @@ import mlx.nn as nn
 
 from ...errors import ModelError
 from .calls import Key, Kind, LayerCall, by_key
-from .graft import behave, graft
 from .record import SECOND, Called, Pass, Recording
+from .replace import override_methods, replace_modules
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LINEARS = (nn.Linear, nn.QuantizedLinear)
@@ -55,7 +55,7 @@ class _Positions:
         return None
 
 
-class Around:
+class EmbedAndHead:
     """A model without its layers.
 
     embedding: the module that holds the token embeddings. head: the one that holds the head's
@@ -73,7 +73,7 @@ class Around:
         first_hidden = _argument(seen.layers[0], _key(calls[0], Kind.HIDDEN))
         last = seen.layers[-1].output
         last = last[0] if calls[-1].num_results else last
-        norm = next((call for call in seen.around if call.output is head.args[0]), None)
+        norm = next((call for call in seen.outside if call.output is head.args[0]), None)
 
         self.hidden_size = int(first_hidden.shape[-1])
         self.vocab_size = int(seen.output.shape[-1])
@@ -88,18 +88,20 @@ class Around:
         values = ((key, _argument(seen.layers[0], key)) for key in calls[0].extras)
         self._row_axes = {key: value.shape.index(SECOND) - value.ndim for key, value in values}
 
-        self._until_layers = graft(
-            model, {path: behave(layer, __call__=_stop) for path, layer in layers}
+        self._until_layers = replace_modules(
+            model, {path: override_methods(layer, __call__=_stop) for path, layer in layers}
         )
         self._running = _Running()
         passing = {
-            path: behave(layer, __call__=self._pass_on(call.num_results))
+            path: override_methods(layer, __call__=self._pass_on(call.num_results))
             for (path, layer), call in zip(layers, calls, strict=True)
         }
         place, name = head.path[:-1], head.path[-1]
-        self._until_head = graft(model, {**passing, place: behave(head.module, **{name: _stop})})
-        giving = behave(head.module, **{name: lambda *_: self._running.product})
-        self._from_head = graft(model, {**passing, place: giving})
+        self._until_head = replace_modules(
+            model, {**passing, place: override_methods(head.module, **{name: _stop})}
+        )
+        giving = override_methods(head.module, **{name: lambda *_: self._running.product})
+        self._from_head = replace_modules(model, {**passing, place: giving})
         self._shorten(
             embed=first_hidden is embedded.output,
             norm=norm.module if norm is not None and norm.args[0] is last else None,
@@ -199,7 +201,7 @@ def _rows(value: mx.array, rows: int, axis: int) -> mx.array:
 
 def _embedding_call(seen: Pass) -> Called:
     """Return the call that embedded the tokens."""
-    for call in seen.around:
+    for call in seen.outside:
         if call.path[-1] == "__call__" and isinstance(call.module, EMBEDDINGS):
             return call
     raise ModelError("its token embeddings cannot be found")
@@ -207,7 +209,7 @@ def _embedding_call(seen: Pass) -> Called:
 
 def _head_call(seen: Pass) -> Called:
     """Return the call that multiplied with the head's weights."""
-    for call in reversed(seen.around):
+    for call in reversed(seen.outside):
         is_head = call.path[-1] == "as_linear" or isinstance(call.module, LINEARS)
         if is_head and call.output.shape[-1] == seen.output.shape[-1]:
             return call
