@@ -193,6 +193,7 @@ class Adoption:
             )
             before = saved.progress.elapsed_s if saved else 0.0
             trainer = Trainer(task, make_objective(task), saved=saved)
+            trainer.to_continue = "the same command goes on"
             try:
                 trainer.run()
             finally:
