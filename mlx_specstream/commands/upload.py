@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="specstream upload",
         description=(
             "Upload a folder of streams to the Hugging Face hub, where others find them by "
-            "specstream find and use them with --streams owner/name."
+            "specstream find and use them with --streams owner/name. A converted model is uploaded by "
+            "specstream convert --upload-repo."
         ),
     )
     parser.add_argument("folder", help="streams folder, as specstream adopt or train made it")
