@@ -23,6 +23,7 @@ from ..weights.adopted import adopted_folder, place_of
 from .adoption.state import STATE_FILE, AdoptionState, AdoptSettings, alone, clear, is_further
 
 if TYPE_CHECKING:
+    from ..weights.checkpoint import StreamWeights
     from .adoption.stages import Adoption
 
 PLAN = "plan"
@@ -121,11 +122,22 @@ def main(argv: list[str]) -> int:
 
         name = Path(settings.model).name if Path(settings.model).exists() else settings.model
         adoption = Adoption(state, model, tokenizer, name)
+        present = _present(adoption, folder)
+        if settings.further and present is None:
+            raise StreamsError(
+                f"there are no streams for {settings.model} to train on from; leave out --continue."
+            )
         if settings.further:
-            adoption.given = _present(adoption, folder)
+            adoption.given = present
             learned = learned_file(settings.model, folder, adapter)
             adoption.learned = learned if learned.exists() else None
         if state.plan is None:
+            if present is not None and not settings.further:
+                print(
+                    f"{settings.model} has streams already ({present.folder}); new ones are made from "
+                    "nothing and take their place, while --continue would train those further.",
+                    flush=True,
+                )
             _agree(adoption, ask=not arguments.yes)
         else:
             print(
@@ -209,21 +221,12 @@ def _install(adoption: Adoption, target: Path) -> None:
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _present(adoption: Adoption, folder: Path):  # type: ignore[no-untyped-def]
-    """Return the streams in use, to train on from.
-
-    Raises:
-        StreamsError: there are none.
-    """
+def _present(adoption: Adoption, folder: Path) -> StreamWeights | None:
+    """Return the streams that the model is used with now, if there are any."""
     from ..weights.shipped import AUTO, find_streams
 
-    settings = adoption.state.settings
-    found = find_streams(AUTO, adoption.model.model, folder, adapter_path=settings.adapter_path)
-    if found is None:
-        raise StreamsError(
-            f"there are no streams for {settings.model} to train on from; leave out --continue."
-        )
-    return found
+    adapter = adoption.state.settings.adapter_path
+    return find_streams(AUTO, adoption.model.model, folder, adapter_path=adapter)
 
 
 def _result(adoption: Adoption, target: Path) -> str:

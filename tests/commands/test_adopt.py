@@ -91,6 +91,7 @@ def test_a_model_is_adopted_and_used_by_itself(tiny_folder, capsys) -> None:
 
     config = load_streams(streams).config
     assert (config.next_token_rank, config.conditioner_tokens, config.pruner_rank) == (64, 2, 8)
+    assert "has streams already" not in said
     model, tokenizer = load(str(tiny_folder))
     assert model.streams_name == str(streams)
     prompt = list(b"Where is the harbour?")
