@@ -217,7 +217,7 @@ def _install(adoption: Adoption, target: Path) -> None:
         for path in sorted(made.iterdir()):
             if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copyfile(path, partial / path.name)
-        card = adoption_card(weights, target.name, figures)
+        card = adoption_card(weights, f"Streams for {adoption.base_name}", figures)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
 

@@ -68,7 +68,8 @@ def adoption_card(weights: StreamWeights, name: str, figures: Mapping[str, Any])
             "tags:",
             "- mlx",
             f"- {TAG}",
-            *([f"base_model: {json.dumps(base)}"] if base else []),
+            # The hub takes ids alone, not the name of a folder here.
+            *([f"base_model: {json.dumps(base)}"] if base and "/" in base else []),
             "---",
             "",
             f"# {printable(name)}",
