@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import DataError
+from ...errors import DataError, OptionError
 from ...train.batches import Selection, epoch_batches, number_of, select
 from ...train.data import Example, read_distilled, split_held_out
 from ...train.loop import TrainingLoop
@@ -268,6 +268,11 @@ class TorchTrainer(TrainingLoop):
 
     def _resume(self) -> None:
         state = torch.load(self.state_file, weights_only=True)
+        if not {"update", "log_bytes"} <= state["progress"].keys():
+            raise OptionError(
+                f"the unfinished run in {self.work} was begun with an earlier version and cannot be "
+                "continued exactly; remove that folder, or name another --output."
+            )
         self.adapters.load_state_dict(state["adapters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])

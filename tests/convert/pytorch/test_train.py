@@ -294,3 +294,12 @@ def test_a_budget_is_a_number_of_minutes(work):
 def test_what_cannot_be_trained_is_said_in_this_trainers_words(work, words, message):
     with pytest.raises((OptionError, DataError), match=message):
         train.main([*paths(work, "own.jsonl", "none"), *SMALL, *words])
+
+
+def test_a_run_of_an_earlier_version_is_not_continued(work):
+    kept = work / "old.partial-train"
+    kept.mkdir()
+    torch.save({"progress": {"step": 3, "epoch": 0, "batch": 3}}, kept / "state.pt")
+    with pytest.raises(OptionError, match="begun with an earlier version"):
+        run(work, "old", "--steps", "5")
+    assert (kept / "state.pt").exists()
