@@ -204,7 +204,9 @@ def test_more_training_takes_in_what_was_kept(
     told = [line for line in out.out.splitlines() if "texts with" in line]
     assert told, out
     trained, held = (int(told[0].split()[i].strip(",")) for i in (0, 5))
-    assert trained + held == 30  # enough, so no answers were written for it
+    own = work() / "answers.jsonl"  # written if the machine is fast enough to train on more
+    answers = len(own.read_text().splitlines()) if own.exists() else 0
+    assert trained + held == 30 + answers
     assert "{" not in (installed()[0] / "README.md").read_text()
     assert not (work() / "data.jsonl").exists()
 
