@@ -60,7 +60,7 @@ def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return fetch(name, "checkpoint", CheckpointError, patterns=patterns, revision=revision)
 
 
-def check_repository(name: str) -> None:
+def check_repository(name: str, what: str = "--upload-repo") -> None:
     """Refuse what cannot be the id of a repository, before a long conversion.
 
     Raises:
@@ -72,13 +72,17 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise OptionError(
-            f"--upload-repo {shown(name)} is no repository: {brief(error)}."
-        ) from None
+        raise OptionError(f"{what} {shown(name)} is no repository: {brief(error)}.") from None
 
 
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished model folder to the hub, making the repository if need be.
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    patterns: Sequence[str] | None = None,
+    private: bool | None = None,
+) -> None:
+    """Upload a finished folder to the hub, or its files of these patterns, making the repository.
 
     Raises:
         CheckpointError: the hub refuses or cannot be reached; the local folder stays.
@@ -87,11 +91,19 @@ def upload(folder: Path, repository: str) -> None:
 
     try:
         api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
+        api.create_repo(repository, exist_ok=True, private=private)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            repo_type="model",
+            allow_patterns=None if patterns is None else list(patterns),
+        )
     except Exception as error:  # its own, requests', httpx's and the system's errors alike
+        again = f"hf upload {repository} {folder}"
+        if patterns is not None:
+            again = f"specstream upload {folder} {repository}"
         raise CheckpointError(
             f"{folder} is complete but could not be uploaded to {repository} ({brief(error)}); "
             "check the network, 'hf auth login' and your access, then upload the folder again: "
-            f"hf upload {repository} {folder}."
+            f"{again}."
         ) from None

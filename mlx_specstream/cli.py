@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "cache_prompt": Verb(
         "mlx_specstream.commands.cache_prompt", "run a long prompt once, keep its cache"
     ),
+    "adopt": Verb("mlx_specstream.commands.adopt", "make streams for your own model"),
     "bench": Verb("mlx_specstream.commands.bench", "measure what speculation gains here"),
     "chat": Verb("mlx_specstream.apps.chat.cli", "chat with a model in the terminal"),
     "convert": Verb(
@@ -46,6 +47,8 @@ VERBS: dict[str, Verb] = {
     "train": Verb("mlx_specstream.commands.train", "train streams for a model on data"),
     "distill": Verb("mlx_specstream.commands.distill", "write a model's own answers, to train on"),
     "serve": Verb("mlx_specstream.apps.serve.cli", "serve a model to OpenAI clients and a browser"),
+    "upload": Verb("mlx_specstream.commands.upload", "share streams on the Hugging Face hub"),
+    "find": Verb("mlx_specstream.commands.find", "list streams on the hub that fit a model"),
     "verify": Verb("mlx_specstream.commands.verify", "compare plain and speculative answers"),
 }
 """Every verb of `specstream`; a new one is a line here."""

@@ -180,7 +180,6 @@ def test_a_reader_that_goes_away() -> None:
         (["Chat"], "did you mean 'chat'?"),
         (["lora", "--train"], "specstream train"),
         (["fuse"], "mlx_lm.fuse"),
-        (["upload"], "specstream convert --upload-repo"),
         (["generate", "--promt", "Hi"], "did you mean --prompt?"),
         (["generate", "--max_tokens=5"], "did you mean --max-tokens?"),
         (["serve", "--prot", "80"], "did you mean --port?"),

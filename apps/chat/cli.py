@@ -19,6 +19,7 @@ from ...generation.decode_options import (
 from ...generation.sampling_options import add_sampling_options
 from ...machine import ranks
 from ..conversation import Conversation
+from ..learning import LEARN_HELP, Learner, learned_file, notice
 from ..saving import load_conversation
 from .interrupt import can_move_cursor, typing_ahead
 from .paths import history_file, newest_conversation
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft", action="store_true", help="show the drafts of every answer (as /draft on)"
     )
+    parser.add_argument("--learn", action="store_true", help=LEARN_HELP)
     return parser
 
 
@@ -152,16 +154,22 @@ def _chat(
 ) -> Chat:
     """Load the model and return the chat with it."""
     from ... import load
+    from ...loading.load import model_folder
     from .autosave import Autosave
     from .chat import Chat, short_name
     from .session import ChatSession
 
     model, tokenizer = load(arguments.model, **load_options(arguments))
+    learner = None
+    if arguments.learn:
+        folder = model_folder(arguments.model, arguments.revision)
+        learner = Learner(learned_file(arguments.model, folder, arguments.adapter_path), tokenizer)
+        view.note(f"({notice(learner.path)})")
     autosave = Autosave(
         short_name(model.name), automatic=interactive and not arguments.no_save, own=own
     )
     return Chat(
-        ChatSession(model, tokenizer, settings, conversation, cache_config(arguments)),
+        ChatSession(model, tokenizer, settings, conversation, cache_config(arguments), learner),
         view,
         autosave,
         interactive=interactive,

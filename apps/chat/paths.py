@@ -1,9 +1,7 @@
 """Where a chat keeps conversations and line history: folders and files of their owner alone.
 
-SPECSTREAM_STATE, else ~/Library/Application Support/mlx-specstream (macOS)
-                  or $XDG_STATE_HOME/mlx-specstream (~/.local/state)
-  chat-history                      what was typed
-  conversations/20260131-174502.json
+STATE (machine/folders.py)/chat-history         what was typed
+STATE/conversations/20260131-174502.json
 
 Nothing here is ever removed by the program.
 """
@@ -11,22 +9,11 @@ Nothing here is ever removed by the program.
 from __future__ import annotations
 
 import os
-import sys
 from datetime import datetime
 from pathlib import Path
 
 from ...errors import DataError, OutputError
-
-
-def state_folder() -> Path:
-    """Return the folder of this package's state, absolute; it need not exist."""
-    if named := os.environ.get("SPECSTREAM_STATE"):
-        return Path(named).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "mlx-specstream"
-    base = os.environ.get("XDG_STATE_HOME", "")
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state"
-    return root / "mlx-specstream"
+from ...machine.folders import state_folder
 
 
 def history_file() -> Path:

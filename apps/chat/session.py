@@ -21,6 +21,7 @@ from ...model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ...prompts import Prompt, encode_prompt
 from ...speculation.result import DraftRecord
 from ..conversation import Conversation, Message
+from ..learning import Learner
 from ..prefix import PrefixCache
 from ..thinking import Segment, ThoughtMarks, ThoughtSplitter
 from .settings import Settings
@@ -101,7 +102,8 @@ class ChatSession:
 
     current: the answer that is growing, or the last one that was begun. reply: the last one that
     is part of the conversation. Both are None before the first. caching: how the cache holds rows.
-    chunks: how much of a prompt is read between two looks at Ctrl-C.
+    chunks: how much of a prompt is read between two looks at Ctrl-C. learner: keeps answers to train
+    on, if the user wants that.
     """
 
     model: StreamModel
@@ -109,6 +111,7 @@ class ChatSession:
     settings: Settings = field(default_factory=Settings)
     conversation: Conversation = field(default_factory=Conversation)
     caching: CacheConfig = field(default_factory=CacheConfig)
+    learner: Learner | None = None
     current: Reply | None = None
     reply: Reply | None = None
     # Paced by the clock, unless processes with clocks of their own must run the same passes.
@@ -214,6 +217,8 @@ class ChatSession:
         finally:
             if finished:
                 self.prefix.settle(ids + reply.tokens)
+                if self.learner is not None and not settings.decode.lossy:
+                    self.learner.keep(ids, reply.tokens)
             else:  # an error from anywhere: trust no row
                 self.prefix.reset()
             if reply.text or (finished and not reply.stopped):

@@ -19,6 +19,7 @@ from ...generation.decode_options import (
 from ...generation.sampling_options import add_sampler_options, sampling_config
 from ...machine import ranks
 from ...prompts.encode import template_args
+from ..learning import LEARN_HELP, learned_file, notice
 from .limits import Access, Limits
 
 KEY_VARIABLE = "SPECSTREAM_API_KEY"
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode plainly, one token per pass"
     )
+    parser.add_argument("--learn", action="store_true", help=LEARN_HELP)
     parser.add_argument(
         "--log-level", type=str.upper, choices=_LEVELS, default="WARNING", help="how much to log"
     )
@@ -134,6 +136,7 @@ def main(argv: list[str]) -> int:
             "pip install 'mlx-specstream[serve]'"
         ) from error
     from ... import load
+    from ...loading.load import model_folder
 
     def loaded():  # type: ignore[no-untyped-def]
         return load(arguments.model, **load_options(arguments))
@@ -147,6 +150,11 @@ def main(argv: list[str]) -> int:
     check_access(arguments.host, access)
     listening = listen(arguments.host, arguments.port)
     print(f"loading {arguments.model} ...", flush=True)
+    learned = None
+    if arguments.learn:
+        folder = model_folder(arguments.model, arguments.revision)
+        learned = learned_file(arguments.model, folder, arguments.adapter_path)
+        print(notice(learned), flush=True)
     service = start_service(
         loaded,
         limits,
@@ -156,6 +164,7 @@ def main(argv: list[str]) -> int:
         caching=caching,
         template_args=variables,
         control_tokens=arguments.allow_control_tokens,
+        learned=learned,
     )
     streams = f" with {service.num_streams} streams" if service.num_streams else ""
     key = "" if access.api_key is None else "; clients must send the API key"

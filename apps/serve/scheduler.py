@@ -27,6 +27,7 @@ from ...errors import SpecStreamError
 from ...generation.generate import decoder_for
 from ...speculation.result import MaxTokens, StepResult
 from ...speculation.sampling import TokenSampler
+from ..learning import Learner
 from ..prefix import PrefixCache
 from .prefixes import PrefixStore
 from .request import Event, Failure, Request
@@ -51,12 +52,14 @@ class Scheduler:
         speculative: bool = True,
         prefill_step_size: int = 512,
         caching: CacheConfig | None = None,
+        learner: Learner | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.speculative = speculative
         self.caching = caching
+        self.learner = learner
         self.prefill_step_size = prefill_step_size
         self.batch = make_batch(model, config, speculative, caching)
         own = partial(model.backbone.new_cache, caching)
@@ -94,6 +97,8 @@ class Scheduler:
         if not answer.failed:
             answer.settle()
             self.prefixes.put(answer.prefix())
+            if self.learner is not None and request.settings.grammar is None:
+                self.learner.keep(request.prompt, answer.given)
 
     def step(self) -> list[tuple[Request, Event]]:
         """Read a chunk of one prompt, and let the answers that are being written have a pass."""

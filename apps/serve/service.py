@@ -22,6 +22,7 @@ from ...config.sampling import PENALTY_CONTEXT
 from ...generation.grammar import Grammar
 from ...machine import ranks
 from ...model.cache.kinds import check_quantised
+from ..learning import Learner
 from .disconnect import until_gone
 from .engine import Engine
 from .errors import ApiError, invalid
@@ -194,6 +195,7 @@ def decoding(
     config: DecodeConfig | None,
     speculative: bool,
     caching: CacheConfig | None,
+    learned: Path | None = None,
 ) -> Iterator[Scheduler]:
     """Load a model and give what decodes with it, ready for the first answer.
 
@@ -216,6 +218,7 @@ def decoding(
             speculative=speculative,
             prefill_step_size=limits.prefill_step_size,
             caching=caching,
+            learner=None if learned is None else Learner(learned, tokenizer),
         )
         scheduler.warm_up()
         yield scheduler
@@ -231,12 +234,13 @@ def start_service(
     caching: CacheConfig | None = None,
     template_args: Mapping[str, Any] | None = None,
     control_tokens: bool = False,
+    learned: Path | None = None,
 ) -> Service:
     """Load a model in the engine's thread and return the service that answers with it.
 
     caching: how KV caches hold rows; unless all of them as computed, answers take turns.
     template_args: the chat template's variables where a request does not say. control_tokens:
-    let users and tools write control tokens.
+    let users and tools write control tokens. learned: the file that answers are kept in to train on.
 
     Raises:
         SpecStreamError: it cannot be loaded.
@@ -245,7 +249,7 @@ def start_service(
 
     @contextmanager
     def making() -> Iterator[Decoding]:
-        with decoding(load, limits, config, speculative, caching) as scheduler:
+        with decoding(load, limits, config, speculative, caching, learned) as scheduler:
             found.append((scheduler.model, scheduler.tokenizer, scheduler.prefixes))
             if ranks.group() is None:
                 yield scheduler

@@ -100,7 +100,7 @@ def open_competitors(
         if method.kind == "streams":
             text = method.streams
             if parse_streams(text)[0] == AUTO:
-                text = _automatic(text, model, model_name, categories)
+                text = _automatic(text, model, model_name, adapter_path, categories)
             method = Method(**{**method.to_dict(), "streams": text})  # type: ignore[arg-type]
             default, others = parse_streams(text)
             for streams in (default, *others.values()):
@@ -110,7 +110,7 @@ def open_competitors(
                     drafting = drafter_in(Path(streams).expanduser(), model.model, model.backbone)
                     by_streams[streams] = replace(model, streams_name=streams, drafter=drafting)
                 elif streams not in by_streams:
-                    weights = find_streams(streams, model.model, folder)
+                    weights = find_streams(streams, model.model, folder, adapter_path=adapter_path)
                     assert weights is not None
                     joined = Streams(model.backbone, weights.config, weights.tensors)
                     by_streams[streams] = StreamModel(
@@ -138,13 +138,15 @@ def setting_config(method: Method) -> DecodeConfig:
     )
 
 
-def _automatic(text: str, model: StreamModel, name: str, categories: list[str]) -> str:
+def _automatic(
+    text: str, model: StreamModel, name: str, adapter_path: str | None, categories: list[str]
+) -> str:
     """Name the streams that `auto` finds, with shipped sets for the categories they are made for.
 
     A shipped set belongs to a category if its name ends in it: `demo-sql`.
     """
     folder = model_folder(name)
-    weights = find_streams(AUTO, model.model, folder)
+    weights = find_streams(AUTO, model.model, folder, adapter_path=adapter_path)
     if weights is None:
         raise StreamsError(
             f"there are no streams for {name}, so speculation cannot be measured; name some with "

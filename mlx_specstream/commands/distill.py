@@ -12,30 +12,41 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ..batch.generation import BatchAnswer, batch_generate
+from ..config import SamplingConfig
 from ..errors import DataError, OptionError, OutputError
-from ..loading.load import load
+from ..loading.load import StreamModel, load
 from ..prompts import Prompt as ChatPrompt
 from ..prompts import encode_prompt
 from ..train.builtin_prompts import BUILTIN, builtin_records
-from ..train.data import read_records
+from ..train.data import Record, read_records
 from ..train.distilled import PromptToAnswer, answered, in_order
 from ..weights.files import refuse_same_file
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 SORT_WINDOW = 1024
 """Prompts are sorted by length inside windows of this size."""
 
 
+def records_of(source: str, split: str) -> list[Record]:
+    """Return the records of a file in any of mlx-lm's formats, or the built-in ones."""
+    own = source == BUILTIN and not Path(source).exists()
+    return builtin_records() if own else read_records(source, split, need_answer=False)
+
+
 def read_prompts(
-    source: str, tokenizer: Any, split: str, max_length: int
+    records: Sequence[Record], tokenizer: Any, max_length: int
 ) -> tuple[list[PromptToAnswer], int]:
-    """Return the prompts of a file in any of mlx-lm's formats, and how many were too long.
+    """Return the prompts of records, and how many were too long.
 
     A chat is answered at its last user turn; `{"prompt": ...}` alone will do. A tokenizer without
     a chat template, which a model has that was never taught to chat, takes the bare text.
@@ -44,8 +55,6 @@ def read_prompts(
         DataError: unreadable data, or a record without a user's turn.
     """
     prompts, too_long = [], 0
-    own = source == BUILTIN and not Path(source).exists()
-    records = builtin_records() if own else read_records(source, split, need_answer=False)
     for index, record in enumerate(records):
         fields = record.fields
         messages = fields.get("messages") or [
@@ -70,6 +79,56 @@ def read_prompts(
 def seed_of(seed: int, index: int) -> int:
     """Return the seed of one answer: the same whatever else is answered with it."""
     return int(np.random.SeedSequence([seed & 0xFFFFFFFF, index]).generate_state(1)[0])
+
+
+def answer_prompts(
+    model: StreamModel,
+    tokenizer: TokenizerWrapper,
+    prompts: Iterable[PromptToAnswer],
+    output: Path,
+    *,
+    max_tokens: int,
+    batch_size: int = 32,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    on_record: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:
+    """Append the model's answers to a file as they end, prompts of like length side by side.
+
+    on_record: told of every record written; what it raises ends the work.
+
+    Raises:
+        OutputError: the file cannot be written; what was finished is kept.
+    """
+    left = list(prompts)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+
+            def write(number: int, answer: BatchAnswer) -> None:
+                record = left[number].record(answer.token_ids, tokenizer)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                on_record(record)
+
+            batch_generate(
+                model,
+                tokenizer,
+                [prompt.tokens for prompt in left],
+                max_tokens,
+                sampler=(sampling or SamplingConfig()).sampler(
+                    model.backbone.vocab_size, tokenizer
+                ),
+                seed=[seed_of(seed, prompt.index) for prompt in left],
+                speculative=False,
+                completion_batch_size=batch_size,
+                on_answer=write,
+            )
+    except OSError as error:
+        raise OutputError(
+            f"{output} cannot be written ({error.strerror or error}); what was finished is kept, "
+            "give the same command again to continue."
+        ) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,8 +171,6 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    from mlx_lm.sample_utils import make_sampler
-
     args = build_parser().parse_args(argv)
     check(args)
     refuse_same_file({"--data": args.data, "--output": args.output})
@@ -122,7 +179,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load(args.model, streams=None)
     room = (model.context_length or args.max_prompt_tokens + args.max_tokens) - args.max_tokens
     prompts, too_long = read_prompts(
-        args.data, tokenizer, args.split, min(args.max_prompt_tokens, room)
+        records_of(args.data, args.split), tokenizer, min(args.max_prompt_tokens, room)
     )
     if args.num_prompts:
         prompts = [prompt for prompt in prompts if prompt.index < args.num_prompts]
@@ -135,40 +192,27 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     left = list(in_order(left, SORT_WINDOW))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            output.open("a", encoding="utf-8") as file,
-            tqdm(
-                total=len(prompts), initial=len(prompts) - len(left), unit="answer", disable=None
-            ) as bar,
-        ):
-            tokens = 0
+    with tqdm(
+        total=len(prompts), initial=len(prompts) - len(left), unit="answer", disable=None
+    ) as bar:
+        tokens = 0
 
-            def write(number: int, answer: BatchAnswer) -> None:
-                nonlocal tokens
-                line = left[number].record(answer.token_ids, tokenizer)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                tokens += len(answer.token_ids)
-                bar.update()
-                bar.set_postfix(tokens=tokens)
+        def count(record: dict[str, Any]) -> None:
+            nonlocal tokens
+            tokens += len(record["answer_ids"])
+            bar.update()
+            bar.set_postfix(tokens=tokens)
 
-            batch_generate(
-                model,
-                tokenizer,
-                [prompt.tokens for prompt in left],
-                args.max_tokens,
-                sampler=make_sampler(args.temp, args.top_p) if args.temp > 0 else None,
-                seed=[seed_of(args.seed, prompt.index) for prompt in left],
-                speculative=False,
-                completion_batch_size=args.batch_size,
-                on_answer=write,
-            )
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be written ({error.strerror or error}); what was finished is kept, "
-            "give the same command again to continue."
-        ) from error
+        answer_prompts(
+            model,
+            tokenizer,
+            left,
+            output,
+            max_tokens=args.max_tokens,
+            batch_size=args.batch_size,
+            sampling=SamplingConfig(temp=args.temp, top_p=args.top_p),
+            seed=args.seed,
+            on_record=count,
+        )
     print(f"{output} holds {len(prompts)} answers.")
     return 0

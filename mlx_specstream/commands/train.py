@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,17 @@ def main(argv: list[str]) -> int:
     train, valid = read_data(args.data, tokenizer, model, options, world.rank() == 0)
     if args.drafter:
         return train_other(args, options, model, train, valid)
-    task = make_task(args, options, model, tokenizer, train, valid, saved)
+    task = make_task(
+        model,
+        tokenizer,
+        options,
+        train,
+        valid,
+        folder=folder,
+        base_name=Path(args.model).name if Path(args.model).exists() else args.model,
+        given=_given_streams(args.resume_adapter_file, model),
+        saved=saved,
+    )
     trainer = Trainer(task, make_objective(task), saved=saved, world=world)
     figures = trainer.run()
     if world.rank() == 0:
@@ -230,22 +240,31 @@ def read_data(
 
 
 def make_task(
-    args: argparse.Namespace,
-    options: TrainOptions,
     model: StreamModel,
     tokenizer: Any,
+    options: TrainOptions,
     train: Sequence[Example],
     valid: Sequence[Example],
-    saved: SavedState | None,
+    *,
+    folder: Path,
+    base_name: str | None,
+    given: StreamWeights | None = None,
+    saved: SavedState | None = None,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Task:
-    """Put together what the loop needs: shape, weights to start from, names."""
+    """Put together what the loop needs: shape, weights to start from, names.
+
+    given: streams to start from. saved: the state of the run to continue.
+
+    Raises:
+        ModelError: streams cannot be trained for a model of this type.
+    """
     backbone = model.backbone
     if backbone.is_recurrent:
         raise ModelError(
             f"streams cannot be trained for models of type {backbone.family!r}: some of their layers "
             "keep a state, which training does not follow; choose a model without such layers."
         )
-    given = _given_streams(args.resume_adapter_file, model)
     if options.part == "pruner" and given is None:
         raise OptionError(
             "--part pruner needs --resume-adapter-file with the streams that the pruner is for."
@@ -260,19 +279,18 @@ def make_task(
     if not saved:
         texts = [e.tokens for e in train if len(e.tokens) > 3]
         start = with_next_token(start, backbone, config, texts)
-    name = Path(args.model).name if Path(args.model).exists() else args.model
     return Task(
         backbone=backbone,
         config=config,
         options=options,
         train=train,
         valid=valid,
-        folder=Path(args.adapter_path).expanduser(),
-        base_name=name,
+        folder=folder,
+        base_name=base_name,
         stop=set(tokenizer.eos_token_ids),
         start=start,
         rms=rms,
-        say=lambda line: print(line, flush=True),
+        say=say,
     )
 
 

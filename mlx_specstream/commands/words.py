@@ -20,7 +20,6 @@ MLX_LM_VERBS = {
     "lora": "mlx_lm.lora fine-tunes a model, whose adapters every verb takes with --adapter-path; "
     "`specstream train` trains streams for it",
     "fuse": "every verb takes adapters as they are, with --adapter-path; to merge them use mlx_lm.fuse",
-    "upload": "`specstream convert --upload-repo OWNER/NAME` uploads what it makes",
     **{
         name: _THEIRS.format(name)
         for name in (

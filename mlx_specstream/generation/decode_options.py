@@ -49,8 +49,9 @@ def add_model_options(parser: argparse.ArgumentParser, default: str = DEMO_NAME)
         "--streams",
         default=AUTO,
         help=(
-            "stream folder, hub id, name of a shipped set, or 'none'; 'auto' takes what the "
-            "model's folder holds, else a shipped set for the same base (default: %(default)s)"
+            "stream folder, hub id, name of a shipped set, or 'none'; 'auto' takes what "
+            "specstream adopt made here, else what the model's folder holds, else a shipped set "
+            "for the same base (default: %(default)s)"
         ),
     )
     parser.add_argument("--streams-revision", help="branch, tag or commit of streams on the hub")

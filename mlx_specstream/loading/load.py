@@ -170,9 +170,9 @@ def load(
     Args:
         adapter_path: a folder of LoRA adapters, as mlx_lm.lora writes one.
         streams_revision: branch, tag or commit of streams on the hub.
-        streams: `auto` (what the model's folder holds, else a shipped set for this base, else
-            none), None (decode plainly), a folder, a hub id or the name of a shipped set. A folder
-            of another drafter is taken as one.
+        streams: `auto` (made here by `specstream adopt`, else in the model's folder, else shipped
+            for this base, else none), None (decode plainly), a folder, a hub id or the name of a
+            shipped set. A folder of another drafter is taken as one.
         draft_model: what drafts in place of streams: a smaller model of the same vocabulary, named
             as a model is, or a folder of a converted drafter (Medusa, Hydra, EAGLE).
         pipeline: among several processes (`mlx.launch`) divide the model by layers, even where each
@@ -226,7 +226,7 @@ def load(
             model, backbone, None, path_or_hf_repo, str(draft_model), drafter=drafter
         )
         return (result, tokenizer, config) if return_config else (result, tokenizer)
-    weights = find_streams(streams, model, folder, streams_revision)
+    weights = find_streams(streams, model, folder, streams_revision, adapter_path)
     joined = None
     if weights is not None:
         joined = Streams(backbone, weights.config, weights.tensors)

@@ -36,6 +36,7 @@ PyTorch trainer in `convert/pytorch/` uses the same.
 | `options.py` | how a run trains: every option, its default, its help and its bounds, in one place |
 | `parallel.py` | several processes, one run: each takes every n-th text of a batch, gradients are summed |
 | `progress.py` | where a run stands, how much of its budget is spent, and what the rest will take |
+| `prompt_kinds.py` | several thousand built-in prompts of ten kinds, from templates |
 | `pruner.py` | training the pruner alone, for streams that are finished [SS §4.1: after the streams] |
 | `record.py` | the log of a run, in JSON lines |
 | `rendering.py` | a conversation as decoding sees it: the prompt's very tokens, then the answer's |

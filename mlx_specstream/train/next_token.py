@@ -51,6 +51,7 @@ def fit_next_token(rank: int, texts: Iterable[tuple[np.ndarray, np.ndarray]]) ->
     fitted = a @ out.T
     left = change - float(2 * (fitted * products).sum() - (fitted * (moments @ fitted)).sum())
     # ê @ a gets the variance of a fresh map's, 1/3, so that both factors learn at usual rates.
-    size = np.maximum(np.sqrt(3 * (a * (moments @ a)).sum(0) / count), 1e-6)
+    energy = np.maximum((a * (moments @ a)).sum(0), 0)  # rounding may leave it below
+    size = np.maximum(np.sqrt(3 * energy / count), 1e-6)
     share = 1 - left / change if change else 0.0
     return NextTokenMap((a / size).astype(np.float32), (out * size).T.astype(np.float32), share)

@@ -21,9 +21,11 @@ def group_of(name: str) -> str:
     return "embeddings" if name == "stream_embeddings" else "adapters"
 
 
-def schedule(options: TrainOptions, update: int) -> float:
+def schedule(options: TrainOptions, update: int, elapsed_s: float = 0.0) -> float:
     """Return the learning rate's factor for update `update` (from 0); the last one has `final_lr`."""
     done = min(1.0, update / max(1, options.num_updates - 1))
+    if options.max_minutes:
+        done = min(1.0, elapsed_s / (60 * options.max_minutes))
     shape = options.lr_schedule
     return rate_factor(update, done, warmup=options.warmup, final=options.final_lr, shape=shape)
 
@@ -49,7 +51,7 @@ class StreamOptimizer:
             self.optimizers[group] = optimizer
 
     def update(
-        self, tensors: Tensors, gradients: Tensors, update: int
+        self, tensors: Tensors, gradients: Tensors, update: int, elapsed_s: float = 0.0
     ) -> tuple[Tensors, float, bool]:
         """Return the new weights, the gradient's norm before clipping, and whether it is finite.
 
@@ -65,7 +67,7 @@ class StreamOptimizer:
         size = cast(float, norm.item())
         if not math.isfinite(size):
             return tensors, size, False
-        factor = schedule(self.options, update)
+        factor = schedule(self.options, update, elapsed_s)
         changed = dict(tensors)
         for group, optimizer in self.optimizers.items():
             names = [name for name in self.groups[group] if name in gradients]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -91,6 +92,9 @@ class TrainOptions:
     held_out: int = option(64, "texts kept for validation if there is no valid.jsonl", 0)
     # optimisation
     iters: int = option(1000, "batches to train on", 1)
+    max_minutes: float = option(
+        0.0, "minutes of training in place of --iters, the decay by the clock; 0: off", 0
+    )
     batch_size: int = option(8, "texts per batch, over all processes", 1)
     grad_accumulation_steps: int = option(1, "batches per update", 1)
     learning_rate: float = option(2e-3, "of the adapters and the conditioner", 0)
@@ -158,9 +162,14 @@ class TrainOptions:
             raise OptionError("--conditioner-rank and --conditioner-hidden are both 0 or both not.")
 
     @property
+    def num_batches(self) -> int:
+        """Return how many batches there are to train on; by the clock there is no end of them."""
+        return sys.maxsize if self.max_minutes else self.iters
+
+    @property
     def num_updates(self) -> int:
         """Return how often the weights are updated; the last update may see fewer batches."""
-        return -(-self.iters // self.grad_accumulation_steps)
+        return -(-self.num_batches // self.grad_accumulation_steps)
 
     def msa_layers(self, num_layers: int) -> int:
         """Return N_s for a model of so many layers.

@@ -65,7 +65,7 @@ class Trainer(TrainingLoop):
         self.tensors = {name: t.astype(mx.float32) for name, t in task.start.items()}
         self.best: Tensors = {}
         self.progress = Progress(rms=task.rms)
-        self.budget = Budget(options.num_updates)
+        self.budget = Budget(options.num_updates, options.max_minutes)
         rate = options.learning_rate
         own = options.embedding_learning_rate or EMBEDDING_RATE * rate * task.rms
         rates = {"embeddings": own, "adapters": rate}
@@ -110,19 +110,20 @@ class Trainer(TrainingLoop):
         result = self._gradients(batches, progress.update)
         self.whole = False
         self.tensors, norm, finite = self.optimizer.update(
-            self.tensors, result.gradients, progress.update
+            self.tensors, result.gradients, progress.update, self.count_time()
         )
         if not finite or not math.isfinite(result.total):
             raise self._diverged(batches)
         progress.update += 1
         self.whole = True
+        self.count_time()
         if self._is_due(options.steps_per_report) or progress.update == 1:
             self._log_update(batches, result, norm)
         return f"loss={result.total:.3f}"
 
     def _batches(self, update: int) -> list[list[Selection]]:
         k = self.options.grad_accumulation_steps
-        numbers = range(update * k, min((update + 1) * k, self.options.iters))
+        numbers = range(update * k, min((update + 1) * k, self.options.num_batches))
         return [self.plan.batch(number) for number in numbers]
 
     def _gradients(self, batches: Sequence[Sequence[Selection]], update: int) -> BatchResult:
@@ -153,7 +154,7 @@ class Trainer(TrainingLoop):
         record |= {
             **result.extra,
             "grad_norm": round(norm, 5),
-            "lr_factor": round(schedule(self.options, update - 1), 5),
+            "lr_factor": round(schedule(self.options, update - 1, self.progress.elapsed_s), 5),
             "elapsed_s": round(self.count_time(), 2),
             "peak_bytes": mx.get_peak_memory(),
         }
@@ -161,7 +162,7 @@ class Trainer(TrainingLoop):
 
     def _batches_done(self) -> int:
         done = self.progress.update * self.options.grad_accumulation_steps
-        return min(done, self.options.iters)
+        return min(done, self.options.num_batches)
 
     def _diverged(self, batches: Sequence[Sequence[Selection]]) -> DivergenceError:
         where = [selection.example.where for batch in batches for selection in batch]
@@ -178,10 +179,10 @@ class Trainer(TrainingLoop):
     def _is_due(self, batches: int) -> bool:
         """Tell whether so many batches have passed once more, or all of them."""
         every = max(1, batches // self.options.grad_accumulation_steps)
-        return self.progress.update % every == 0 or self.progress.update == self.budget.updates
+        return self.progress.update % every == 0 or self.budget.spent(self.progress) >= 1
 
     def validation_is_due(self) -> bool:
-        often = self.options.steps_per_eval or self.options.iters
+        often = self.options.steps_per_eval or self.options.num_batches
         return bool(self.task.valid) and self._is_due(often)
 
     def checkpoint_is_due(self) -> bool:
@@ -240,7 +241,7 @@ class Trainer(TrainingLoop):
             return
         self.count_time()
         self.progress.log_bytes = self.log.num_bytes
-        self._save_streams({})
+        # The state first: a folder with streams and no state is a finished run.
         save_state(
             self.task.folder,
             SavedState(
@@ -252,6 +253,7 @@ class Trainer(TrainingLoop):
                 self.digest,
             ),
         )
+        self._save_streams({})
 
     def _save_streams(self, figures: dict[str, str]) -> None:
         task = self.task

@@ -8,7 +8,8 @@
 | `stream_tensors.py` | the tensors that streams consist of: names and shapes |
 | `parts.py` | linear layers of which every process holds a part |
 | `fingerprint.py` | know a base model again |
-| `shipped.py` | which streams to use: named, in the model's folder, or shipped here |
+| `adopted.py` | streams made here for a user's own models |
+| `shipped.py` | which streams to use: named, made here, in the model's folder, or shipped |
 | `tensorfile/` | safetensors files, read strictly and written as a stream |
 | `files.py` | files and folders that appear whole or not at all |
 | `hub.py` | fetching from the Hugging Face hub, every failure in one sentence |

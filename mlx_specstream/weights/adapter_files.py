@@ -115,7 +115,7 @@ class AdapterFiles:
         """
         folder = Path(folder).expanduser()
         path = folder / self.config
-        fields = self._read_config(path)
+        fields = self.read_config(path)
         base = BaseFingerprint(
             _text_or_none(fields, "base_model", path),
             _text_or_none(fields, "base_fingerprint", path),
@@ -190,7 +190,12 @@ class AdapterFiles:
             write_weights(partial / self.weights)
             (partial / self.config).write_text(text, encoding="utf-8")
 
-    def _read_config(self, path: Path) -> dict[str, object]:
+    def read_config(self, path: Path) -> dict[str, object]:
+        """Return the fields of a config as they stand in the file.
+
+        Raises:
+            StreamsError: there is none, or it is no JSON object.
+        """
         if not path.exists():
             raise StreamsError(
                 f"{path.parent} holds no {path.name}; name a folder with {self.what}, or make one"

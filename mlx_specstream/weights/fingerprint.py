@@ -181,15 +181,26 @@ def _embedding(model: nn.Module) -> nn.Module:
 def _linear_modules(layer: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the linear modules of a layer by name, sorted: (inputs, outputs).
 
-    Those in lists (experts one by one) are left out: adapters do not reach them.
+    Those in lists (experts one by one) are left out: adapters do not reach them. One inside an
+    adapter of mlx-lm counts by the adapter's name, which is the base model's own.
     """
+    modules = {str(name): module for name, module in layer.named_modules()}
     found = {
-        str(name): _linear_shape(module)
-        for name, module in layer.named_modules()
+        (
+            outer
+            if (outer := name.removesuffix(".linear")) in modules and _is_lora(modules[outer])
+            else name
+        ): _linear_shape(module)
+        for name, module in modules.items()
         if isinstance(module, (nn.Linear, nn.QuantizedLinear, *INTO_PARTS, *OUT_OF_PARTS))
-        and not any(part.isdecimal() for part in str(name).split("."))
+        and not any(part.isdecimal() for part in name.split("."))
     }
     return dict(sorted(found.items()))
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Tell whether a module is mlx-lm's adapter around a linear one."""
+    return "lora_a" in module and "linear" in module
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -73,6 +73,24 @@ def fetch(
         ) from failure
 
 
+def tagged(tag: str, limit: int, error: type[SpecStreamError]) -> list[tuple[str, int]]:
+    """Return the hub's repositories with a tag and their downloads, the most downloaded first.
+
+    Raises:
+        SpecStreamError: of the type `error`: the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().list_models(filter=tag, sort="downloads", limit=limit)
+        return [(model.id, model.downloads or 0) for model in found]
+    except Exception as failure:  # its own, requests', httpx's and the system's errors alike
+        raise error(
+            f"the Hugging Face hub cannot be searched ({brief(failure)}); check the network and "
+            "whether HF_HUB_OFFLINE is set."
+        ) from failure
+
+
 def _reason(name: str, what: str, revision: str | None, failure: Exception) -> str:
     """Say why the hub gave nothing, and what to do."""
     from huggingface_hub import constants, errors

@@ -1,7 +1,8 @@
-"""Which streams to use: those a person names, those in the model's folder, or a set shipped here.
+"""Which streams to use: those a person names, made here, in the model's folder, or shipped with us.
 
 streams=None      decode plainly
-streams="auto"    what the model's folder holds, else a shipped set for this base, else none
+streams="auto"    made here for this model, else in its folder, else made here for its base, else
+                  a shipped set for its base, else none
 streams="x"       a folder, the name of a shipped set, or `owner/name[@revision]` on the hub
 """
 
@@ -14,12 +15,15 @@ from pathlib import Path
 import mlx.nn as nn
 
 from ..errors import StreamsError
+from .adopted import find_adopted, place_of
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
 from .fingerprint import fingerprint, same_base
 from .hub import fetch, refuse_revision
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 AUTO = "auto"
+STREAM_FILES = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")
+"""What a folder of streams may hold for decoding; the last is `planner/acceptance.py`'s."""
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(@\S+)?")
 
 
@@ -35,8 +39,11 @@ def find_streams(
     model: nn.Module,
     model_folder: Path,
     revision: str | None = None,
+    adapter_path: str | None = None,
 ) -> StreamWeights | None:
     """Load the streams asked for and make sure that they belong to `model`.
+
+    adapter_path: mlx-lm's adapters that `model` was loaded with.
 
     Raises:
         StreamsError: there are none of that name, they are damaged or of another base.
@@ -46,7 +53,10 @@ def find_streams(
         refuse_revision("--streams", revision, f"{streams or 'none'}")
         if streams is None:
             return None
-    folder = _automatic(model, model_folder) if streams == AUTO else _named(streams, revision)
+    if streams == AUTO:
+        folder = _automatic(model, model_folder, adapter_path)
+    else:
+        folder = _named(streams, revision)
     if folder is None:
         return None
     weights = load_streams(folder)
@@ -54,14 +64,19 @@ def find_streams(
     return weights
 
 
-def _automatic(model: nn.Module, model_folder: Path) -> Path | None:
-    """Return the model folder if it holds streams, else a shipped set for the same base.
+def _automatic(model: nn.Module, model_folder: Path, adapter_path: str | None) -> Path | None:
+    """Return streams made here for this model, those in its folder, or for the same base.
 
-    A shipped set is only taken unasked if it is lossless: shared streams change the text.
+    Only lossless ones are taken unasked, but from the model's own folder: shared streams change the
+    text.
     """
+    own = fingerprint(model)
+    if made := find_adopted(own, place_of(model_folder, adapter_path)):
+        return made
     if any((model_folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return model_folder
-    own = fingerprint(model)
+    if made := find_adopted(own):
+        return made
     for name in shipped_names():
         fields = json.loads((SHIPPED / name / CONFIG_FILE).read_text(encoding="utf-8"))
         wanted = fields.get("base_fingerprint")
@@ -103,5 +118,4 @@ def _named(streams: str | Path, revision: str | None) -> Path:
             f"there are no streams {str(streams)!r}: neither a folder here nor one of the shipped "
             f"sets ({known}) nor an id like owner/name on the Hugging Face hub."
         )
-    files = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")  # what was accepted (plan/acceptance.py)
-    return fetch(str(streams), "streams", StreamsError, patterns=files, revision=revision)
+    return fetch(str(streams), "streams", StreamsError, patterns=STREAM_FILES, revision=revision)

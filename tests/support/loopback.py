@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import threading
@@ -49,6 +50,8 @@ class Loopback:
             return str(snapshot_download(name, endpoint=address, cache_dir=cache, **options))
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+        real = huggingface_hub.HfApi
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: real(endpoint=address, token="x"))
         try:
             yield
         finally:
@@ -65,9 +68,46 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        """Make a repository, and take a commit whose files are all in its own lines."""
+        hub, path = self.loopback, self.path.partition("?")[0]
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        hub.asked.append(path)
+        if path == "/api/repos/create":
+            fields = json.loads(sent)
+            name = f"{fields.get('organization') or 'owner'}/{fields['name']}"
+            hub.repositories.setdefault(name, {"main": ("0" * 40, {})})
+            return self._reply(
+                200, json.dumps({"url": f"https://huggingface.co/{name}"}).encode(), True
+            )
+        if path == "/api/validate-yaml":
+            return self._reply(200, b'{"errors": [], "warnings": []}', True)
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        if name not in hub.repositories or name in hub.gated:
+            return self._reply(403, b'{"error": "no access"}', True)
+        if "/preupload/" in path:
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(sent)["files"]
+            ]
+            return self._reply(200, json.dumps({"files": files}).encode(), True)
+        lines = [json.loads(line) for line in sent.splitlines()]
+        files = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+        commit = f"{abs(hash(sent)):040x}"[:40]
+        hub.repositories[name]["main"] = (commit, files)
+        told = {"commitUrl": f"https://huggingface.co/{name}/commit/{commit}", "commitOid": commit}
+        return self._reply(200, json.dumps(told).encode(), True)
+
     def _answer(self, body: bool) -> None:
         hub, path = self.loopback, self.path.partition("?")[0]
         hub.asked.append(path)
+        if path == "/api/models":  # all carry the tag that is asked for
+            listed = [{"id": name, "downloads": len(name)} for name in hub.repositories]
+            return self._reply(200, json.dumps(listed).encode(), body)
         api = path.startswith("/api/models/")
         parts = path.removeprefix("/api/models/").strip("/").split("/")
         name, kind, rest = "/".join(parts[:2]), "".join(parts[2:3]), parts[3:]

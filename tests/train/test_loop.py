@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 from mlx_specstream.commands.train import make_objective
 from mlx_specstream.errors import OptionError, OutputError
 from mlx_specstream.train import trainer
+from mlx_specstream.train.optimizer import schedule
+from mlx_specstream.train.options import TrainOptions
 from mlx_specstream.train.state import STATE_FILE, load_state
 from mlx_specstream.train.trainer import DivergenceError
 from mlx_specstream.weights.checkpoint import load_streams
@@ -229,3 +231,33 @@ def test_log_lines_are_json(unbroken) -> None:
     records = [json.loads(line) for line in lines]
     assert [r["update"] for r in records if "update" in r] == list(range(1, 13))
     assert {"before", "after"} == set(records[-1]["verdict"])
+
+
+def test_a_run_by_the_clock_ends_with_its_minutes(tmp_path) -> None:
+    run_tiny(tmp_path / "out", iters=100_000, max_minutes=0.02, steps_per_eval=0)
+    records = [r for r in read_log(tmp_path / "out") if "loss" in r]
+    # The last update alone goes beyond the 1.2 seconds.
+    assert records[-1]["elapsed_s"] >= 1.1
+    assert all(record["elapsed_s"] < 1.2 for record in records[:-1])
+    assert len([r for r in read_log(tmp_path / "out") if "valid" in r]) == 1
+    assert not (tmp_path / "out" / STATE_FILE).exists()
+
+
+def test_by_the_clock_the_rate_decays_with_the_time_spent() -> None:
+    options = TrainOptions(max_minutes=2.0, warmup=4, final_lr=0.05, iters=100_000)
+    factors = [schedule(options, 9, seconds) for seconds in (0.0, 60.0, 120.0, 150.0)]
+    assert factors == pytest.approx([1.0, 0.525, 0.05, 0.05], abs=1e-3)
+    assert schedule(options, 0, 60.0) == pytest.approx(0.525 / 4, abs=1e-3)
+
+
+def test_streams_without_a_state_are_a_finished_run(tmp_path, monkeypatch) -> None:
+    """A kill between the first state and the first streams leaves the state alone."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_streams", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path / "out")
+    assert (tmp_path / "out" / STATE_FILE).exists()
+    assert not (tmp_path / "out" / "streams_config.json").exists()
