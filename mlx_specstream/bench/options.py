@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import DecodeConfig
+from ..config import AUTO, DecodeConfig
 from ..errors import OptionError
 from ..generation.decode_options import add_decode_options
 from ..loading.demo import DEMO_NAME
-from ..weights.shipped import AUTO
 from .cases import BUILT_IN
 from .methods import MLX_LM, Method, named, parse_setting, parse_streams
 from .result import BenchSettings

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..config import DecodeConfig, TreeSpec
+from ..config import AUTO, DecodeConfig, TreeSpec
 from ..errors import OptionError, StreamsError
 from ..generation.decode_options import (
     add_decode_options,
@@ -24,7 +24,6 @@ from ..generation.decode_options import (
 from ..machine import BLAS_ADVICE, REFERENCE_BLAS, Machine, keep_float32_exact
 from ..machine.load import Watch
 from ..weights.files import without_folders
-from ..weights.shipped import AUTO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -16,7 +16,6 @@ from ..doctor.finding import Finding, problem
 from ..doctor.findings import findings
 from ..doctor.sizes import CONTEXT, TYPICAL, Shape, read_shape, supported, usable_bytes
 from ..errors import DataError
-from ..loading.demo import DEMO_NAME
 from ..machine import Machine
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> int:
     if arguments.report:
         from ..doctor.report import write_report
 
-        return write_report(Path(arguments.report).expanduser(), arguments.model or DEMO_NAME)
+        return write_report(Path(arguments.report).expanduser(), arguments.model)
     machine = read_machine(arguments.machine) if arguments.machine else Machine.read()
     shape = read_shape(arguments.model) if arguments.model else None
     found = findings(machine)

@@ -18,10 +18,11 @@ from .cache import CacheConfig
 from .decode import DRAFTS, DecodeConfig, PruneSpec, Schedule, TypicalSpec, parse_drafts
 from .drafter import DrafterConfig, DrafterKind, LayerConfig
 from .sampling import SamplingConfig
-from .streams import FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
+from .streams import AUTO, FORMAT_VERSION, MAX_STREAMS, Mode, RopeOffset, StreamConfig
 from .tree import TreeKind, TreeSpec
 
 __all__ = [
+    "AUTO",
     "DRAFTS",
     "FORMAT_VERSION",
     "MAX_STREAMS",

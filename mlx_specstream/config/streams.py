@@ -11,6 +11,8 @@ from typing import Literal
 from ..errors import StreamsError
 
 FORMAT_VERSION = 1
+AUTO = "auto"
+"""What `--streams` takes to mean: adopted ones, the model folder's, or those shipped for the base."""
 MAX_STREAMS = 32
 
 Mode = Literal["lossless", "shared"]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError
-from ..loading.demo import DEMO_NAME
 from ..weights.files import atomic_file
 
 LIMIT_S = 1800.0
@@ -34,21 +33,21 @@ class Part:
     seconds: float
 
 
-def parts_of(model: str, folder: Path) -> list[tuple[str, tuple[str, ...]]]:
+def parts_of(model: str | None, folder: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return the title and words of each command; bench writes into `folder`."""
     trees = [word for tree in TREES for word in ("--tree", tree)]
-    bench = ("bench", "--quick", "--model", model, "--output", str(folder), "--no-plots")
+    about = () if model is None else ("--model", model)
+    bench = ("bench", "--quick", *about, "--output", str(folder), "--no-plots")
     compare = ("doctor", "--chips", "--compare", str(folder / "result.json"))
-    about = () if model == DEMO_NAME else ("--model", model)
     return [
         ("What this machine is", ("doctor", *about)),
-        ("Are the answers the same", ("verify", "--model", model, *trees)),
+        ("Are the answers the same", ("verify", *about, *trees)),
         ("Is it faster here", bench),
         ("What was predicted for this chip", compare),
     ]
 
 
-def write_report(path: Path, model: str = DEMO_NAME) -> int:
+def write_report(path: Path, model: str | None = None) -> int:
     """Run the commands, write their output to `path`; return 1 if answers differ or one failed.
 
     What bench measured is kept in a folder beside the file, named like it.

@@ -9,10 +9,9 @@ import argparse
 from dataclasses import asdict, fields
 from typing import NoReturn, TypedDict
 
-from ..config import CacheConfig, DecodeConfig, TreeSpec, TypicalSpec
+from ..config import AUTO, CacheConfig, DecodeConfig, TreeSpec, TypicalSpec
 from ..errors import OptionError
 from ..loading.demo import DEMO_NAME
-from ..weights.shipped import AUTO
 
 LOSSY_NOTE = "typical acceptance is lossy: the text may differ from what the model says by itself."
 

@@ -6,6 +6,7 @@
 | `blas.py` | find a fast BLAS and have MLX use it, before or after MLX is imported |
 | `folders.py` | where a user's own things are kept |
 | `relink.py` | have a loaded library call another's functions |
+| `parts.py` | linear layers of which every process holds a part |
 | `ranks.py` | several processes that decode as one: who leads, and what it tells the others |
 | `load.py` | whether other programs keep the machine busy |
 """

@@ -33,10 +33,10 @@ import mlx.nn as nn
 
 from ..config import StreamConfig
 from ..errors import StreamsError
+from ..machine.parts import INTO_PARTS, OUT_OF_PARTS, part_of
 from ..model.backbone import Backbone, view_layer
 from ..model.cache import KVCache, PassCache, QuantizedPass
 from ..model.masks import Mask, RowMask, among_streams, causal_mask
-from ..weights.parts import INTO_PARTS, OUT_OF_PARTS, part_of
 from .adapters import RowSplit, StreamLinear, join, merged, merged_bytes, own_weights
 from .condition import Conditioner, unit
 from .sharded import LocalLinear, Summed

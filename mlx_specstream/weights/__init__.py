@@ -6,7 +6,6 @@
 | `adapter_files.py` | an adapter folder: a file of tensors, and a config that says what they are |
 | `drafter.py` | `drafter.safetensors` and `drafter_config.json`: other drafters than streams |
 | `stream_tensors.py` | the tensors that streams consist of: names and shapes |
-| `parts.py` | linear layers of which every process holds a part |
 | `fingerprint.py` | know a base model again |
 | `adopted.py` | streams made here for a user's own models |
 | `shipped.py` | which streams to use: named, made here, in the model's folder, or shipped |

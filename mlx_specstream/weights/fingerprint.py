@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
-from .parts import INTO_PARTS, OUT_OF_PARTS
+from ..machine.parts import INTO_PARTS, OUT_OF_PARTS
 
 SKETCH_ROWS, SKETCH_COLUMNS = 8, 16
 MIN_COSINE = 0.7

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
+from ..config import AUTO
 from ..errors import StreamsError
 from .adopted import find_adopted, place_of
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
@@ -21,7 +22,6 @@ from .fingerprint import fingerprint, same_base
 from .hub import fetch, refuse_revision
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
-AUTO = "auto"
 STREAM_FILES = (CONFIG_FILE, WEIGHTS_FILE, "acceptance.json")
 """What a folder of streams may hold for decoding; the last is `planner/acceptance.py`'s."""
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+(@\S+)?")
