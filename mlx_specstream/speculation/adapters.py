@@ -125,7 +125,7 @@ def merged(layer: nn.Module) -> nn.Module | None:
 def merged_bytes(layer: nn.Module) -> int:
     """Return the bytes that `merged` takes beside the layer, if it can be merged."""
     adapted = (m.base for m in layer.modules() if isinstance(m, StreamLinear))
-    return sum(cast(mx.array, base.weight).nbytes for base in adapted if type(base) is nn.Linear)
+    return sum(int(base.weight.nbytes) for base in adapted if type(base) is nn.Linear)
 
 
 def own_weights(layer: nn.Module) -> list[mx.array]:
