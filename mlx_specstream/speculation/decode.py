@@ -339,7 +339,7 @@ def committed(step: Step, verdict: Verdict, cache: KVCache, decoder: Decoder) ->
             to_ints(tree.parents),
             to_ints(tree.depths),
             nodes,
-            [node for node, looked_up in enumerate(found) if looked_up],
+            tuple(node for node, looked_up in enumerate(found) if looked_up),
         )
     logits = step.logits[: len(tokens)]
     return StepResult(tokens, tree.num_nodes - 1, logits, draft, step.expected, verdict.looked_up)

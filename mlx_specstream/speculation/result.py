@@ -26,7 +26,7 @@ class DraftRecord:
     parents: list[int]
     depths: list[int]
     accepted: list[int]
-    looked_up: Sequence[int] = ()
+    looked_up: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
