@@ -55,7 +55,7 @@ def test_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(record["speculation"]["histogram"]) == record["speculation"]["passes"]
     assert record["config"]["tree"] == "2^3"
     assert record["config"]["use_conditioner"] is False
-    assert record["streams"] == folder
+    assert record["streams"] == Path(folder).name
 
 
 @pytest.mark.parametrize(("count", "known"), [(1, False), (2, False), (3, True)])

@@ -254,7 +254,11 @@ def test_prompt_files(tmp_path: Path, byte_tokenizer: TokenizerWrapper) -> None:
         ("a.jsonl", b"{", "line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n[]', "line 2 holds no prompt"),
         ("a.jsonl", b'{"messages": []}', "line 1 holds no prompt"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}', "line 1 holds no prompt"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": 3}]}',
+            "line 1: every message must have its content as a string",
+        ),
         ("a.jsonl", b'{"prompt": " "}', "line 1 holds no prompt"),
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
