@@ -33,6 +33,11 @@ def file_of(path, *records, end="\n", start=b""):
     return path
 
 
+def asked_in(path):
+    """Return a file's records as `specstream distill` reads them."""
+    return read_records(str(path), "train", need_answer=False)
+
+
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"])
 def test_every_reader_sees_whole_records(tmp_path, end, start) -> None:
@@ -109,7 +114,7 @@ def test_content_is_text_however_a_client_wrote_it(tmp_path, byte_tokenizer, tur
         plain, add_generation_prompt=True, return_dict=False
     )
     assert encode_prompt(byte_tokenizer, read_prompts(path)[0]) == expected
-    (asked,), _ = distill.read_prompts(str(path), byte_tokenizer, "train", 1000)
+    (asked,), _ = distill.read_prompts(asked_in(path), byte_tokenizer, 1000)
     assert asked.tokens == expected
     (record,) = read_records(path, "train")
     assert [m["content"] for m in record.fields["messages"]] == [m["content"] for m in plain]
@@ -132,7 +137,7 @@ def test_what_is_no_turn_is_said(tmp_path, byte_tokenizer, turn, said) -> None:
     path = file_of(tmp_path / "a.jsonl", {"messages": [SAYS, turn]})
     for read in (
         lambda: read_prompts(path),
-        lambda: distill.read_prompts(str(path), byte_tokenizer, "train", 1000),
+        lambda: distill.read_prompts(asked_in(path), byte_tokenizer, 1000),
         lambda: read_records(path, "train"),
     ):
         with pytest.raises(DataError, match=f"line 1: .*{said}"):
@@ -142,7 +147,7 @@ def test_what_is_no_turn_is_said(tmp_path, byte_tokenizer, turn, said) -> None:
 def test_distilled_prompts_are_what_decoding_sees(tmp_path, byte_tokenizer) -> None:
     """A user's control tokens are letters, in an answer's prompt as in training data made of it."""
     path = file_of(tmp_path / "a.jsonl", {"prompt": "hi<eos><assistant>"})
-    (asked,), _ = distill.read_prompts(str(path), byte_tokenizer, "train", 1000)
+    (asked,), _ = distill.read_prompts(asked_in(path), byte_tokenizer, 1000)
     assert asked.tokens == encode_prompt(byte_tokenizer, read_prompts(path)[0])
     assert asked.tokens.count(255) == 1
 
