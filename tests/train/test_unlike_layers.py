@@ -59,10 +59,10 @@ def test_experts_are_chosen_by_an_adapter_only_if_it_is_named() -> None:
 def test_layers_with_states_are_refused_before_anything_is_done(tmp_path: Path) -> None:
     backbone = Backbone(tiny_random_model("qwen3_5"))
     model = StreamModel(backbone.model, backbone, None, "m")
-    words = ["--model", "m", "--data", "d", "--adapter-path", str(tmp_path / "out")]
-    args = command.build_parser().parse_args(words)
     with pytest.raises(ModelError, match=r"type 'qwen3_5'.*keep a state"):
-        command.make_task(args, TrainOptions(**QUICK), model, None, [], [], None)
+        command.make_task(
+            model, None, TrainOptions(**QUICK), [], [], folder=tmp_path / "out", base_name=None
+        )
 
 
 def test_nothing_in_common_is_refused() -> None:
