@@ -25,8 +25,8 @@ from mlx_specstream.errors import StreamsError
 from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.drafters import StreamDrafter
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.speculation.tree import root_only

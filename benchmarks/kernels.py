@@ -27,7 +27,7 @@ from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import load
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.step import Step

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
     from mlx_specstream import load
     from mlx_specstream.errors import StreamsError
-    from mlx_specstream.speculation.decode import StreamDecoder
+    from mlx_specstream.speculation.drafting import StreamDecoder
     from mlx_specstream.speculation.result import MaxTokens
     from mlx_specstream.speculation.sampling import TokenSampler
     from mlx_specstream.verify import rounding_bound

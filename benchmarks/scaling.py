@@ -27,7 +27,8 @@ from mlx_specstream.bench.run import now
 from mlx_specstream.bench.session import duration, warnings_for
 from mlx_specstream.errors import DataError, OptionError, StreamsError
 from mlx_specstream.exit_status import exit_status
-from mlx_specstream.loading.load import StreamModel, load, model_folder
+from mlx_specstream.loading.folders import model_folder
+from mlx_specstream.loading.load import StreamModel, load
 from mlx_specstream.machine import Machine
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.weights.files import atomic_file

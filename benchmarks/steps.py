@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_specstream.bench.summary import Spread
 from mlx_specstream.config import DecodeConfig
-from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler

@@ -28,8 +28,8 @@ from ..config import DecodeConfig, TreeSpec
 from ..errors import OptionError
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..speculation.decode import StreamDecoder
 from ..speculation.drafters import StreamDrafter
+from ..speculation.drafting import StreamDecoder
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams

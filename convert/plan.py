@@ -27,7 +27,8 @@ from .adapters import (
 )
 from .base import BasePlan, LoraPair, plan_base
 from .configs import base_config, base_name
-from .drafters import Base, DrafterPlan, drafter_kind, plan_drafter
+from .drafter_parts import Base
+from .drafters import DrafterPlan, drafter_kind, plan_drafter
 from .hub import locate
 from .names import read_rules, sort_names
 from .quantise import Quantisation

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_specstream import cli
-from mlx_specstream.loading.load import model_folder
+from mlx_specstream.loading.folders import model_folder
 from mlx_specstream.weights.shipped import SHIPPED
 
 

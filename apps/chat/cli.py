@@ -154,7 +154,7 @@ def _chat(
 ) -> Chat:
     """Load the model and return the chat with it."""
     from ... import load
-    from ...loading.load import model_folder
+    from ...loading.folders import model_folder
     from .autosave import Autosave
     from .chat import Chat, short_name
     from .session import ChatSession

@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
             "pip install 'mlx-specstream[serve]'"
         ) from error
     from ... import load
-    from ...loading.load import model_folder
+    from ...loading.folders import model_folder
 
     def loaded():  # type: ignore[no-untyped-def]
         return load(arguments.model, **load_options(arguments))

@@ -17,8 +17,8 @@ from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.backbone import Backbone
 from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
-from ..speculation.decode import StreamDecoder
 from ..speculation.drafters import StreamDrafter
+from ..speculation.drafting import StreamDecoder
 from ..speculation.result import StepReport
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams

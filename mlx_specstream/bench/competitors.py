@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from ..config import DecodeConfig
 from ..errors import ModelError, OptionError, StreamsError
 from ..loading.drafter import drafter_in, is_trained_drafter
-from ..loading.load import StreamModel, load, model_folder
+from ..loading.folders import model_folder
+from ..loading.load import StreamModel, load
 from ..speculation.streams import Streams
 from ..weights.fingerprint import fingerprint
 from ..weights.shipped import AUTO, SHIPPED, find_streams, shipped_for

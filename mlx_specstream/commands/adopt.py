@@ -102,7 +102,8 @@ def main(argv: list[str]) -> int:
         arguments.output,
     )
     keep_float32_exact()
-    from ..loading.load import adapter_folder, load, model_folder
+    from ..loading.folders import adapter_folder, model_folder
+    from ..loading.load import load
 
     folder = model_folder(settings.model)
     adapter = str(adapter_folder(settings.adapter_path)) if settings.adapter_path else None

@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
             f"--prompt-cache-file must end in .safetensors, got {arguments.prompt_cache_file}."
         )
 
-    from ..loading.load import load, model_folder
+    from ..loading.folders import model_folder
+    from ..loading.load import load
     from ..model.cache.files import save_prompt_cache
     from ..model.cache.kinds import check_quantised
     from ..model.prefill import prefill_chunks

@@ -154,7 +154,8 @@ def _get_ready(
 
 def _load(arguments: argparse.Namespace, console: Console) -> tuple[StreamModel, TokenizerWrapper]:
     """Load the model with its streams, saying how long it takes."""
-    from ..loading.load import load, model_folder
+    from ..loading.folders import model_folder
+    from ..loading.load import load
 
     started = time.perf_counter()
     options = load_options(arguments)

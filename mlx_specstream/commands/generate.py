@@ -223,7 +223,7 @@ def _stored_cache(path: str, name: str, model: StreamModel, config: CacheConfig)
     Raises:
         SpecStreamError: the file cannot be used.
     """
-    from ..loading.load import model_folder
+    from ..loading.folders import model_folder
     from ..model.cache.files import check_model, load_prompt_cache
     from ..model.cache.kinds import quantization
 

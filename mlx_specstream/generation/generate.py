@@ -30,9 +30,10 @@ from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
 from ..planner.lookup import lookup_planner
-from ..speculation.decode import Decoder, DraftDecoder, StreamDecoder, drafter_decoder
+from ..speculation.decode import Decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import FileIndex, LookUp
+from ..speculation.drafting import DraftDecoder, StreamDecoder, drafter_decoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.sampling import LogitsProcessor, Sampler, TokenSampler, TreeProcessor
 from ..speculation.statistics import SpeculationStats

@@ -3,6 +3,7 @@
 | file | the idea it holds |
 |---|---|
 | `load.py` | `load`: mlx-lm's, underneath and in its signature, with streams |
+| `folders.py` | which folder a name means: of a model, fetched if need be, or of adapters |
 | `drafter.py` | what drafts in place of streams: converted heads or layers, or a draft model |
 | `tokenizer.py` | a folder's tokenizer, decoding what its vocabulary is |
 | `demo.py` | the demo model, fetched from the package index and turned into a folder once |

@@ -28,9 +28,10 @@ import mlx.core as mx
 from ..config import DecodeConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..speculation.decode import Decoder, DraftDecoder, StreamDecoder
+from ..speculation.decode import Decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import Continuations, LookUp, looked_up_tree
+from ..speculation.drafting import DraftDecoder, StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.result import StepResult
 from ..speculation.sampling import TokenSampler

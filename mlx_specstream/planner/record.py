@@ -16,8 +16,8 @@ import numpy as np
 
 from ..config import DecodeConfig, PruneSpec, TreeSpec
 from ..model.cache import KVCache
-from ..speculation.decode import StreamDecoder
 from ..speculation.drafters import StreamDrafter
+from ..speculation.drafting import StreamDecoder
 from ..speculation.prune import path_scores
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler

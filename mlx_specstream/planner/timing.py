@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..config import DecodeConfig
 from ..model.cache import KVCache
-from ..speculation.decode import StreamDecoder
+from ..speculation.drafting import StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler

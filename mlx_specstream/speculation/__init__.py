@@ -3,6 +3,7 @@
 | file | the idea it holds |
 |---|---|
 | `decode.py` | the speculative loop: prefill, then step after step |
+| `drafting.py` | the decoders that draft every step, with streams or any other drafter |
 | `step.py` | one step: verify, accept, draft, in one graph |
 | `streams.py` | γ speculative streams in the upper layers [SS §3.1.1-2, Eq. 1-3, 9] |
 | `sharded.py` | adapters on layers of which every process holds a part |

@@ -16,8 +16,9 @@ import mlx.core as mx
 from ..config import DecodeConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from .decode import Decoder, StreamDecoder, committed
+from .decode import Decoder, committed
 from .drafters.lookup import LookUp
+from .drafting import StreamDecoder
 from .result import StepReport, StepResult
 from .sampling import TokenSampler
 from .step import Step

@@ -17,8 +17,8 @@ import numpy as np
 from ..config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..speculation.decode import StreamDecoder
 from ..speculation.drafters import StreamDrafter
+from ..speculation.drafting import StreamDecoder
 from ..speculation.prune import Pruner
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from ..config import DecodeConfig, StreamConfig, TreeSpec
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
-from ..speculation.decode import StreamDecoder
+from ..speculation.drafting import StreamDecoder
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams

@@ -21,7 +21,8 @@ from ..errors import OptionError
 from ..loading.drafter import drafter_in
 from ..loading.load import StreamModel
 from ..model.backbone import Backbone
-from ..speculation.decode import decode, drafter_decoder
+from ..speculation.decode import decode
+from ..speculation.drafting import drafter_decoder
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..weights.drafter import drafter_shapes, save_drafter

@@ -46,7 +46,7 @@ class Head:
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits (R, V') of normed hidden states (R, h), in the model's dtype."""
         if self.rows is None or self.tokens is None:
-            return self.backbone.head(hidden[None])[0]
+            return self.backbone.head(hidden[None]).squeeze(0)
         return self.backbone.from_rows(hidden @ self.rows.T, self.tokens)
 
     def scores(self, logits: mx.array) -> mx.array:

@@ -26,7 +26,7 @@ def rank(
     for start in range(0, len(rows), CHUNK):
         at = slice(start, start + CHUNK)
         states, target = hidden[at], mx.array(rows.target[at])[:, None]
-        logits = backbone.head(states[None])[0].astype(mx.float32)
+        logits = backbone.head(states[None]).squeeze(0).astype(mx.float32)
         own = mx.take_along_axis(logits, target, axis=-1)[:, 0]
         losses.append(np.array(mx.logsumexp(logits, axis=-1) - own))
         ids = top_candidates(logits, states, NUM_CANDIDATES).ids

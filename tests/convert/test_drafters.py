@@ -11,7 +11,7 @@ from mlx_specstream.convert import cli
 from mlx_specstream.errors import CheckpointError, OptionError, StreamsError
 from mlx_specstream.loading.drafter import drafter_in
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.speculation.decode import drafter_decoder
+from mlx_specstream.speculation.drafting import drafter_decoder
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.weights.drafter import load_drafter, save_drafter

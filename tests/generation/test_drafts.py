@@ -17,7 +17,7 @@ from mlx_specstream.errors import DataError, OptionError
 from mlx_specstream.generation.generate import decoder_for
 from mlx_specstream.generation.response import GenerationResponse, summary
 from mlx_specstream.planner.adaptive import AutoDecoder
-from mlx_specstream.speculation.decode import DraftDecoder, StreamDecoder
+from mlx_specstream.speculation.drafting import DraftDecoder, StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.result import LOOK_UP
 from mlx_specstream.speculation.sampling import TokenSampler

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.loading import gemma, wheel
-from mlx_specstream.loading.load import model_folder
+from mlx_specstream.loading.folders import model_folder
 from tests.convert.gguf import made
 
 

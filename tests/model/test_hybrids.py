@@ -19,8 +19,8 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache, StateLayer, from_mlx_lm, to_mlx_lm
 from mlx_specstream.model.masks import RowMask
 from mlx_specstream.model.probe import check_backbone
-from mlx_specstream.speculation.decode import StreamDecoder, chains_only
 from mlx_specstream.speculation.drafters import StreamDrafter
+from mlx_specstream.speculation.drafting import StreamDecoder, chains_only
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import chain
 from tests.support import tiny

@@ -16,9 +16,9 @@ from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation import step as step_module
 from mlx_specstream.speculation.accept import AcceptedPath, accept
-from mlx_specstream.speculation.decode import DraftDecoder, StreamDecoder
 from mlx_specstream.speculation.drafters import NoDrafter, Verified
 from mlx_specstream.speculation.drafters.lookup import FileIndex, LookUp
+from mlx_specstream.speculation.drafting import DraftDecoder, StreamDecoder
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams

@@ -13,12 +13,12 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import DraftDecoder, drafter_decoder
 from mlx_specstream.speculation.drafters import Drafter
 from mlx_specstream.speculation.drafters.draft_model import DraftModelDrafter
 from mlx_specstream.speculation.drafters.lookup import LookUp
 from mlx_specstream.speculation.drafters.own_rows import OwnRows
 from mlx_specstream.speculation.drafters.trained import trained_drafter
+from mlx_specstream.speculation.drafting import DraftDecoder, drafter_decoder
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler

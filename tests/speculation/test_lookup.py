@@ -17,7 +17,6 @@ from mlx_specstream.config import DecodeConfig, TreeSpec, parse_drafts
 from mlx_specstream.errors import OptionError
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import DraftDecoder
 from mlx_specstream.speculation.drafters import NoDrafter
 from mlx_specstream.speculation.drafters.lookup import (
     Continuations,
@@ -30,6 +29,7 @@ from mlx_specstream.speculation.drafters.lookup.calibration import PRIOR, Calibr
 from mlx_specstream.speculation.drafters.lookup.continuations import continuations
 from mlx_specstream.speculation.drafters.lookup.merge import DOUBT
 from mlx_specstream.speculation.drafters.lookup.text import LONGEST, PLACES, TextIndex
+from mlx_specstream.speculation.drafting import DraftDecoder
 from mlx_specstream.speculation.result import LOOK_UP, MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import DraftTree, Proposer, build

@@ -9,7 +9,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
-from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler

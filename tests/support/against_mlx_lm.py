@@ -17,7 +17,7 @@ from mlx_lm.generate import generate_step
 from mlx_specstream.config import DecodeConfig, PruneSpec, StreamConfig, TreeSpec
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.probe import check_backbone
-from mlx_specstream.speculation.decode import StreamDecoder
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams

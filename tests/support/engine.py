@@ -22,7 +22,7 @@ from mlx_specstream.config import DecodeConfig, StreamConfig
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.planner.adaptive import AutoDecoder
-from mlx_specstream.speculation.decode import DraftDecoder, StreamDecoder
+from mlx_specstream.speculation.drafting import DraftDecoder, StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder, plain_decoder
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler

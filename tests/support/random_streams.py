@@ -15,8 +15,8 @@ import mlx.nn as nn
 
 from mlx_specstream.config import StreamConfig
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.speculation.decode import StreamDecoder
 from mlx_specstream.speculation.drafters import StreamDrafter
+from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.tree import Proposer
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)

@@ -13,8 +13,8 @@ from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.drafter import drafter_in
 from mlx_specstream.model.backbone import Backbone
-from mlx_specstream.speculation.decode import drafter_decoder
 from mlx_specstream.speculation.drafters.trained import trained_drafter
+from mlx_specstream.speculation.drafting import drafter_decoder
 from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.train.data import Example

@@ -112,10 +112,10 @@ class EagleDrafter(UnrolledDrafter):
     def logits(self, states: mx.array) -> mx.array:
         """Return logits (R, V') of states (1, R, h): the base's head, or EAGLE-3's own."""
         if not self.net.third:
-            return self.backbone.head(states)[0]
+            return self.backbone.head(states).squeeze(0)
         normed = self.net.norm(states)
         head = self.net.head if self.config.own_head else self.backbone.head
-        found: mx.array = head(normed)[0]
+        found: mx.array = head(normed).squeeze(0)
         return found
 
     def token_ids(self, ids: mx.array) -> mx.array:

@@ -64,7 +64,9 @@ class Hydra(nn.Module):
         """Return head `index`'s logits (R, V) of inputs (R, (i + 2)·h)."""
         head = self.heads[index]
         state = head(inputs)
-        found: mx.array = head.head(state) if self.own_head else backbone.head(state[None])[0]
+        found: mx.array = (
+            head.head(state) if self.own_head else backbone.head(state[None]).squeeze(0)
+        )
         return found
 
 

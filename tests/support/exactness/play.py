@@ -26,14 +26,10 @@ from mlx_specstream.model.cache.kinds import check_quantised
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.lookup import LookUpPlanner
 from mlx_specstream.planner.settings import StepSetting
-from mlx_specstream.speculation.decode import (
-    Decoder,
-    DraftDecoder,
-    StreamDecoder,
-    drafter_decoder,
-)
+from mlx_specstream.speculation.decode import Decoder
 from mlx_specstream.speculation.drafters import Drafter, NoDrafter
 from mlx_specstream.speculation.drafters.lookup import LookUp
+from mlx_specstream.speculation.drafting import DraftDecoder, StreamDecoder, drafter_decoder
 from mlx_specstream.speculation.result import MaxTokens, StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
