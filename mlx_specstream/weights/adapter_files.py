@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,6 +62,20 @@ def check_fingerprint(
         )
 
 
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class AdapterWeights(Generic[Config]):
+    """A loaded adapter; `tensors` are complete, with the names and shapes that `config` asks for."""
+
+    config: Config
+    tensors: dict[str, mx.array]
+    base: BaseFingerprint | None
+    folder: Path
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class OpenAdapter:
     """An adapter folder whose config has been read and whose tensors have not.
@@ -79,6 +94,17 @@ class OpenAdapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name."""
         return {spec.name: spec.shape for spec in self.file.entries.values()}
+
+    def config(self, read: Callable[[dict[str, object]], Config]) -> Config:
+        """Return the config that `read` makes of the fields.
+
+        Raises:
+            StreamsError: it makes no sense; the file is named.
+        """
+        try:
+            return read(self.fields)
+        except StreamsError as error:
+            raise StreamsError(f"{self.config_path}: {brief(error, 500)}.") from None
 
     def tensors(self) -> dict[str, mx.array]:
         """Read the tensors.

@@ -11,15 +11,13 @@ for writers of other programs in docs/checkpoint-format.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import StreamConfig
-from ..errors import StreamsError, brief
-from .adapter_files import AdapterFiles, BaseFingerprint, check_fingerprint
+from .adapter_files import AdapterFiles, AdapterWeights, BaseFingerprint, check_fingerprint
 from .fingerprint import base_dims, fingerprint
 from .stream_tensors import check_tensors, stream_shapes
 
@@ -37,15 +35,8 @@ CONFIG_FILE = "streams_config.json"
 FILES = AdapterFiles(WEIGHTS_FILE, CONFIG_FILE, "stream weights")
 
 
-@dataclass(frozen=True)
-class StreamWeights:
+class StreamWeights(AdapterWeights[StreamConfig]):
     """Loaded streams; `tensors` are complete, with the shapes of `stream_shapes(config, ...)`."""
-
-    config: StreamConfig
-    tensors: dict[str, mx.array]
-    base: BaseFingerprint | None
-    folder: Path
-    metadata: dict[str, str] = field(default_factory=dict)
 
     def check_base(self, model: nn.Module) -> None:
         """Make sure that these streams belong to `model`, an mlx-lm model (quantised or not).
@@ -73,10 +64,7 @@ def load_streams(folder: Path | str) -> StreamWeights:
             missing, unknown, misshapen or not finite. One sentence.
     """
     found = FILES.open(folder)
-    try:
-        config = StreamConfig.from_dict(found.fields)
-    except StreamsError as error:
-        raise StreamsError(f"{found.config_path}: {brief(error, 500)}.") from None
+    config = found.config(StreamConfig.from_dict)
     check_tensors(config, found.shapes, str(found.file.path))
     return StreamWeights(config, found.tensors(), found.base, found.folder, found.metadata)
 

@@ -6,7 +6,6 @@ Matrices are (out, in), as `nn.Linear` holds them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import DrafterConfig, LayerConfig
-from ..errors import StreamsError, brief
-from .adapter_files import AdapterFiles, BaseFingerprint, check_fingerprint
+from ..errors import StreamsError
+from .adapter_files import AdapterFiles, AdapterWeights, BaseFingerprint, check_fingerprint
 from .fingerprint import base_dims
 from .tensorfile import Shape, difference
 
@@ -24,15 +23,8 @@ CONFIG_FILE = "drafter_config.json"
 FILES = AdapterFiles(WEIGHTS_FILE, CONFIG_FILE, "a drafter", tables=("d2t",))
 
 
-@dataclass(frozen=True)
-class DrafterWeights:
+class DrafterWeights(AdapterWeights[DrafterConfig]):
     """A loaded drafter; `tensors` are complete, with the shapes of `drafter_shapes(config)`."""
-
-    config: DrafterConfig
-    tensors: dict[str, mx.array]
-    base: BaseFingerprint | None
-    folder: Path
-    metadata: dict[str, str] = field(default_factory=dict)
 
     def check_base(self, model: nn.Module) -> None:
         """Make sure that the drafter belongs to `model`, an mlx-lm model (quantised or not).
@@ -63,10 +55,7 @@ def load_drafter(folder: Path | str) -> DrafterWeights:
             missing, unknown, misshapen or not finite. One sentence.
     """
     found = FILES.open(folder)
-    try:
-        config = DrafterConfig.from_dict(found.fields)
-    except StreamsError as error:
-        raise StreamsError(f"{found.config_path}: {brief(error, 500)}.") from None
+    config = found.config(DrafterConfig.from_dict)
     if odd := difference(found.shapes, drafter_shapes(config)):
         raise StreamsError(f"{found.file.path}: {odd}.")
     tensors = found.tensors()

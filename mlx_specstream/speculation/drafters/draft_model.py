@@ -12,7 +12,7 @@ from ...config import MAX_STREAMS
 from ...errors import ModelError
 from ...model.backbone import Backbone
 from ...model.cache import KVCache
-from ...model.masks import RowMask
+from .own_rows import RowPlace
 from .unrolled import UnrolledDrafter
 
 
@@ -37,20 +37,13 @@ class DraftModelDrafter(UnrolledDrafter):
         """Return an empty cache for the draft model."""
         return self.draft.new_cache()
 
-    def read_rows(
-        self,
-        tokens: mx.array,
-        features: mx.array | None,
-        kv: KVCache,
-        start: int,
-        positions: int | mx.array,
-        mask: RowMask,
-    ) -> mx.array:
+    def read_rows(self, tokens: mx.array, features: mx.array | None, place: RowPlace) -> mx.array:
         """Run the draft model over rows (R); return its states before the final norm."""
         del features
         tokens = mx.minimum(tokens, self.draft.vocab_size - 1)  # of a base with more padding
         every = range(self.draft.num_layers)
-        return self.draft.run(self.draft.embed(tokens), every, kv, start, positions, mask)
+        hidden = self.draft.embed(tokens)
+        return self.draft.run(hidden, every, place.kv, place.start, place.positions, place.mask)
 
     def logits(self, states: mx.array) -> mx.array:
         """Return the draft model's logits (R, V) of tokens that the base has, too."""

@@ -19,9 +19,9 @@ import mlx.nn as nn
 from ...config import DrafterConfig
 from ...model.backbone import Backbone
 from ...model.cache import KVCache, LayerView
-from ...model.masks import RowMask
 from .drafter import Verified
 from .layer import DraftLayer, with_weights
+from .own_rows import RowPlace
 from .unrolled import UnrolledDrafter
 
 
@@ -94,20 +94,13 @@ class EagleDrafter(UnrolledDrafter):
         joined: mx.array = self.net.fc(mx.concatenate(inputs, axis=-1))
         return joined
 
-    def read_rows(
-        self,
-        tokens: mx.array,
-        features: mx.array | None,
-        kv: KVCache,
-        start: int,
-        positions: int | mx.array,
-        mask: RowMask,
-    ) -> mx.array:
+    def read_rows(self, tokens: mx.array, features: mx.array | None, place: RowPlace) -> mx.array:
         """Run the layer over rows (R), each a token with the features before it."""
         assert features is not None
         embed = self.net.embed_tokens if self.config.own_embedding else self.backbone.embedding_rows
         rows = embed(tokens)[None]
-        return self.net(rows, features, mask.as_array(), kv.view(0, start, positions))
+        view = place.kv.view(0, place.start, place.positions)
+        return self.net(rows, features, place.mask.as_array(), view)
 
     def logits(self, states: mx.array) -> mx.array:
         """Return logits (R, V') of states (1, R, h): the base's head, or EAGLE-3's own."""

@@ -18,13 +18,12 @@ import mlx.nn as nn
 from ...config import DrafterConfig, TreeSpec
 from ...model.backbone import Backbone
 from ...model.cache import KVCache
-from ...model.masks import RowMask
 from ..accept import AcceptedPath
 from ..condition import top_candidates
 from ..tree import Proposer
 from .drafter import Drafter, Verified
 from .layer import DraftLayer, with_weights
-from .own_rows import OwnRowsDrafter
+from .own_rows import OwnRowsDrafter, RowPlace
 
 
 class HydraHead(nn.Module):
@@ -89,15 +88,8 @@ class HydraDrafter(Drafter):
         return HydraProposer(self.net, self.backbone, state, spec.branching)
 
 
-class HydraPlusDrafter(OwnRowsDrafter):
+class HydraPlusDrafter(OwnRowsDrafter, HydraDrafter):
     """Hydra++: the heads read what a layer of its own makes of the base's states."""
-
-    def __init__(
-        self, backbone: Backbone, config: DrafterConfig, tensors: Mapping[str, mx.array]
-    ) -> None:
-        self.backbone, self.depth = backbone, config.num_heads
-        self.net = Hydra(config)
-        with_weights(self.net, tensors, backbone.dtype)
 
     def new_rows(self) -> KVCache:
         """Return an empty cache of one layer."""
@@ -107,21 +99,13 @@ class HydraPlusDrafter(OwnRowsDrafter):
         """Return the base's states after the final norm."""
         return verified.last
 
-    def read_rows(
-        self,
-        tokens: mx.array,
-        features: mx.array | None,
-        kv: KVCache,
-        start: int,
-        positions: int | mx.array,
-        mask: RowMask,
-    ) -> mx.array:
+    def read_rows(self, tokens: mx.array, features: mx.array | None, place: RowPlace) -> mx.array:
         """Run the layer over the base's states (1, R, h)."""
         del tokens
         assert features is not None
         rows = self.net.prefix.input_layernorm(features)
-        view = kv.view(0, start, positions)
-        hidden = self.net.prefix(features, rows, mask.as_array(), view)
+        view = place.kv.view(0, place.start, place.positions)
+        hidden = self.net.prefix(features, rows, place.mask.as_array(), view)
         normed: mx.array = self.net.norm(hidden)
         return normed
 

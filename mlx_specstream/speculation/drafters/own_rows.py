@@ -108,6 +108,25 @@ class OwnRows:
         return self.features[:, at - 1 : at]
 
 
+class RowPlace(NamedTuple):
+    """Where new rows (R) go and what they see.
+
+    kv: they go there, at `start`. positions: (R,) int32, or the first of consecutive ones. mask: over
+    the cache's rows up to the last new one.
+    """
+
+    kv: KVCache
+    start: int
+    positions: int | mx.array
+    mask: RowMask
+
+    @classmethod
+    def behind(cls, kv: KVCache, rows: int) -> RowPlace:
+        """Return the place of consecutive rows behind those that count, each seeing those before."""
+        n = kv.length
+        return cls(kv, n, n, causal_mask(n, rows))
+
+
 class PathRows(NamedTuple):
     """The rows of an accepted path: own rows, the states (1, P, h), and the place of the first."""
 
@@ -131,20 +150,10 @@ class OwnRowsDrafter(Drafter):
         """Return an empty cache for the network's layers."""
 
     @abstractmethod
-    def read_rows(
-        self,
-        tokens: mx.array,
-        features: mx.array | None,
-        kv: KVCache,
-        start: int,
-        positions: int | mx.array,
-        mask: RowMask,
-    ) -> mx.array:
-        """Run the network over rows, which go to its cache at `start`; return states (1, R, h).
+    def read_rows(self, tokens: mx.array, features: mx.array | None, place: RowPlace) -> mx.array:
+        """Run the network over rows, which go to its cache; return states (1, R, h).
 
         tokens: (R,) int32. features: (1, R, F), of the base, or states of the network itself.
-        positions: (R,) int32, or the first of consecutive ones. mask: over the cache's rows up to
-        the last of these.
         """
 
     def features(self, verified: Verified) -> mx.array | None:
@@ -186,9 +195,8 @@ class OwnRowsDrafter(Drafter):
                     tokens = tokens[1:]
                 else:
                     features = mx.concatenate([before, features], axis=1)
-        n, rows = own.kv.length, tokens.shape[0]
-        if rows:
-            self.read_rows(tokens, features, own.kv, n, n, causal_mask(n, rows))
+        if rows := tokens.shape[0]:
+            self.read_rows(tokens, features, RowPlace.behind(own.kv, rows))
             own.kv.advance(rows)
         # Started now: a long prompt's graph would hold every chunk until the first step.
         mx.async_eval(*own.kv.arrays, *([] if own.features is None else [own.features]))
@@ -211,10 +219,10 @@ class OwnRowsDrafter(Drafter):
                 features = mx.concatenate([before, features], axis=1)
         if missing:
             tokens = mx.concatenate([verified.tree.tokens[:1], tokens])
-        n, rows = own.kv.length, tokens.shape[0]
-        states = self.read_rows(tokens, features, own.kv, n, n, causal_mask(n, rows))
+        place = RowPlace.behind(own.kv, tokens.shape[0])
+        states = self.read_rows(tokens, features, place)
         own.step_at = L
-        return PathRows(own, states[:, missing:], n + missing)
+        return PathRows(own, states[:, missing:], place.start + missing)
 
     def commit(self, verdict: Verdict, cache: KVCache) -> None:
         """Keep the path's rows, which are in place already."""

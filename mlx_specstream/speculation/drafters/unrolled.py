@@ -20,7 +20,7 @@ from ..accept import AcceptedPath
 from ..condition import top_candidates
 from ..tree import Proposer
 from .drafter import Verified
-from .own_rows import OwnRowsDrafter
+from .own_rows import OwnRowsDrafter, RowPlace
 
 
 class UnrolledDrafter(OwnRowsDrafter):
@@ -92,4 +92,5 @@ class Unrolling:
         self.keys = keys = mx.concatenate([self.keys, positions])
         mask = RowMask(self.seen, lambda: (positions, keys))
         features = mx.take(self.states, places, axis=1)
-        self.states = self.drafter.read_rows(nodes, features, self.kv, start, positions, mask)
+        place = RowPlace(self.kv, start, positions, mask)
+        self.states = self.drafter.read_rows(nodes, features, place)
