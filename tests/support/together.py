@@ -144,7 +144,9 @@ def main() -> None:
                 config=decode,
                 **caching,
             )
-            said = [response.token for response in answer]
+            responses = list(answer)
+            # Drafts never change the text, so what streams propose shows in what was accepted.
+            said = [[response.token for response in responses], responses[-1].stats.accepted]
         if not ranks.is_follower():
             print(json.dumps([number, family, setting, mode, temp, caching, said]), flush=True)
 
