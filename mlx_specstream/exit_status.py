@@ -25,6 +25,7 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
         return _complain(name, str(error), EXIT_USER_ERROR)
     except RuntimeError as error:
         if not ranks.is_launched() or not str(error).startswith("["):  # of a back end, by name
+            ranks.speak_again()
             raise
         message = f"another process was lost ({error}); start all of them again."
         return _complain(name, message, EXIT_USER_ERROR)
@@ -39,12 +40,16 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
         # A file that is not there, may not be read, or does not fit on the disk.
         place = f"{error.filename}: " if error.filename else ""
         return _complain(name, f"{place}{error.strerror or error}.", EXIT_USER_ERROR)
+    except BaseException:  # a fault of ours, which must be seen
+        ranks.speak_again()
+        raise
 
 
 def _complain(name: str, message: str, status: int) -> int:
     if ranks.is_follower():
         # What fails everywhere is told by the leader, whose end ends this process too.
         time.sleep(ranks.FOLLOWER_PATIENCE)
+        ranks.speak_again()
         name = f"{name}, process {ranks.rank()}"
     print(f"{name}: {printable(message)}", file=sys.stderr)
     return status

@@ -96,6 +96,11 @@ def open_competitors(
     }
     folder = model_folder(model_name)
     model, tokenizer = load(str(folder), adapter_path=adapter_path, streams=None)
+    if len(model.backbone.stages.own) < model.backbone.num_layers:
+        raise OptionError(
+            "bench measures mlx-lm's own decoding beside ours, which cannot run a model divided by "
+            "layers; start as many processes as divide its heads, or use specstream verify."
+        )
     resolved, by_streams = {}, {}
     for name, method in methods.items():
         if method.kind == "streams":

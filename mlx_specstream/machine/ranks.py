@@ -9,7 +9,6 @@ Without a launcher there is one process, and nothing here costs anything.
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 import sys
@@ -94,7 +93,13 @@ def clock() -> float:
 
 
 def leave_talking_to_leader() -> None:
-    """Let followers say nothing but what ends them."""
+    """Let followers say nothing but what ends them (`speak_again`)."""
     if is_follower():
-        logging.getLogger("mlx_specstream").setLevel(logging.ERROR)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr = sys.stdout
+
+
+def speak_again() -> None:
+    """Let a follower say on stderr what ends it."""
+    if is_follower():
+        sys.stderr = sys.__stderr__
