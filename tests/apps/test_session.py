@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-import mlx_specstream.speculation.decode as decode_module
 from mlx_specstream import StreamModel
 from mlx_specstream.apps.chat.session import ChatSession
 from mlx_specstream.apps.chat.settings import Settings
@@ -21,6 +20,7 @@ from mlx_specstream.apps.chat.status import answer_status
 from mlx_specstream.apps.conversation import Conversation
 from mlx_specstream.config import SamplingConfig
 from mlx_specstream.errors import DataError
+from mlx_specstream.speculation import drafting
 from tests.apps.parrot import ANSWER
 from tests.support.engine import examples
 from tests.support.scripted import assert_holds, with_streams
@@ -92,7 +92,7 @@ def test_the_cache_is_a_fresh_prefills(
             conversation.ask(text)
         if action == "error":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decode_module, "committed", _fail)
+                patch.setattr(drafting, "committed", _fail)
                 if session.mode == "plain":
                     continue
                 with pytest.raises(RuntimeError, match="no device"):

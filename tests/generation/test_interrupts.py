@@ -27,7 +27,13 @@ from tests.support.engine import random_streams, small_model, stream_config
 
 PROMPT = list(b"abcabcab")
 PACKAGE = Path(mlx_specstream.__file__).parent
-WATCHED = ("model/cache/", "speculation/decode.py", "speculation/plain.py", "generation/run.py")
+WATCHED = (
+    "model/cache/",
+    "speculation/decode.py",
+    "speculation/drafting.py",
+    "speculation/plain.py",
+    "generation/run.py",
+)
 CACHES = {
     "plain": CacheConfig(),
     "rotating": CacheConfig(max_kv_size=12),

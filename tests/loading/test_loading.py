@@ -247,7 +247,7 @@ def test_the_demo_is_float16_on_a_gpu(
     monkeypatch.setattr("mlx_specstream.loading.load.on_gpu", lambda: True)
     own, _ = load(str(tiny_folder), streams=str(streams_folder))
     assert own.backbone.dtype == mx.float32
-    monkeypatch.setattr("mlx_specstream.loading.load.resolve_demo", lambda: tiny_folder)
+    monkeypatch.setattr("mlx_specstream.loading.folders.resolve_demo", lambda: tiny_folder)
     demo, tokenizer = load("demo", streams=str(streams_folder))
     assert demo.backbone.dtype == mx.float16
     assert demo.streams is not None

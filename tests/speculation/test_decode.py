@@ -484,14 +484,27 @@ class TestOneSynchronisation:
         from mlx_specstream.speculation import (
             accept,
             condition,
+            drafting,
             prune,
             sampling,
             step,
             streams,
             tree,
         )
+        from mlx_specstream.speculation.drafters import (
+            draft_model,
+            drafter,
+            eagle,
+            hydra,
+            medusa,
+            own_rows,
+            unrolled,
+        )
+        from mlx_specstream.speculation.drafters import streams as stream_drafter
 
-        for module in (accept, condition, prune, sampling, step, streams, tree, decode_module):
+        parts = (accept, condition, prune, sampling, step, streams, tree, decode_module, drafting)
+        own = (draft_model, drafter, eagle, hydra, medusa, own_rows, unrolled, stream_drafter)
+        for module in (*parts, *own):
             for node in ast.walk(ast.parse(inspect.getsource(module))):
                 if isinstance(node, ast.Attribute):
                     assert node.attr not in {"item", "tolist", "eval", "synchronize"}, module
