@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,7 @@ def test_a_different_text_fails(
 def test_the_demo_model_is_resolved_by_name(
     folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `loading.load` is the function; its module is behind it.
-    module = sys.modules["mlx_specstream.loading.load"]
-    monkeypatch.setattr(module, "resolve_demo", lambda: Path(folder))
+    monkeypatch.setattr("mlx_specstream.loading.folders.resolve_demo", lambda: Path(folder))
     out = shown(capsys)
     assert "demo with 4 streams" in out
     assert "specstream generate --model demo" in out
