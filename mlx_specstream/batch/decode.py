@@ -191,7 +191,7 @@ class BatchDecoder:
         if self._pending is None:
             return []
         pending = self._pending
-        verdicts = pending.step.report.read()
+        verdicts = pending.step.read()
         self._pending = None
         undisturbed, self._undisturbed = self._undisturbed, True
         events = [

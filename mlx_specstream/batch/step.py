@@ -19,8 +19,9 @@ from ..model.backbone import Backbone
 from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
 from ..speculation.drafters import StreamDrafter
 from ..speculation.drafting import StreamDecoder
-from ..speculation.result import StepReport
+from ..speculation.result import StepReport, Verdict
 from ..speculation.sampling import TokenSampler
+from ..speculation.step import REWRITTEN_AT_ONCE
 from ..speculation.streams import Streams
 from .cache import BatchKVCache
 from .choose import draw
@@ -32,18 +33,27 @@ class BatchStep:
     """A step as a graph that has not been waited for.
 
     logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
-    errors: what token_samplers raised, by row.
+    errors: what token_samplers raised, by row. drafts_late: see `Step`.
     """
 
     report: StepReport
     logits: mx.array
     next_tokens: mx.array
     errors: dict[int, Exception]
+    drafts_late: bool = False
 
     def schedule(self) -> None:
         """Start computing the step, then what the next one builds on, as `Step.schedule` does."""
         mx.async_eval(self.report.packed, self.logits)
-        mx.async_eval(self.next_tokens)
+        if not self.drafts_late:
+            mx.async_eval(self.next_tokens)
+
+    def read(self) -> list[Verdict]:
+        """Wait for the device and return what the step decided, per sequence."""
+        verdicts = self.report.read()
+        if self.drafts_late:
+            mx.async_eval(self.next_tokens)
+        return verdicts
 
 
 @dataclass(frozen=True)
@@ -104,15 +114,19 @@ class BatchStepper:
         drawn = draw(token_samplers, logits, tokens, num_drafts)
         accepted = accept(tokens, drawn.tokens, num_drafts)
         root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
-        finite = drawn.finite & ~mx.any(mx.isnan(last), axis=(1, 2))
         if self.depth:
             states = self.stream_states(first, states, accepted, root, tokens.shape[1], cache)
             before = mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
             following = mx.concatenate([root, self.drafts(root[:, 0], before, states)], axis=1)
         else:
             following = root
-        report = StepReport.of(accepted=accepted, finite=finite, tokens=drawn.tokens, chain=tokens)
-        return BatchStep(report, logits, following, drawn.errors)
+        report = StepReport.of(
+            accepted=accepted, finite=drawn.finite, tokens=drawn.tokens, chain=tokens
+        )
+        deferred = self.streams is not None and self.depth > 0 and not self.inline
+        layers = self.streams.upper if deferred and self.streams is not None else range(0)
+        late = cache.bytes_of(layers) > REWRITTEN_AT_ONCE
+        return BatchStep(report, logits, following, drawn.errors, late)
 
     def verify(
         self, tokens: mx.array, cache: BatchKVCache
@@ -174,7 +188,9 @@ class BatchStepper:
         if self.conditioner is None:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
         flat = normed.reshape(B * D, -1)
-        marginal = top_candidates(logits.reshape(B * D, -1), flat, NUM_CANDIDATES)
+        marginal = top_candidates(
+            logits.reshape(B * D, -1), flat, NUM_CANDIDATES, in_order=False
+        )
         proposer = ConditionedProposer(self.conditioner, self.backbone, marginal)
         first_rows = mx.arange(0, B * D, D, dtype=mx.int32)
         drafts, parents = [], roots

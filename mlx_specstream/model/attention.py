@@ -26,6 +26,7 @@ FEW_ROWS = 8
 """Rows up to which MLX on Metal uses its attention for short queries, if it takes them at all."""
 MOST_ROWS = 32  # of a pass in pieces: more than a tree has; a prompt's chunks stay whole
 _FEW_ROWS_DIMS = (64, 96, 128, 256)
+_FEW_ROWS_TWO_DIMS = (192, 128)  # of keys and of values
 _MANY_ROWS_DIMS = (64, 72, 80, 96, 128)
 _NAME = "scaled_dot_product_attention"
 _attention = base.scaled_dot_product_attention
@@ -33,11 +34,16 @@ _attention = base.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Which passes MLX's fused attention on Metal takes, for a model with such heads."""
+    """Which passes MLX's fused attention on Metal takes, for a model with such heads.
+
+    value_dim: of values, if it is another one than that of queries and keys. However many keys there
+    are, the same passes are taken, if by other kernels.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int | None = None
 
     @property
     def group(self) -> int:
@@ -46,9 +52,11 @@ class FusedAttention:
 
     def takes(self, rows: int) -> bool:
         """Tell whether a pass of `rows` rows is fused."""
-        if rows > FEW_ROWS:
-            return self.head_dim in _MANY_ROWS_DIMS
-        return self.head_dim in _FEW_ROWS_DIMS and rows * self.group <= 32
+        if self.value_dim not in (None, self.head_dim):
+            known = rows <= FEW_ROWS and (self.head_dim, self.value_dim) == _FEW_ROWS_TWO_DIMS
+        else:
+            known = self.head_dim in (_MANY_ROWS_DIMS if rows > FEW_ROWS else _FEW_ROWS_DIMS)
+        return known and (rows > FEW_ROWS or rows * self.group <= 32)
 
     def loses(self, rows: int) -> bool:
         """Tell whether a pass falls off the fused attention that plain decoding is on."""
@@ -91,7 +99,7 @@ def attend(
     R = queries.shape[2]
     if R == 1 or not isinstance(keys, mx.array) or not on_metal():
         return part(0, R)
-    heads = FusedAttention(queries.shape[1], keys.shape[1], queries.shape[3])
+    heads = FusedAttention(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3])
     parts, first = [], 0
     for rows in heads.pieces(R):
         parts.append(part(first, first + rows))

@@ -41,7 +41,7 @@ class TableBatchStepper(BatchStepper):
     table: mx.array
 
     def drafts(self, roots: mx.array, before: mx.array, states: mx.array) -> mx.array:
-        drafts, token = [], roots
+        drafts, token = [], roots + 0 * mx.isnan(mx.sum(states))
         for _ in range(self.depth):
             token = mx.take(self.table, token)
             drafts.append(token)
