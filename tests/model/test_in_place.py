@@ -155,7 +155,9 @@ def test_deferred_streams_never_make_a_buffer_grow_once_more(setting: str) -> No
     cache = streams.backbone.new_cache()
     seen, _ = decoded(streams, SETTINGS[setting], cache, 700)
     sizes = [[rows for _, rows in buffers] for buffers in seen]
-    grown = [sum(a != b for a, b in itertools.pairwise(of_one)) for of_one in zip(*sizes, strict=True)]
+    grown = [
+        sum(a != b for a, b in itertools.pairwise(of_one)) for of_one in zip(*sizes, strict=True)
+    ]
     assert set(grown) == {cache.length // GROWTH}
     assert {rows for of_step in sizes for rows in of_step} == {256, 512, 768}
 
