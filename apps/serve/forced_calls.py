@@ -75,7 +75,8 @@ def _lark(
     """
     if form is None:
         raise invalid(
-            "tool_choice: mlx-lm knows no format in which this model calls tools; leave it out.",
+            "tool_choice: mlx-lm knows no format in which this model calls tools; leave it out, or "
+            "ask for JSON with response_format.",
             "tool_choice",
         )
     kind = form.parse.__module__.rpartition(".")[2]

@@ -88,6 +88,23 @@ def test_a_named_function_is_called_once() -> None:
     assert not allows(JSON, f"{CALL_SAY}\n{CALL_SAY}", tool_choice=choice)
 
 
+def test_some_tools_may_be_allowed_alone() -> None:
+    def choice(*names: str, mode: str = "required") -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    assert allows(JSON, CALL_SAY, tool_choice=choice("say_ü"))
+    assert not allows(JSON, CALL_ADD, tool_choice=choice("say_ü"))
+    asked = parsed_chat(ask(tools=[ADD, SAY], tool_choice=choice("add", mode="auto")))
+    assert asked.tool_choice == "auto"
+    assert [tool.function.name for tool in asked.tools or ()] == ["add"]
+    with pytest.raises(ApiError, match="no tools"):
+        allows(JSON, "", tool_choice=choice("sub"))
+    for wrong in (choice(mode="none"), {"type": "allowed_tools"}):
+        with pytest.raises(ApiError, match="allowed_tools needs a list of tools"):
+            parsed_chat(ask(tools=[ADD], tool_choice=wrong))
+
+
 def test_definitions_in_parameters_are_found() -> None:
     described = tool("f", x={"$ref": "#/$defs/X"})
     described["function"]["parameters"]["$defs"] = {"X": {"enum": ["yes"]}}
