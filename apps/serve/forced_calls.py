@@ -86,7 +86,10 @@ def _lark(
     if kind == JSON_TOOLS:
         again = rf'({_BLANK} "\n" call)*' if several else ""
         end = lark_mark(tokenizer, form.end, vocab_size)
-        rules = [f"answer: {_BLANK} call {again}", rf'call: {start} {_BLANK} "\n"? body "\n"? {end}']
+        rules = [
+            f"answer: {_BLANK} call {again}",
+            rf'call: {start} {_BLANK} "\n"? body "\n"? {end}',
+        ]
     elif headed:
         rules = [f"answer: call{'+' if several else ''}", f"call: {start} body"]
     elif kind == MISTRAL:

@@ -21,6 +21,7 @@ from ..prefix import PrefixCache
 from ..tokens import TokenBytes
 from .request import Alternative, Piece, Progress, Request
 
+
 class RequestState(GenerationRun):
     """The state of one answer, as the server has it.
 
@@ -125,8 +126,7 @@ class RequestState(GenerationRun):
         count = self.request.settings.logprobs or 0
         own, found = ranked(rows[0], token, count)
         drawn, *alternatives = (
-            Alternative(one, self.tokens.of(one), value)
-            for one, value in [(token, own), *found]
+            Alternative(one, self.tokens.of(one), value) for one, value in [(token, own), *found]
         )
         return drawn, tuple(alternatives)
 

@@ -95,7 +95,10 @@ class Sampling(Strict):
     def _refuse_unsupported(cls, values: Any) -> Any:
         if isinstance(values, dict):
             best_of = (values.get("n", 1),)  # the best n of n are all of them
-            for name, (harmless, instead) in {**_UNSUPPORTED, "best_of": (best_of, "use n")}.items():
+            for name, (harmless, instead) in {
+                **_UNSUPPORTED,
+                "best_of": (best_of, "use n"),
+            }.items():
                 if values.get(name) not in (None, "", [], {}, False, *harmless):
                     raise ValueError(f"{name} is not supported by this server; {instead}.")
         return values

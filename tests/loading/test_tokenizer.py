@@ -14,7 +14,8 @@ from mlx_specstream import load
 from mlx_specstream.errors import ModelError
 from mlx_specstream.loading.tokenizer import decode_by_vocabulary, spelling_in
 from tests.support import tiny
-from tests.support.tokenizers import KINDS, TEXT
+from tests.support.tokenizers import KINDS
+from tests.support.tokenizers import TEXT as INDENTED
 
 SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -63,7 +64,9 @@ def test_a_vocabulary_is_judged_by_how_most_tokens_begin() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "WordPiece"])
 def test_text_in_pieces_is_the_text_at_once(kind: str) -> None:
     """Behind a line break too, where a line's indent is not a text's first blank."""
-    made, text = (word_pieces, "hello old world") if kind == "WordPiece" else (KINDS[kind][0], TEXT)
+    made, text = (
+        (word_pieces, "hello old world") if kind == "WordPiece" else (KINDS[kind][0], INDENTED)
+    )
     tokenizer = decode_by_vocabulary(TokenizerWrapper(made()))
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert streamed(tokenizer, text) == tokenizer.decode(ids) == text
