@@ -29,6 +29,7 @@ from ...speculation.result import MaxTokens, StepResult
 from ...speculation.sampling import TokenSampler
 from ..learning import Learner
 from ..prefix import PrefixCache
+from ..tokens import TokenBytes
 from .prefixes import PrefixStore
 from .request import Event, Failure, Request
 from .request_state import RequestState
@@ -56,6 +57,7 @@ class Scheduler:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.tokens = TokenBytes(tokenizer)
         self.config = config
         self.speculative = speculative
         self.caching = caching
@@ -84,7 +86,7 @@ class Scheduler:
         """Take an answer on; its prompt is read after those that came before."""
         cache = self.prefixes.take(request.prompt)
         self.reading.append(
-            RequestState(request, self.model, self.tokenizer, cache, self.prefill_step_size)
+            RequestState(request, self.model, self.tokens, cache, self.prefill_step_size)
         )
 
     def end(self, request: Request) -> None:

@@ -60,6 +60,22 @@ def test_calls_and_text_are_told_apart() -> None:
     assert calls[0].id != calls[1].id
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (f"\n\n{GOOD}\n{GOOD}\n", ""),
+        (f"{GOOD}\n{BAD[0]}\n{GOOD}", f"\n{BAD[0]}\n"),
+        (f"a\n{GOOD}\n", "a\n"),
+        (f"{GOOD}\nb", "\nb"),
+        ("\n \n", "\n \n"),
+        (f"\n{BAD[0]}", f"\n{BAD[0]}"),
+    ],
+)
+def test_blanks_between_calls_are_no_text(written: str, text: str) -> None:
+    assert read(JSON, [written])[0] == text
+    assert read(JSON, list(written))[0] == text
+
+
 def test_what_cannot_be_parsed_stays_text() -> None:
     for bad in BAD:
         assert read(JSON, [f"a{bad}b"]) == (f"a{bad}b", [])
