@@ -226,6 +226,8 @@ def write(
             "updates": run.updates,
             "minutes": round((best.seconds + run.reading_s) / 60, 1),
         }
+        text = json.dumps(found[kind], indent=1) + "\n"
+        (folder / RESULTS).write_text(text, encoding="utf-8")
     return found
 
 
@@ -274,7 +276,6 @@ def main() -> int:
     if run.updates < options.iters:
         return 0
     found = write(run, run.held_out(valid[:HELD_OUT]), output, arguments.model)
-    (output / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     state.unlink(missing_ok=True)
     print(json.dumps(found, indent=1))
     return 0

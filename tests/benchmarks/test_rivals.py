@@ -71,16 +71,18 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
     monkeypatch, base: str, data: str, trained: Path, tmp_path
 ) -> None:
     train(monkeypatch, base, data, tmp_path, "--stop-after", "2")
-    assert not (tmp_path / rivals_train.RESULTS).exists()
+    assert not (tmp_path / METHODS[0]).exists()
     train(monkeypatch, base, data, tmp_path)
-    told = [json.loads((f / rivals_train.RESULTS).read_text()) for f in (trained, tmp_path)]
     for kind in METHODS:
+        told = [
+            json.loads((f / kind / rivals_train.RESULTS).read_text()) for f in (trained, tmp_path)
+        ]
         for name, tensor in weights_of(trained / kind).items():
             np.testing.assert_array_equal(weights_of(tmp_path / kind)[name], tensor)
-        assert told[0][kind]["held_out"] == told[1][kind]["held_out"]
-        assert told[0][kind]["positions"] == told[1][kind]["positions"] > 0
-        best = min(told[0][kind]["held_out"], key=told[0][kind]["held_out"].get)
-        assert float(best) == told[0][kind]["learning_rate"]
+        assert told[0]["held_out"] == told[1]["held_out"]
+        assert told[0]["positions"] == told[1]["positions"] > 0
+        best = min(told[0]["held_out"], key=told[0]["held_out"].get)
+        assert float(best) == told[0]["learning_rate"]
 
 
 def test_beside_others_a_method_is_trained_as_by_specstream_train(
