@@ -1,7 +1,7 @@
 """Ways of drafting beside each other, on one base, one text and one machine: docs/rivals.md.
 
     python -m benchmarks.rivals_train --data own.jsonl --output rivals     Medusa, Hydra, EAGLE, a draft model
-    specstream train ... --adapter-path rivals/streams                     streams; and rivals/paper
+    python -m mlx_specstream.convert.pytorch.train ...; specstream convert ...      rivals/streams, rivals/paper
     python -m benchmarks.rivals --folder rivals --results rivals.json --count
     python -m benchmarks.rivals --folder rivals --results rivals.json --cost       on a quiet machine
     python -m benchmarks.rivals --folder rivals --results rivals.json --clock      the same
@@ -10,7 +10,7 @@
 `--count`: every drafter answers the same prompts greedily, as a chain and with trees of 8 and 16 rows.
 The text is the model's own whatever drafts, so all of them walk the same text; passes are counted, and
 each answer is compared with plain decoding as `specstream verify` does. Counting goes on where it was
-stopped, and several processes may count at once. Other drafters join by `--drafter NAME=FOLDER`.
+stopped, and processes may share the work by `--only`. Other drafters join by `--drafter NAME=FOLDER`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.rivals_field import TREES, Rival, entered, joined
+from benchmarks.rivals_field import TREES, Rival, entered, joined, training
 from benchmarks.rivals_report import table, write_section
 from benchmarks.rivals_results import Results
 from benchmarks.rivals_timing import clock, costs
@@ -122,6 +122,7 @@ def main() -> int:
     rivals, base, tokenizer = joined(arguments.model, words)
     for rival in rivals:
         results.keep("parameters", rival.name, value=rival.parameters)
+        results.keep("training", rival.name, value=training(words[rival.name]))
     cases = chosen_cases(arguments.prompts, arguments.categories, arguments.num_prompts)
     if arguments.count:
         Counter(base, tokenizer, arguments.max_tokens).fill(results, rivals, cases)

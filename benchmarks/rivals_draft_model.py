@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,8 +45,9 @@ class DraftModelObjective:
     """
 
     def __init__(self, backbone: Backbone, layers: Sequence[int]) -> None:
-        base, self.layers = backbone.model, list(layers)
-        arguments = getattr(base, "args", None)
+        base: Any = backbone.model
+        self.layers = list(layers)
+        arguments: Any = getattr(base, "args", None)
         if getattr(arguments, "model_type", "") != "llama":
             raise ModelError(
                 f"a draft model is made of Llama's layers alone, and this is a {backbone.family} "
@@ -56,11 +58,11 @@ class DraftModelObjective:
         kept = [base.model.layers[number] for number in layers]
         parts = {f"model.layers.{i}": layer for i, layer in enumerate(kept)}
         parts |= {"model.norm": base.model.norm}
-        shared = [(n, t) for n, t in tree_flatten(base.parameters()) if n.startswith(SHARED)]
+        shared = [(n, t) for n, t in _tensors(base) if n.startswith(SHARED)]
         self.start: Tensors = {
             f"{place}.{name}": mx.array(tensor, dtype=mx.float32)
             for place, part in parts.items()
-            for name, tensor in tree_flatten(part.parameters())
+            for name, tensor in _tensors(part)
         }
         self.model.load_weights([*shared, *self.start.items()])
 
@@ -106,10 +108,15 @@ class DraftModelObjective:
                     ("tokenizer", "special", "vocab", "merg")
                 ):
                     shutil.copy(file, new / file.name)
-            weights = dict(tree_flatten(self.model.parameters()))
+            weights = dict(_tensors(self.model))
             mx.save_safetensors(str(new / "model.safetensors"), weights, {"format": "mlx"})
 
     @property
     def tied(self) -> bool:
         """Tell whether the LM head is the embedding table."""
         return bool(self.model.args.tie_word_embeddings)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return a module's parameters by name."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -125,3 +126,19 @@ def _drafting(base: StreamModel, place: str) -> tuple[StreamModel, int]:
         model = replace(base, streams=Streams(base.backbone, weights.config, weights.tensors))
         tensors = weights.tensors
     return model, sum(tensor.size for name, tensor in tensors.items() if name != "d2t")
+
+
+def training(word: str) -> dict[str, Any]:
+    """Return positions, updates and minutes of a rival's training, as its folder tells them.
+
+    Streams are told of by the PyTorch trainer's train_args.json.
+    """
+    folder = Path(word.split("+")[0]).expanduser()
+    if (own := folder / "trained.json").is_file():
+        found: dict[str, Any] = json.loads(own.read_text(encoding="utf-8"))
+        return found
+    if (torch := folder / "train_args.json").is_file():
+        place = json.loads(torch.read_text(encoding="utf-8"))["progress"]
+        minutes = round(place["elapsed_s"] / 60, 1)
+        return {"positions": place["positions"], "updates": place["step"], "minutes": minutes}
+    return {}

@@ -74,6 +74,13 @@ def _conditions(known: dict[str, Any]) -> list[str]:
         f"answers compared with plain decoding as `specstream verify` does, {verdicts['identical']:,} "
         f"were identical, {verdicts['near-tie']} parted at a near-tie and {verdicts['mismatch']} differed."
     ]
+    if told := {name: of for name, of in known.get("training", {}).items() if of}:
+        parts = [
+            f"{name} {of['positions']:,} positions, {of['updates']} updates, {of['minutes']:g} minutes"
+            + (f" at {of['learning_rate']:g}" if "learning_rate" in of else "")
+            for name, of in told.items()
+        ]
+        lines.append(f"Trained, on cores that others used too: {'; '.join(parts)}.")
     if cost := known.get("cost"):
         lines.append(
             f"Steps timed in turns on {cost['prompts']} prompts: {cost['machine']}; "

@@ -101,8 +101,9 @@ def costs(
     tokens = min(max_tokens, COST_TOKENS)
     asked = _timed(base, tokenizer, cases, settings, tokens, limit_s, note)
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    for (name, tree), several in ratios.items():
-        found[name][tree] = round(statistics.median(several), 3)
+    for rival, tree in settings:
+        if several := ratios[rival.name, tree]:
+            found[rival.name][tree] = round(statistics.median(several), 3)
     results.keep("cost", value={**conditions(), "prompts": asked, "steps": found})
 
 

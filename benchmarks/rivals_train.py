@@ -179,11 +179,19 @@ def trainees(
 ) -> list[Trainee]:
     """Return every method at every learning rate, untrained.
 
-    keep: layers of a draft model.
+    methods: names, each with rates of its own if it has any: `eagle3=1e-3,3e-3`. keep: layers of a
+    draft model.
+
+    Raises:
+        OptionError: a method is not known, or a rate is no number above 0.
     """
     found = []
-    for kind in methods:
-        for rate in rates:
+    for word in methods:
+        kind, equals, own = word.partition("=")
+        if kind not in (*DRAFTERS, DRAFT_MODEL):
+            known = ", ".join((*DRAFTERS, DRAFT_MODEL))
+            raise OptionError(f"the method {kind!r} is not known; there are {known}.")
+        for rate in _rates(own) if equals else rates:
             objective: Objective
             if kind == DRAFT_MODEL:
                 layers = spread(model.backbone.num_layers, keep)
@@ -195,6 +203,16 @@ def trainees(
                 tensors = untrained(config, model.backbone, options.seed)
             optimizer = StreamOptimizer(tensors, dict.fromkeys(GROUPS, rate), options)
             found.append(Trainee(kind, rate, objective, tensors, optimizer))
+    return found
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise OptionError(f"cannot read the learning rates {text!r}; write like eagle3=1e-3,3e-3.")
     return found
 
 
@@ -237,7 +255,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", required=True, help="as specstream train takes it")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a folder for folders")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*DRAFTERS, DRAFT_MODEL))
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="NAME or NAME=RATE,RATE")
     parser.add_argument("--learning-rate", nargs="+", type=float, default=[5e-4, 2e-3])
     parser.add_argument("--iters", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=4)

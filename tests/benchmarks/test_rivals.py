@@ -30,7 +30,8 @@ METHODS = ["medusa", "eagle", "draft-model"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny.save_tiny_model(tmp_path_factory.mktemp("rivals") / "base"))
+    folder = tmp_path_factory.mktemp("rivals") / "base"
+    return str(tiny.save_tiny_model(folder, max_position_embeddings=1024))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,7 @@ def test_every_cell_is_measured_and_every_answer_the_models_own(counted: Path) -
             for cell in cells.values():
                 assert cell["identical"] == cell["prompts"] == 2
                 assert cell["passes"] <= cell["tokens"] <= 20
+    assert known["training"]["EAGLE-2"]["updates"] == 3
     assert known["parameters"]["look-up"] == 0 < known["parameters"]["Medusa"]
     steps = known["cost"]["steps"]
     assert {name: list(trees) for name, trees in steps.items()} == {
@@ -253,3 +255,15 @@ def test_what_cannot_compete_is_refused_in_a_sentence(words: list[str], told: st
 def test_a_mode_that_is_none_is_refused(base: str) -> None:
     with pytest.raises(OptionError, match=r"\+lookup or \+inline"):
         joined(base, {"streams": "folder+backwards"})
+
+
+def test_a_method_may_have_rates_of_its_own(base: str) -> None:
+    model, _ = load(base, streams=None)
+    found = rivals_train.trainees(
+        model, ["medusa", "eagle=1e-4"], [1e-3, 1e-2], 2, TrainOptions(iters=1)
+    )
+    assert [t.name for t in found] == ["medusa 0.001", "medusa 0.01", "eagle 0.0001"]
+    with pytest.raises(OptionError, match="learning rates 'x'"):
+        rivals_train.trainees(model, ["eagle=x"], [1e-3], 2, TrainOptions(iters=1))
+    with pytest.raises(OptionError, match="'lion' is not known"):
+        rivals_train.trainees(model, ["lion"], [1e-3], 2, TrainOptions(iters=1))
