@@ -19,12 +19,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.rivals_field import TREES, Rival, entered, joined, training
 from benchmarks.rivals_report import table, write_section
-from benchmarks.rivals_results import Results
+from benchmarks.rivals_results import VERDICTS, Cell, Results
 from benchmarks.rivals_timing import clock, costs
 from mlx_specstream.bench.cases import BUILT_IN, Case, chosen_cases
 from mlx_specstream.exit_status import exit_status
@@ -58,35 +59,51 @@ class Counter:
     max_tokens: int
     plain: dict[str, Replayed] = field(default_factory=dict)
 
-    def cell(self, rival: Rival, tree: str, cases: Sequence[Case]) -> dict[str, int]:
-        """Return what one drafter with one tree gives on the prompts of one task."""
-        found = {"prompts": len(cases), "tokens": 0, "passes": 0, "drafted": 0}
-        found |= dict.fromkeys(("identical", "near-tie", "mismatch"), 0)
-        for case in cases:
-            ids = encode_prompt(self.tokenizer, case.prompt)
-            if case.sha256 not in self.plain:
-                own = replay(self.base, self.tokenizer, ids, self.max_tokens, None)
-                self.plain[case.sha256] = own
-            plain = self.plain[case.sha256]
-            answer = replay(rival.model, self.tokenizer, ids, self.max_tokens, rival.config(tree))
-            found["tokens"] += answer.stats.tokens
-            found["passes"] += answer.stats.passes
-            found["drafted"] += answer.stats.drafted
-            found[compare(self.base, self.tokenizer, ids, plain, answer).verdict] += 1
+    def answer(self, rival: Rival, tree: str, case: Case) -> Cell:
+        """Return what one drafter with one tree gives on a prompt, and `verify`'s verdict of it."""
+        ids = encode_prompt(self.tokenizer, case.prompt)
+        if case.sha256 not in self.plain:
+            own = replay(self.base, self.tokenizer, ids, self.max_tokens, None)
+            self.plain[case.sha256] = own
+        plain = self.plain[case.sha256]
+        answer = replay(rival.model, self.tokenizer, ids, self.max_tokens, rival.config(tree))
+        stats, verdict = (
+            answer.stats,
+            compare(self.base, self.tokenizer, ids, plain, answer).verdict,
+        )
+        found = {"prompts": 1, "tokens": stats.tokens, "passes": stats.passes}
+        found |= {name: int(name == verdict) for name in VERDICTS}
         return found
 
     def fill(self, results: Results, rivals: Sequence[Rival], cases: Sequence[Case]) -> None:
-        """Count every cell that `results` lacks."""
-        for task in dict.fromkeys(case.category for case in cases):
-            chosen = [case for case in cases if case.category == task]
+        """Count what `results` lacks: every cell's first prompt, then every cell's second ...
+
+        cases: each task's in the same order whenever cells are filled.
+        """
+        places: dict[str, int] = {}
+        for case in cases:
+            task = TASKS.get(case.category, case.category)
+            place = places[task] = places.get(task, -1) + 1
             for rival in rivals:
+                rates = []
                 for tree in TREES:
-                    if results.has("cells", rival.name, tree, TASKS.get(task, task)):
-                        continue
-                    cell = self.cell(rival, tree, chosen)
-                    results.keep("cells", rival.name, tree, TASKS.get(task, task), value=cell)
-                    rate = cell["tokens"] / cell["passes"]
-                    print(f"{task:<10} {rival.name:<22} {tree:<7} {rate:.2f}", flush=True)
+                    where = ("cells", rival.name, tree, task)
+                    cell = results.get(*where) or {}
+                    if cell.get("prompts", 0) == place:
+                        one = self.answer(rival, tree, case)
+                        cell = {name: n + cell.get(name, 0) for name, n in one.items()}
+                        results.keep(*where, value=cell)
+                    rates.append(f"{cell['tokens'] / cell['passes']:.2f}")
+                print(f"{place + 1} {task:<14} {rival.name:<22} {'  '.join(rates)}", flush=True)
+
+
+def by_turns(cases: Sequence[Case], count: int) -> list[Case]:
+    """Return each category's first prompt, then each one's second, up to `count` of each."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.category, []).append(case)
+    rows = zip_longest(*(group[:count] for group in groups.values()))
+    return [case for row in rows for case in row if case is not None]
 
 
 def main() -> int:
@@ -107,8 +124,8 @@ def main() -> int:
     parser.add_argument("--table", metavar="PAGE", help="write the section of this page")
     parser.add_argument("--prompts", nargs="+", default=[BUILT_IN, str(RAG)])
     parser.add_argument("--categories", nargs="+", default=list(TASKS))
-    parser.add_argument("--num-prompts", type=int, default=6, help="of each category, counted")
-    parser.add_argument("-m", "--max-tokens", type=int, default=64)
+    parser.add_argument("--num-prompts", type=int, default=4, help="of each category")
+    parser.add_argument("-m", "--max-tokens", type=int, default=48)
     parser.add_argument("--minutes", type=float, default=8.0, help="limit of --cost and --clock")
     arguments = parser.parse_args()
     keep_float32_exact()
@@ -123,16 +140,11 @@ def main() -> int:
     for rival in rivals:
         results.keep("parameters", rival.name, value=rival.parameters)
         results.keep("training", rival.name, value=training(words[rival.name]))
-    cases = chosen_cases(arguments.prompts, arguments.categories, arguments.num_prompts)
+    cases = chosen_cases(arguments.prompts, arguments.categories)
+    cases = by_turns(cases, arguments.num_prompts)
     if arguments.count:
         Counter(base, tokenizer, arguments.max_tokens).fill(results, rivals, cases)
-    taking_turns = [
-        case
-        for place in range(arguments.num_prompts)
-        for task in dict.fromkeys(case.category for case in cases)
-        for case in [case for case in cases if case.category == task][place : place + 1]
-    ]
-    timed = (rivals, base, tokenizer, taking_turns, arguments.max_tokens, 60 * arguments.minutes)
+    timed = (rivals, base, tokenizer, cases, arguments.max_tokens, 60 * arguments.minutes)
     if arguments.cost:
         costs(results, *timed)
     if arguments.clock:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rivals_field import OURS, TREES
-from benchmarks.rivals_results import tokens_per_pass
+from benchmarks.rivals_results import VERDICTS, tokens_per_pass
 from mlx_specstream.errors import DataError
 
 BEGIN, END = "<!-- rivals: begin -->", "<!-- rivals: end -->"
@@ -66,9 +66,7 @@ def _conditions(known: dict[str, Any]) -> list[str]:
         c for trees in known["cells"].values() for tasks in trees.values() for c in tasks.values()
     ]
     prompts = max(cell["prompts"] for cell in counted)
-    verdicts = {
-        name: sum(cell[name] for cell in counted) for name in ("identical", "near-tie", "mismatch")
-    }
+    verdicts = {name: sum(cell[name] for cell in counted) for name in VERDICTS}
     lines = [
         f"Counted on {prompts} prompts of each task at most. Lossless: of {sum(verdicts.values()):,} "
         f"answers compared with plain decoding as `specstream verify` does, {verdicts['identical']:,} "

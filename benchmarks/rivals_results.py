@@ -18,6 +18,7 @@ from mlx_specstream.machine import Machine
 from mlx_specstream.weights.files import atomic_file
 
 Cell = dict[str, int]
+VERDICTS = ("identical", "near-tie", "mismatch")
 
 
 class Results:
@@ -51,14 +52,14 @@ class Results:
 
         self.change(add)
 
-    def has(self, *path: str) -> bool:
-        """Tell whether there is something under a path of names."""
+    def get(self, *path: str) -> Any:
+        """Return what is under a path of names, None for nothing."""
         known: Any = self.read()
         for name in path:
             if name not in known:
-                return False
+                return None
             known = known[name]
-        return True
+        return known
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -14,15 +14,18 @@ from benchmarks import rivals, rivals_report, rivals_timing, rivals_train
 from benchmarks.rivals_draft_model import DraftModelObjective, spread
 from benchmarks.rivals_field import OURS, TREES, entered, joined
 from benchmarks.rivals_results import Results, tokens_per_pass
+from benchmarks.rivals_trainee import trainees
 from mlx_specstream import load
 from mlx_specstream.bench.measure import Answered
 from mlx_specstream.commands.train import CPU_VOCABULARY, read_data
 from mlx_specstream.errors import DataError, OptionError
-from mlx_specstream.train.batches import Selection
+from mlx_specstream.train.batches import BatchPlan, Selection
+from mlx_specstream.train.data import Example
 from mlx_specstream.train.drafter_loss import DrafterObjective
 from mlx_specstream.train.drafters import drafter_config, train_drafter
 from mlx_specstream.train.head import Head
 from mlx_specstream.train.options import TrainOptions
+from mlx_specstream.train.vocabulary import VocabularySampler
 from tests.support import tiny
 
 METHODS = ["medusa", "eagle", "draft-model"]
@@ -97,9 +100,9 @@ def test_beside_others_a_method_is_trained_as_by_specstream_train(
     )
     together = rivals_train.Run(
         model,
-        rivals_train.trainees(model, METHODS, [1e-2], 2, options),
-        rivals_train.VocabularySampler.of_size(tiny.VOCAB_SIZE, (), CPU_VOCABULARY),
-        rivals_train.BatchPlan(texts, 2, options.position_fraction, options.seed),
+        trainees(model, METHODS, [1e-2], 2, options),
+        VocabularySampler.of_size(tiny.VOCAB_SIZE, (), CPU_VOCABULARY),
+        BatchPlan(texts, 2, options.position_fraction, options.seed),
     )
     losses = [together.update()["eagle 0.01"] for _ in range(3)]
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
@@ -111,7 +114,7 @@ def gradient_of(base: str, keep: int) -> float:
     objective = DraftModelObjective(model.backbone, spread(4, keep))
     text = tokenizer.encode("a text of some length")
     reader = DrafterObjective(model.backbone, drafter_config("medusa", model.backbone, 1))
-    example = rivals_train.Example(tuple(text), 4)
+    example = Example(tuple(text), 4)
     batch, bases = [Selection(example, tuple(example.positions))], [reader.base(text)]
 
     def loss(tensors):
@@ -175,18 +178,22 @@ def test_every_cell_is_measured_and_every_answer_the_models_own(counted: Path) -
 
 
 def test_counting_goes_on_where_it_was_stopped(
-    monkeypatch, base: str, trained: Path, counted: Path
+    monkeypatch, base: str, trained: Path, counted: Path, tmp_path
 ) -> None:
-    results = Results(counted)
-    before = results.read()["cells"]["Medusa"]["8"]["maths"]
+    """Also prompt by prompt: a cell with one of two gets the other, and none is counted twice."""
+    words = ["--model", base, "--folder", str(trained), "-m", "10", "--categories", "math", "rag"]
+    path = tmp_path / "again.json"
+    run(monkeypatch, rivals, *words, "--results", str(path), "--num-prompts", "1", "--count")
+    results = Results(path)
+    first = results.get("cells", "Medusa", "8", "maths")
+    assert first["prompts"] == 1
     results.change(lambda known: known["cells"]["Medusa"]["8"].pop("maths"))
     results.keep("cells", "EAGLE-2", "8", "maths", "prompts", value=77)
-    words = ["--model", base, "--folder", str(trained), "--results", str(counted), "-m", "10"]
-    run(monkeypatch, rivals, *words, "--categories", "math", "rag", "--num-prompts", "2", "--count")
-    known = results.read()["cells"]
-    assert known["Medusa"]["8"]["maths"] == before
-    assert known["EAGLE-2"]["8"]["maths"]["prompts"] == 77
-    results.keep("cells", "EAGLE-2", "8", "maths", "prompts", value=2)
+    run(monkeypatch, rivals, *words, "--results", str(path), "--num-prompts", "2", "--count")
+    again, whole = results.read()["cells"], Results(counted).read()["cells"]
+    assert again["EAGLE-2"]["8"].pop("maths")["prompts"] == 77
+    whole["EAGLE-2"]["8"].pop("maths")
+    assert again == whole
 
 
 def cell(tokens: int, passes: int) -> dict[str, int]:
@@ -259,11 +266,9 @@ def test_a_mode_that_is_none_is_refused(base: str) -> None:
 
 def test_a_method_may_have_rates_of_its_own(base: str) -> None:
     model, _ = load(base, streams=None)
-    found = rivals_train.trainees(
-        model, ["medusa", "eagle=1e-4"], [1e-3, 1e-2], 2, TrainOptions(iters=1)
-    )
+    found = trainees(model, ["medusa", "eagle=1e-4"], [1e-3, 1e-2], 2, TrainOptions(iters=1))
     assert [t.name for t in found] == ["medusa 0.001", "medusa 0.01", "eagle 0.0001"]
     with pytest.raises(OptionError, match="learning rates 'x'"):
-        rivals_train.trainees(model, ["eagle=x"], [1e-3], 2, TrainOptions(iters=1))
+        trainees(model, ["eagle=x"], [1e-3], 2, TrainOptions(iters=1))
     with pytest.raises(OptionError, match="'lion' is not known"):
-        rivals_train.trainees(model, ["lion"], [1e-3], 2, TrainOptions(iters=1))
+        trainees(model, ["lion"], [1e-3], 2, TrainOptions(iters=1))
