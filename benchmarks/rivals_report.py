@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals_field import OURS, TREES
+from benchmarks.rivals_field import FIELD, OURS, TREES
 from benchmarks.rivals_results import VERDICTS, tokens_per_pass
 from mlx_specstream.errors import DataError
 
@@ -21,9 +21,12 @@ def table(known: dict[str, Any]) -> list[str]:
     Raises:
         DataError: nothing has been counted.
     """
-    cells = known.get("cells", {})
-    if not cells:
+    found = known.get("cells", {})
+    if not found:
         raise DataError("nothing has been counted yet; run benchmarks.rivals --count first.")
+    # Several processes may have filled the cells, in any order.
+    cells = {name: found[name] for name in dict.fromkeys([*FIELD, *found]) if name in found}
+    known = {**known, "cells": cells}
     return [
         *_conditions(known),
         "",

@@ -215,7 +215,7 @@ def known_of(**by_name: dict[str, tuple[int, int]]) -> dict:
 
 def test_the_table_says_where_a_rival_is_ahead(tmp_path) -> None:
     known = known_of(
-        ours={"maths": (30, 10), "chat": (20, 10)}, eagle={"maths": (20, 10), "chat": (25, 10)}
+        eagle={"maths": (20, 10), "chat": (25, 10)}, ours={"maths": (30, 10), "chat": (20, 10)}
     )
     known["cost"] = {
         "machine": "a Mac", "versions": "MLX 1", "date": "2026-11-28", "prompts": 2,
@@ -226,6 +226,11 @@ def test_the_table_says_where_a_rival_is_ahead(tmp_path) -> None:
         f"| {OURS} | 2.00 M | 2.50 | 2.50 | 2.50 | 2.00 | 1.25 | 5.00 | 1.25 | 2.00 | 0.50 |"
         in lines
     )
+    rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
+    assert rows[1:3] == [
+        f"| {OURS}",
+        "| EAGLE-3",
+    ]  # in the field's order, whoever was counted first
     assert any(
         "EAGLE-3 gives more" in line and "chat as a chain (2.50 to 2.00)" in line for line in lines
     )
