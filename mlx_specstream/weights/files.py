@@ -17,6 +17,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,19 @@ def refuse_existing(target: str | Path, *, files_only: bool = False) -> None:
         )
     if not files_only and _occupied(final):
         raise _exists_already(final)
+
+
+def writable_parent(target: str | Path) -> None:
+    """Make sure that something can be written beside `target`, before any work is done for it.
+
+    Raises:
+        OutputError: why not.
+    """
+    final = _final_path(target)
+    with _plain_sentences(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=final.parent):
+            pass
 
 
 def remove_leftovers(target: str | Path) -> None:
