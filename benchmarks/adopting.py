@@ -157,7 +157,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.predict:
         shape = next(shape for shape in TYPICAL if shape.name == args.predict)
-        print(predicted(shape, args.bits, chip_named(args.chip), args.tflops * 1e12, 64))
+        if (chip := chip_named(args.chip)) is None:
+            parser.error(f"no figures are known for the chip {args.chip!r}")
+        print(predicted(shape, args.bits, chip, args.tflops * 1e12, 64))
         return 0
     for line in measured(args.model, args.batch, args.tokens, args.updates):
         print(line, flush=True)

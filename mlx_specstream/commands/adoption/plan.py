@@ -44,6 +44,7 @@ ANSWER_BATCHES = (8, 64)
 MEMORY_SHARE = 0.8  # of what a model may take, for it and the answers side by side
 TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 16, 24, 2
 CHECKPOINT_S = 20.0
+WARMUP_SHARE, WARMUP = 0.08, 20  # of the updates, and at most so many
 NEXT_TOKEN_RANK, PRUNER_RANK = 64, 8
 
 
@@ -63,7 +64,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class AdoptionPlan:
-    """How the time is used. Seconds of each part, tokens of an answer, texts side by side."""
+    """How the time is used. Seconds of each part, texts side by side, updates of the rate's warm-up."""
 
     answer_s: float
     train_s: float
@@ -71,6 +72,7 @@ class AdoptionPlan:
     answer_batch: int
     train_batch: int
     save_every: int
+    warmup: int
     rates: Rates
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,6 +212,7 @@ def share_out(rates: Rates, seconds: float, known_tokens: int = 0) -> AdoptionPl
         min(side_by_side, high, rates.side_by_side),
         batch,
         max(1, round(CHECKPOINT_S / update_s)),
+        round(min(max(WARMUP_SHARE * train_s / update_s, 1), WARMUP)),
         rates,
     )
 

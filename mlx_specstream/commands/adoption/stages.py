@@ -200,6 +200,10 @@ class Adoption:
             state.figures["train_minutes"] = max(left, 0.25 * self.plan.train_s) / 60
             state.save()
         train, _ = self.texts
+        if not train:
+            raise DataError(
+                "the model ends every answer at once; there is nothing to learn from it."
+            )
         if not _is_over(run):
             saved = resumable(run, resume=True)
             options = train_options(
@@ -209,6 +213,7 @@ class Adoption:
                 max_minutes=state.figures["train_minutes"],
                 batch_size=self.plan.train_batch,
                 save_every=self.plan.save_every,
+                warmup=self.plan.warmup,
             )
             task = make_task(
                 self.model,
