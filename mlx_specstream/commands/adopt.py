@@ -181,7 +181,7 @@ def _agree(adoption: Adoption, *, ask: bool) -> None:
     print(f"Trying out what it takes for {state.settings.model} here ...", flush=True)
     with state.stage(PLAN):
         plan = adoption.make_plan()
-    print("\n".join(plan.lines(state.settings.minutes)), flush=True)
+    print("\n".join(plan.lines()), flush=True)
     if ask and input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         clear(state.folder)
         raise OptionError("nothing was started.")

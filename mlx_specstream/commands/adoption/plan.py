@@ -34,8 +34,11 @@ from ..train import make_objective, make_task
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from ...weights.checkpoint import StreamWeights
+
 LONGEST_PROMPT, ANSWER_TOKENS = 512, 128
 USUAL_ANSWER = 96  # tokens, as many answers end before their room is used up
+ENOUGH = 24  # answers, below which there is nothing to train on
 MEASURE_SHARE, MEASURE_S = 0.15, 300.0
 MOST_ANSWERING = 0.5  # of what measuring leaves
 UPDATES = 150  # that a run should have at least, if need be with smaller batches
@@ -82,11 +85,12 @@ class AdoptionPlan:
     def from_dict(cls, fields: dict[str, Any]) -> AdoptionPlan:
         return cls(**{**fields, "rates": Rates(**fields["rates"])})
 
-    def lines(self, minutes: float) -> list[str]:
+    def lines(self) -> list[str]:
         """Return what a person is told before it begins."""
         answers = self.rates.answers_s * self.answer_s / USUAL_ANSWER
+        total_s = self.answer_s + self.train_s + self.measure_s
         return [
-            f"It takes {minutes:g} minutes here: about {_minutes(self.answer_s)} for some "
+            f"It takes {_minutes(total_s)} here: about {_minutes(self.answer_s)} for some "
             f"{max(1, round(answers)):,} answers of the model itself, {_minutes(self.train_s)} to "
             f"train {self.rates.parameters:,} parameters on them, {_minutes(self.measure_s)} to measure.",
             f"It needs about {self.rates.needed_bytes / 1e9:.1f} GB of memory and "
@@ -128,13 +132,16 @@ def try_out(
     prompts: Sequence[PromptToAnswer],
     mode: str,
     folder: Path,
+    given: StreamWeights | None = None,
 ) -> Rates:
     """Answer a few prompts and train on the answers once, without effect, and say how fast it went.
+
+    given: streams that are to be trained further.
 
     Raises:
         DataError: no prompt fits into the model's context.
         ModelError: streams cannot be trained for this model.
-        OptionError: the training does not fit into memory.
+        OptionError: the training does not fit into memory, or what is given cannot be trained so.
     """
     chosen = sorted(prompts[:TRIAL_PROMPTS], key=lambda p: len(p.tokens))
     if not chosen:
@@ -159,7 +166,9 @@ def try_out(
     if not texts:
         raise DataError("the model ends every answer at once; there is nothing to learn from it.")
     options = train_options(model, mode, batch_size=len(texts))
-    task = make_task(model, tokenizer, options, texts, [], folder=folder, base_name=None)
+    task = make_task(
+        model, tokenizer, options, texts, [], folder=folder, base_name=None, given=given
+    )
     objective = make_objective(task)
     usual = [select(_as_long(text, USUAL_ANSWER), 1.0, (0,)) for text in texts]
     longest = [select(_as_long(text, ANSWER_TOKENS), 1.0, (0,)) for text in texts]
@@ -199,6 +208,8 @@ def share_out(rates: Rates, seconds: float, known_tokens: int = 0) -> AdoptionPl
     wanted = (rates.positions_s * work_s - known_tokens) / both
     answer_s = min(max(wanted, 0.0), MOST_ANSWERING * work_s)
     train_s = work_s - answer_s
+    if not known_tokens:  # however few the minutes are
+        answer_s = max(answer_s, ENOUGH * USUAL_ANSWER / rates.answers_s)
     low, high = ANSWER_BATCHES
     # Three answers after each other at least, or those cut short at the end were most of them.
     side_by_side = max(low, int(rates.answers_s * answer_s / (3 * ANSWER_TOKENS)))

@@ -36,6 +36,7 @@ from ..distill import answer_prompts, read_prompts
 from ..train import make_objective, make_task, read_data
 from .plan import (
     ANSWER_TOKENS,
+    ENOUGH,
     LONGEST_PROMPT,
     MOST_ANSWERING,
     AdoptionPlan,
@@ -50,7 +51,6 @@ from .state import ANSWERS_FILE, HELD_OUT_FILE, LEARNED_FILE, AdoptionState, cle
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-ENOUGH = 24  # answers, below which there is nothing to train on
 HELD_OUT, HELD_OUT_EVERY = 32, 9  # of the prompts every so many is kept to judge by, up to so many
 ANSWERS, TRAINING = "answers", "training"
 WORSE = 0.97
@@ -97,7 +97,9 @@ class Adoption:
         settings, context = self.state.settings, self.model.context_length
         longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context // 2)
         records = records_for(settings.prompts, settings.documents)
-        found = read_prompts(records, self.tokenizer, longest)[0]
+        found, too_long = read_prompts(records, self.tokenizer, longest)
+        if too_long:
+            self.say(f"{too_long} prompts of more than {longest} tokens are left out.")
         if len(found) < 2:
             raise DataError("none of the prompts fits into the model's context; give shorter ones.")
         every = min(HELD_OUT_EVERY, len(found))
@@ -113,9 +115,8 @@ class Adoption:
     def make_plan(self) -> AdoptionPlan:
         """Try out what it takes here and share out the minutes; nothing is kept but the time."""
         state, started = self.state, awake_s()
-        rates = try_out(
-            self.model, self.tokenizer, self.prompts[0], state.settings.mode, self.folder
-        )
+        mode = state.settings.mode
+        rates = try_out(self.model, self.tokenizer, self.prompts[0], mode, self.folder, self.given)
         files = (self.folder / ANSWERS_FILE, self.learned)
         known = sum(len(record["answer_ids"]) for path in files for record in _records(path))
         left_s = max(1.0, state.left_s - (awake_s() - started))

@@ -48,7 +48,9 @@ class AdoptSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= 100_000:
-            raise OptionError(f"--minutes must be above 0, got {self.minutes:g}.")
+            raise OptionError(
+                f"--minutes must be above 0 and at most 100,000, got {self.minutes:g}."
+            )
         object.__setattr__(self, "documents", tuple(self.documents))
 
     def changed(self, before: dict[str, Any]) -> str | None:
