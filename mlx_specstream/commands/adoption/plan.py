@@ -10,7 +10,6 @@ ends by the clock. So a machine that slows down learns less, it does not take lo
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...doctor.sizes import usable_bytes
 from ...errors import DataError, OutputError
 from ...loading.load import StreamModel
 from ...machine import Machine
+from ...machine.awake import awake_s
 from ...model.cache import GROWTH, KVCache
 from ...train.batches import select
 from ...train.data import Example
@@ -147,7 +147,7 @@ def try_out(
     if not chosen:
         raise DataError("none of the prompts fits into the model's context; give shorter ones.")
     mx.reset_peak_memory()
-    started = time.perf_counter()
+    started = awake_s()
     response = batch_generate(
         model,
         tokenizer,
@@ -156,7 +156,7 @@ def try_out(
         speculative=False,
         completion_batch_size=len(chosen),
     )
-    answered_s = time.perf_counter() - started
+    answered_s = awake_s() - started
     answers_s = max(1, response.stats.generation_tokens) / answered_s
     texts = [
         Example((*p.tokens, *answer), max(2, len(p.tokens)))
@@ -176,9 +176,9 @@ def try_out(
     check_memory(needed)
     for batch in ([select(texts[0], 1.0, (0,))], usual):  # the first pays for what is done once
         weights, head = objective.weights([batch]), objective.head(batch, 0)
-        started = time.perf_counter()
+        started = awake_s()
         objective.gradients(task.start, batch, weights, head)
-        taken = time.perf_counter() - started
+        taken = awake_s() - started
     positions = sum(len(selection.positions) for selection in usual)
     parameters = sum(tensor.size for tensor in task.start.values())
     needed = max(mx.get_peak_memory(), needed)
