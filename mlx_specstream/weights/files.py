@@ -113,10 +113,15 @@ def writable_parent(target: str | Path) -> None:
         OutputError: why not.
     """
     final = _final_path(target)
-    with _plain_sentences(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=final.parent):
-            pass
+    try:
+        with _plain_sentences(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=final.parent):
+                pass
+    except OSError as error:
+        raise OutputError(
+            f"{final} cannot be written ({error.strerror}); name another place."
+        ) from error
 
 
 def remove_leftovers(target: str | Path) -> None:
@@ -254,6 +259,8 @@ def _reason(error: Exception, partial: Path | None) -> str | None:
     """Say why writing failed, or None if `error` is about something else (an input file, a bug)."""
     if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         return "the disk is full; free some space or name another place"  # safetensors gives the words, no errno
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):
+        return "the disk is probably full; free some space or name another place"  # MLX's words, no errno
     if not isinstance(error, OSError):
         return None
     if error.filename and partial and not str(error.filename).startswith(str(partial)):

@@ -258,6 +258,48 @@ def test_where_nothing_can_be_written_no_work_is_done(
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_disk_that_fills_up_stops_it_in_a_sentence(tiny_folder, monkeypatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[write] Unable to write 14877 bytes to file.")  # MLX's words
+
+    with monkeypatch.context() as filled:
+        filled.setattr(mx, "save_safetensors", full)
+        assert adopt(tiny_folder, *QUICK) == 2
+    error = capsys.readouterr().err
+    assert "the disk is probably full" in error
+    assert "Traceback" not in error
+    assert installed() == []
+    assert adopt(tiny_folder, *QUICK) == 0
+    assert "Going on: plan, answers done" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_shared_training_on_streams_that_cannot_be_shared_is_refused_before_any_work(
+    tiny_folder, tmp_path, capsys
+) -> None:
+    copy = shutil.copytree(tiny_folder, tmp_path / "model")
+    assert adopt(copy, *QUICK) == 0
+    (work() / "answers.jsonl").unlink()
+    capsys.readouterr()
+    assert adopt(copy, "--continue", "--mode", "shared", *QUICK) == 2
+    assert "streams of shared mode cannot" in capsys.readouterr().err
+    assert not (work() / "answers.jsonl").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_too_long_to_ask_is_said(tiny_folder, tmp_path, monkeypatch, capsys) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"\xef\xbb\xbf" + b"A mark stands before this text.\n\n" + b"x" * 9000)
+    stop_at(monkeypatch, tiny_folder, "--documents", text)
+    assert "prompts of more than" in capsys.readouterr().out
+    asked = [
+        json.loads(line)["messages"][0]["content"] for line in (work() / "answers.jsonl").open()
+    ]
+    assert any(content.endswith("\n\nA mark stands before this text.") for content in asked)
+    assert not any("xxx" in content for content in asked)
+
+
 def test_two_at_once_do_not_adopt_the_same_model(tiny_folder, capsys) -> None:
     assert adopt(tiny_folder, "--minutes", "1") == 2  # makes the folder
     with alone(work()):
