@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ...errors import DataError, OptionError
-from ...machine.awake import awake_s
 from ...train.batches import Selection, epoch_batches, number_of, select
 from ...train.data import Example, read_distilled, split_held_out
 from ...train.loop import TrainingLoop
@@ -70,7 +69,7 @@ class TorchTrainer(TrainingLoop):
         self.since = self.last_save = self.last_validation = self.now()
 
     def now(self) -> float:
-        return workers.first_s(awake_s())
+        return workers.first_s(super().now())
 
     def say(self, line: str) -> None:
         if self.writes:

@@ -9,7 +9,6 @@
 | `parts.py` | linear layers of which every process holds a part |
 | `ranks.py` | several processes that decode as one: who leads, and what it tells the others |
 | `load.py` | whether other programs keep the machine busy |
-| `awake.py` | how long this process has been awake, for those who have minutes to spend |
 """
 
 from __future__ import annotations

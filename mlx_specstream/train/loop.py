@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 
 from tqdm import tqdm
 
-from ..machine.awake import awake_s
+from .awake import awake_s
 from .progress import Budget, Progress
 from .record import Log
 

@@ -23,11 +23,11 @@ from ...config import DecodeConfig
 from ...errors import ModelError
 from ...loading.load import StreamModel
 from ...machine import Machine
-from ...machine.awake import awake_s
 from ...planner.acceptance import ACCEPTANCE_FILE, AcceptanceProfile
 from ...planner.record import record_answer
 from ...speculation.statistics import SpeculationStats
 from ...speculation.streams import Streams
+from ...train.awake import awake_s
 from ...train.decode_eval import TREES
 from ...verify import compare, replay
 from ...weights.checkpoint import load_streams

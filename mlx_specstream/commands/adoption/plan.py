@@ -22,8 +22,8 @@ from ...doctor.sizes import usable_bytes
 from ...errors import DataError, OutputError
 from ...loading.load import StreamModel
 from ...machine import Machine
-from ...machine.awake import awake_s
 from ...model.cache import GROWTH, KVCache
+from ...train.awake import awake_s
 from ...train.batches import select
 from ...train.data import Example
 from ...train.distilled import PromptToAnswer

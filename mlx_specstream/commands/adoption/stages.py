@@ -18,8 +18,8 @@ from ...apps.learning import whole_lines
 from ...config import StreamConfig
 from ...errors import DataError, StreamsError
 from ...loading.load import StreamModel
-from ...machine.awake import awake_s
 from ...prompts.lines import json_lines
+from ...train.awake import awake_s
 from ...train.calibrate import accepted_scores, threshold_of
 from ...train.data import Example
 from ...train.decode_eval import decoded_tokens_per_step

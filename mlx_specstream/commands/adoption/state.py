@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OptionError, OutputError
-from ...machine.awake import awake_s
+from ...train.awake import awake_s
 from ...weights.files import atomic_file, remove_leftovers
 
 STATE_FILE = "state.json"

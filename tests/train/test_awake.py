@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from mlx_specstream.machine.awake import LONGEST_S, AwakeClock
+from mlx_specstream.train.awake import LONGEST_S, AwakeClock
 
 
 def test_it_counts_as_any_clock_does() -> None:
@@ -20,7 +20,7 @@ def test_it_counts_as_any_clock_does() -> None:
 def test_a_stopped_process_does_not_grow_older() -> None:
     code = (
         "import sys, time\n"
-        "from mlx_specstream.machine.awake import awake_s\n"
+        "from mlx_specstream.train.awake import awake_s\n"
         "awake_s()\n"
         "print('begun', flush=True)\n"
         "sys.stdin.readline()\n"
