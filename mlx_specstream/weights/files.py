@@ -17,6 +17,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,24 @@ def refuse_existing(target: str | Path, *, files_only: bool = False) -> None:
         )
     if not files_only and _occupied(final):
         raise _exists_already(final)
+
+
+def writable_parent(target: str | Path) -> None:
+    """Make sure that something can be written beside `target`, before any work is done for it.
+
+    Raises:
+        OutputError: why not.
+    """
+    final = _final_path(target)
+    try:
+        with _plain_sentences(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=final.parent):
+                pass
+    except OSError as error:
+        raise OutputError(
+            f"{final} cannot be written ({error.strerror}); name another place."
+        ) from error
 
 
 def remove_leftovers(target: str | Path) -> None:
@@ -240,6 +259,8 @@ def _reason(error: Exception, partial: Path | None) -> str | None:
     """Say why writing failed, or None if `error` is about something else (an input file, a bug)."""
     if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         return "the disk is full; free some space or name another place"  # safetensors gives the words, no errno
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):
+        return "the disk is probably full; free some space or name another place"  # MLX's words, no errno
     if not isinstance(error, OSError):
         return None
     if error.filename and partial and not str(error.filename).startswith(str(partial)):
