@@ -1,0 +1,222 @@
+"""A model of 8 billion weights in 4 bits on this machine: memory, bytes read per pass, a long prompt.
+
+    python -m benchmarks.large make FOLDER               random weights, 4.5 GB; no download
+    python -m benchmarks.large load FOLDER [--streams]   time and peak of loading
+    python -m benchmarks.large decode FOLDER --context 8192 --prompt 512
+
+Streams have the shape that `specstream adopt` gives them, untrained: a step costs the same. Bytes
+are counted where layers compute, in passes that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from benchmarks.random_weights import write_random_model
+from mlx_specstream.commands.adoption.plan import train_options
+from mlx_specstream.config import DecodeConfig
+from mlx_specstream.doctor.sizes import TYPICAL, Shape
+from mlx_specstream.exit_status import exit_status
+from mlx_specstream.loading.load import StreamModel, load
+from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.drafting import StreamDecoder
+from mlx_specstream.speculation.plain import PlainDecoder
+from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.speculation.sampling import TokenSampler
+from mlx_specstream.train.initialise import untrained
+from mlx_specstream.weights.checkpoint import save_streams
+from mlx_specstream.weights.fingerprint import base_dims, fingerprint
+from tests.support.random_models import filled_cache
+
+SHAPE = next(shape for shape in TYPICAL if shape.name == "Llama-3.1-8B")
+CHUNK = 512
+WEIGHTS = ("weight", "scales", "biases")
+DTYPES = {"float16": mx.float16, "float32": mx.float32}
+
+
+def make(folder: Path, shape: Shape, dtype: mx.Dtype = mx.float16) -> None:
+    """Write the model and, in `streams`, its streams in 16 bits."""
+    write_random_model(folder, shape, dtype)
+    model, _ = load(str(folder), streams=None, lazy=True)
+    options = train_options(model, "lossless")
+    dims = base_dims(model.model)
+    modules = dims.common_modules(options.msa_layers(dims.num_layers))
+    config = options.stream_config(dims.num_layers, modules)
+    tensors = untrained(model.backbone, config, rms=1.0, seed=0)
+    halves = {name: value.astype(mx.float16) for name, value in tensors.items()}
+    own = fingerprint(model.model)
+    save_streams(folder / "streams", config, halves, base_model=None, fingerprint=own)
+
+
+def loaded(folder: Path, streams: bool) -> tuple[dict[str, Any], StreamModel]:
+    """Load the model, and return what that took, in bytes and seconds."""
+    before, begun = _resident_peak(), time.perf_counter()
+    model, _ = load(str(folder), streams=folder / "streams" if streams else None)
+    base = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    own = sum(path.stat().st_size for path in (folder / "streams").glob("*.safetensors"))
+    found = {
+        "base_bytes": base,
+        "streams_bytes": own,
+        "streams_share": own / base,
+        "load_s": time.perf_counter() - begun,
+        "resident_before": before,
+        "resident_peak": _resident_peak(),
+        "mlx_active": mx.get_active_memory(),
+        "mlx_peak": mx.get_peak_memory(),
+    }
+    return found, model
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """Count the bytes of weights that the layers of passes read, tokens' embedding rows left out."""
+    read = 0
+    calls = [(nn.QuantizedLinear, "__call__"), (nn.QuantizedEmbedding, "as_linear")]
+    before = [getattr(kind, name) for kind, name in calls]
+
+    def noted(call: Any) -> Any:
+        def run(module: nn.Module, x: mx.array) -> mx.array:
+            nonlocal read
+            read += sum(module[name].nbytes for name in WEIGHTS if name in module)
+            result: mx.array = call(module, x)
+            return result
+
+        return run
+
+    for (kind, name), call in zip(calls, before, strict=True):
+        setattr(kind, name, noted(call))
+    try:
+        yield lambda: read
+    finally:
+        for (kind, name), call in zip(calls, before, strict=True):
+            setattr(kind, name, call)
+
+
+def dequantise_rows(least: int) -> None:
+    """Let quantised layers take so many rows or more through their dequantised matrix.
+
+    MLX's own product dequantises every weight once for every row on a CPU. No more than one layer's
+    matrix is there at a time.
+    """
+    own = nn.QuantizedLinear.__call__
+
+    def run(module: nn.Module, x: mx.array) -> mx.array:
+        if x.shape[-2] < least:
+            result: mx.array = own(module, x)
+            return result
+        parts = (module[name] for name in WEIGHTS)
+        matrix = mx.dequantize(*parts, group_size=module.group_size, bits=module.bits)
+        result = x @ matrix.astype(x.dtype).T
+        mx.eval(result)
+        return result
+
+    nn.QuantizedLinear.__call__ = run  # type: ignore[method-assign]
+
+
+def read_prompt(model: StreamModel, tokens: int) -> tuple[dict[str, Any], KVCache]:
+    """Read a prompt in chunks, telling how far it is."""
+    cache = model.backbone.new_cache()
+    prompt = [(7 * i * i + 3 * i) % 997 for i in range(tokens)]
+    begun = time.perf_counter()
+    mx.reset_peak_memory()
+    for done in model.prefill(prompt, cache, CHUNK):
+        seconds = time.perf_counter() - begun
+        print(f"{done} tokens of the prompt, {seconds:.0f} s", file=sys.stderr, flush=True)
+    found = {
+        "prompt_tokens": tokens,
+        "prompt_s": time.perf_counter() - begun,
+        "cache_bytes": cache.nbytes,
+        "mlx_peak": mx.get_peak_memory(),
+        "resident_peak": _resident_peak(),
+    }
+    return found, cache
+
+
+def decoded(model: StreamModel, cache: KVCache, tree: str, passes: int) -> dict[str, Any]:
+    """Decode so many passes behind a cache, plainly and with streams; the bytes of one of each."""
+    assert model.streams is not None
+    length = cache.length
+    decoders = {
+        "plain": PlainDecoder(model.backbone, TokenSampler()),
+        tree: StreamDecoder(model.streams, DecodeConfig.parse(tree), TokenSampler()),
+    }
+    found: dict[str, Any] = {"context": length, "cache_bytes": cache.nbytes}
+    for name, decoder in decoders.items():
+        mx.reset_peak_memory()
+        cache.rewind(length)
+        with counted() as read:
+            steps = decoder.steps(1, cache, MaxTokens())
+            before = [0]
+            begun = time.perf_counter()
+            for _ in range(passes):
+                next(steps)
+                mx.synchronize()
+                before.append(read())
+            seconds = time.perf_counter() - begun
+        # The first pass drafts from the root alone, and plain decoding runs one pass ahead.
+        each = before[-1] - before[-2]
+        found[name] = {
+            "weight_bytes": each,
+            "pass_s": seconds / passes,
+            "mlx_peak": mx.get_peak_memory(),
+            "resident_peak": _resident_peak(),
+        }
+        steps.close()
+    return found
+
+
+def _resident_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the options of `python -m benchmarks.large`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large")
+    parser.add_argument("verb", choices=("make", "load", "decode"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="make: of the scales")
+    parser.add_argument("--streams", action="store_true", help="load: with the streams")
+    parser.add_argument("--prompt", type=int, default=0, help="decode: tokens of a prompt to read")
+    parser.add_argument("--context", type=int, default=0, help="decode: behind so many random rows")
+    parser.add_argument("--tree", default="chain", help="decode: what to verify")
+    parser.add_argument("--passes", type=int, default=3, help="decode: of each kind")
+    parser.add_argument(
+        "--dequantise", type=int, default=0, help="decode: passes of so many rows or more"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the first word says and print what was found as JSON."""
+    options = build_parser().parse_args(argv)
+    if options.verb == "make":
+        make(options.folder, SHAPE, DTYPES[options.dtype])
+        return 0
+    found, model = loaded(options.folder, options.streams or options.verb == "decode")
+    if options.dequantise:
+        dequantise_rows(options.dequantise)
+    if options.verb == "decode" and options.prompt:
+        found["prompt"], cache = read_prompt(model, options.prompt)
+        found["behind_prompt"] = decoded(model, cache, options.tree, options.passes)
+        del cache
+    if options.verb == "decode" and options.context:
+        cache = filled_cache(model.backbone, options.context)
+        found["behind_context"] = decoded(model, cache, options.tree, options.passes)
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, "large"))
