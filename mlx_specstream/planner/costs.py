@@ -182,15 +182,16 @@ def step_costs(
     path = cached_at(key)
     earlier = None if refresh else read_curve(path, key)
     message = message_s(model.backbone)
-    again = earlier is not None and (
-        has_changed(earlier, message, messages_per_pass(model.backbone))
-        or (earlier.busy and _may_be_measured_again(path))
-    )
+    again = ""  # why, if earlier costs do not hold
+    if earlier is not None and has_changed(earlier, message, messages_per_pass(model.backbone)):
+        again = "with faster or slower messages"
+    elif earlier is not None and earlier.busy and _may_be_measured_again(path):
+        again = "while other programs ran"
     known = _told(None if again and budget_s > 0 else earlier)
     if known is not None or budget_s <= 0:
         return known
     profile = acceptance(model)
-    (announce or log.warning)(f"note: {_why(_called(model), earlier, path, key, budget_s)}")
+    (announce or log.warning)(f"note: {_why(_called(model), again, path, key, budget_s)}")
     watch = Watch()
     from mlx_lm.generate import wired_limit
 
@@ -230,14 +231,11 @@ def _called(model: StreamModel) -> str:
     return without_folders(model.name) + (f" with {streams}" if streams else "")
 
 
-def _why(
-    name: str, known: CostCurve | None, path: Path, key: dict[str, object], budget_s: float
-) -> str:
+def _why(name: str, again: str, path: Path, key: dict[str, object], budget_s: float) -> str:
     """Return the sentence that says what is measured now, and why if that was done before."""
     limit = f"for up to {budget_s:g} seconds"
-    if known is not None:
-        before = "while other programs ran" if known.busy else "with faster or slower messages"
-        return f"what decoding steps of {name} cost was measured {before}; it is measured again, {limit}."
+    if again:
+        return f"what decoding steps of {name} cost was measured {again}; it is measured again, {limit}."
     if (other := _known_otherwise(path, key)) is not None:
         return (
             f"what decoding steps of {name} cost is known with {_computes(other)}, and kept; "
