@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_specstream.loading.demo import resolve_demo
 from mlx_specstream.loading.load import load
+from mlx_specstream.planner import ACCEPTANCE_FILE
 from mlx_specstream.weights.checkpoint import load_streams, save_streams
 from mlx_specstream.weights.fingerprint import fingerprint
 from mlx_specstream.weights.shipped import SHIPPED
@@ -21,12 +22,17 @@ from mlx_specstream.weights.shipped import SHIPPED
 OUTPUTS = ("q_proj", "k_proj", "v_proj")  # whose outputs are heads; o_proj's inputs are
 
 
-def make_even(folder: Path, streams: str = "demo-chat") -> tuple[Path, Path]:
-    """Write the demo model with one group of heads more, and its streams; return both folders."""
-    demo, made, joined = resolve_demo(), folder / "model", folder / "streams"
-    config = json.loads((demo / "config.json").read_text("utf-8"))
+def make_even(
+    folder: Path, base: Path | None = None, streams: Path = SHIPPED / "demo-chat"
+) -> tuple[Path, Path]:
+    """Write a llama (None: the demo model) with one group of heads more, and its streams.
+
+    Returns both folders.
+    """
+    base, made, joined = base or resolve_demo(), folder / "model", folder / "streams"
+    config = json.loads((base / "config.json").read_text("utf-8"))
     groups, heads = config["num_key_value_heads"], config["num_attention_heads"]
-    width = config["hidden_size"] // heads
+    width = config.get("head_dim") or config["hidden_size"] // heads
     more = {"q_proj": heads // groups * width, "k_proj": width, "v_proj": width}
     more["o_proj"] = more["q_proj"]
     config |= {
@@ -35,12 +41,12 @@ def make_even(folder: Path, streams: str = "demo-chat") -> tuple[Path, Path]:
         "head_dim": width,
     }
     made.mkdir(parents=True, exist_ok=True)
-    for path in demo.iterdir():
+    for path in base.iterdir():
         if path.suffix != ".safetensors" and path.is_file():
             shutil.copy(path, made)
     (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     weights = {}
-    for file in sorted(demo.glob("model*.safetensors")):
+    for file in sorted(base.glob("model*.safetensors")):
         for name, value in mx.load(str(file)).items():
             *_, module, leaf = name.split(".") if "." in name else ("", name, "")
             if module in more and leaf in ("weight", "bias"):
@@ -48,7 +54,7 @@ def make_even(folder: Path, streams: str = "demo-chat") -> tuple[Path, Path]:
             weights[name] = value
     mx.save_safetensors(str(made / "model.safetensors"), weights, metadata={"format": "mlx"})
 
-    found = load_streams(SHIPPED / streams)
+    found = load_streams(streams)
     tensors = {}
     for name, value in found.tensors.items():
         *_, module, leaf = name.split(".") if "." in name else ("", name, "")
@@ -60,7 +66,8 @@ def make_even(folder: Path, streams: str = "demo-chat") -> tuple[Path, Path]:
     model, _ = load(str(made), streams=None, lazy=True)
     own = fingerprint(model.model)
     save_streams(joined, found.config, tensors, base_model=None, fingerprint=own)
-    shutil.copy(SHIPPED / streams / "acceptance.json", joined)
+    if (recorded := streams / ACCEPTANCE_FILE).exists():
+        shutil.copy(recorded, joined)
     return made, joined
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.large make FOLDER               random weights, 4.5 GB; no download
     python -m benchmarks.large load FOLDER [--streams]   time and peak of loading
-    python -m benchmarks.large decode FOLDER --context 8192 --prompt 512
+    python -m benchmarks.large decode FOLDER --prompt 512 --context 8192
 
 Streams have the shape that `specstream adopt` gives them, untrained: a step costs the same. Bytes
 are counted where layers compute, in passes that run.
@@ -124,7 +124,7 @@ def dequantise_rows(least: int) -> None:
     nn.QuantizedLinear.__call__ = run  # type: ignore[method-assign]
 
 
-def read_prompt(model: StreamModel, tokens: int) -> tuple[dict[str, Any], KVCache]:
+def read_prompt(model: StreamModel, tokens: int) -> dict[str, Any]:
     """Read a prompt in chunks, telling how far it is."""
     cache = model.backbone.new_cache()
     prompt = [(7 * i * i + 3 * i) % 997 for i in range(tokens)]
@@ -133,14 +133,13 @@ def read_prompt(model: StreamModel, tokens: int) -> tuple[dict[str, Any], KVCach
     for done in model.prefill(prompt, cache, CHUNK):
         seconds = time.perf_counter() - begun
         print(f"{done} tokens of the prompt, {seconds:.0f} s", file=sys.stderr, flush=True)
-    found = {
+    return {
         "prompt_tokens": tokens,
         "prompt_s": time.perf_counter() - begun,
         "cache_bytes": cache.nbytes,
         "mlx_peak": mx.get_peak_memory(),
         "resident_peak": _resident_peak(),
     }
-    return found, cache
 
 
 def decoded(model: StreamModel, cache: KVCache, tree: str, passes: int) -> dict[str, Any]:
@@ -208,12 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dequantise:
         dequantise_rows(options.dequantise)
     if options.verb == "decode" and options.prompt:
-        found["prompt"], cache = read_prompt(model, options.prompt)
-        found["behind_prompt"] = decoded(model, cache, options.tree, options.passes)
-        del cache
+        found["prompt"] = read_prompt(model, options.prompt)
     if options.verb == "decode" and options.context:
         cache = filled_cache(model.backbone, options.context)
-        found["behind_context"] = decoded(model, cache, options.tree, options.passes)
+        found["context"] = decoded(model, cache, options.tree, options.passes)
     print(json.dumps(found, indent=1))
     return 0
 

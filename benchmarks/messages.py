@@ -71,6 +71,14 @@ def set_delay(delay_us: float) -> None:
     ctypes.c_long.in_dll(ctypes.CDLL(None), "message_delay_ns").value = round(each)
 
 
+def compiled(folder: Path) -> Path:
+    """Compile `late.c` into a library to be loaded before all others."""
+    late, source = folder / "late.so", Path(__file__).with_name("late.c")
+    compiler = ["cc", "-shared", "-fPIC", "-O2", "-o", str(late), str(source), "-ldl"]
+    subprocess.run(compiler, check=True)
+    return late
+
+
 def plan(model: StreamModel, delay_us: int, budget_s: float) -> tuple[Delayed, Forecast]:
     """Measure steps with a delay, as `planner_for` does, and return what the planner chooses."""
     assert model.streams is not None
@@ -214,15 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.model is None:
             model, streams = make_even(Path(folder))
             words += ["--model", str(model), "--streams", str(streams)]
-        late = Path(folder) / "late.so"
-        source = Path(__file__).with_name("late.c")
-        compiler = ["cc", "-shared", "-fPIC", "-O2", "-o", str(late), str(source), "-ldl"]
-        subprocess.run(compiler, check=True)
-        preloaded = f"{late} {os.environ.get('LD_PRELOAD', '')}".strip()
+        preloaded = f"{compiled(Path(folder))} {os.environ.get('LD_PRELOAD', '')}".strip()
         ended = launch(
             options.processes,
             ["-m", "benchmarks.messages", "--part", *words],
-            timeout=2 * options.seconds,
+            timeout=600 + 2 * options.seconds,
             environment={"LD_PRELOAD": preloaded},
         )
     others = watch.other_cores - (_children_s() - before) / (time.monotonic() - begun)
