@@ -47,7 +47,9 @@ def make_even(
     (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     weights = {}
     for file in sorted(base.glob("model*.safetensors")):
-        for name, value in mx.load(str(file)).items():
+        held = mx.load(str(file))
+        assert isinstance(held, dict)
+        for name, value in held.items():
             *_, module, leaf = name.split(".") if "." in name else ("", name, "")
             if module in more and leaf in ("weight", "bias"):
                 value = _with_zeros(value, more[module], 1 if module == "o_proj" else 0)

@@ -111,12 +111,11 @@ def dequantise_rows(least: int) -> None:
     """
     own = nn.QuantizedLinear.__call__
 
-    def run(module: nn.Module, x: mx.array) -> mx.array:
+    def run(module: nn.QuantizedLinear, x: mx.array) -> mx.array:
         if x.shape[-2] < least:
-            result: mx.array = own(module, x)
-            return result
-        parts = (module[name] for name in WEIGHTS)
-        matrix = mx.dequantize(*parts, group_size=module.group_size, bits=module.bits)
+            return own(module, x)
+        weight, scales, biases = (module[name] for name in WEIGHTS)
+        matrix = mx.dequantize(weight, scales, biases, module.group_size, module.bits)
         result = x @ matrix.astype(x.dtype).T
         mx.eval(result)
         return result
@@ -155,7 +154,7 @@ def decoded(model: StreamModel, cache: KVCache, tree: str, passes: int) -> dict[
         mx.reset_peak_memory()
         cache.rewind(length)
         with counted() as read:
-            steps = decoder.steps(1, cache, MaxTokens())
+            steps = iter(decoder.steps(1, cache, MaxTokens()))
             before = [0]
             begun = time.perf_counter()
             for _ in range(passes):
@@ -171,7 +170,6 @@ def decoded(model: StreamModel, cache: KVCache, tree: str, passes: int) -> dict[
             "mlx_peak": mx.get_peak_memory(),
             "resident_peak": _resident_peak(),
         }
-        steps.close()
     return found
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DELAYS_US = (0, 50, 200, 1000)
+MIN_TOKENS = 8
 TURN = 8  # tokens of an answer before the next method's turn
 
 
@@ -127,7 +128,7 @@ def ask(
         plain, own, undelayed = (answer.answered for answer in answers)
         if own.tokens != plain.tokens or undelayed.tokens != plain.tokens:
             raise ModelError("speculation changed an answer, which is a fault; please report it.")
-        if len(plain.tokens) < max_tokens // 2:
+        if len(plain.tokens) < MIN_TOKENS:
             continue  # too short to time
         row.plain_tokens_per_s.append((len(plain.tokens) - 1) / plain.decode_s)
         row.speedup.append(plain.decode_s / own.decode_s)
@@ -147,7 +148,7 @@ def work(options: argparse.Namespace) -> int:
     longest = 0.0
     for prompt in prompts:
         started = ranks.clock()
-        if started - begun + longest > options.seconds:
+        if longest and started - begun + longest > options.seconds:
             break
         ask(model, tokenizer, prompt, options.max_tokens, rows, choices)
         longest = max(longest, ranks.clock() - started)
@@ -191,7 +192,9 @@ def _children_s() -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 

@@ -79,6 +79,7 @@ def _alone(backbone: Backbone, text: list[int]) -> mx.array:
         return cast(mx.array, backbone.model(mx.array([text]))[0, -_ROWS:])
     tokens = mx.array(text, dtype=mx.int32)
     hidden = backbone.forward(tokens, KVCache(backbone.num_layers), last_only=False)
+    mx.eval(hidden)  # one text's messages before the next one's, in every process
     return backbone.logits(hidden)[-_ROWS:]
 
 

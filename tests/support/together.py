@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from mlx_specstream.config import Mode
+
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3", "gpt_oss")
 AT_ONCE = 25  # cases that one start of the processes decodes
 ASKED = ("What is the sea?", "List three colours.", "Write a line of Python.", "Who was Ada?")
@@ -70,8 +72,8 @@ def launch(
         try:
             ended = [one.communicate(timeout=timeout) for one in started]
         finally:
-            for one in started:
-                one.kill()
+            for process in started:
+                process.kill()
     return [(one.returncode, out, err) for one, (out, err) in zip(started, ended, strict=True)]
 
 
@@ -105,7 +107,7 @@ def compare(processes: int, seed: int, cases: int) -> int:
     In turns: tiny models divided as they can be, tiny models in stages, the demo model.
     """
     agreed: Counter[str] = Counter()
-    kinds = ([], ["--pipeline"], ["--demo"])
+    kinds: list[list[str]] = [[], ["--pipeline"], ["--demo"]]
     while agreed.total() < cases:
         turn, seed = seed % len(kinds), seed + 1
         words = ["--seed", str(seed), "--cases", str(AT_ONCE), *kinds[turn]]
@@ -154,7 +156,7 @@ def tiny_case(number: int, draw: np.random.Generator, *, pipeline: bool) -> dict
     setting = str(draw.choice(TREES))
     caching = CACHES[draw.integers(len(CACHES))]
     temp, seed = float(draw.choice([0.0, 0.9])), int(draw.integers(1000))
-    mode = "shared" if draw.random() < 0.25 else "lossless"
+    mode: Mode = "shared" if draw.random() < 0.25 else "lossless"
     prompts = [draw.integers(0, 12, size=n).tolist() for n in draw.integers(2, 30, size=3)]
     wide = {"head_dim": 32} if "kv_bits" in caching else {}
     if "kv_bits" in caching and family not in ("llama", "qwen3", "qwen3_moe"):
@@ -206,7 +208,7 @@ def answered(
     tokenizer: Any,
     prompt: list[int],
     setting: str,
-    caching: dict[str, int],
+    caching: dict[str, Any],
     temp: float,
     seed: int,
 ) -> list[object]:
