@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # What the launchers of MLX's back ends (ring and jaccl, MPI) tell a process.
 _RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_BACK_ENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "[distributed]")
 _SOFTWARE = ("mlx-specstream", "mlx", "mlx-lm")
 FOLLOWER_PATIENCE = 2.0  # seconds in which the leader can say first what went wrong everywhere
 
@@ -116,6 +117,11 @@ def count() -> int:
     """Return how many processes decode together."""
     found = group()
     return 1 if found is None else found.size()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Tell whether a back end says that another process is gone."""
+    return is_launched() and isinstance(error, RuntimeError) and str(error).startswith(_BACK_ENDS)
 
 
 def told(data: bytes = b"") -> bytes:

@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -75,6 +78,24 @@ def work():
 sys.exit(exit_status(work))
 """
 
+SERVING = """
+import os, signal, sys
+from mlx_specstream.apps.serve import scheduler
+from mlx_specstream.cli import main
+from mlx_specstream.machine import ranks
+
+step, steps = scheduler.Scheduler.step, []
+
+def dying(self):
+    steps.append(1)
+    if len(steps) == 4 and ranks.is_follower():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+scheduler.Scheduler.step = dying
+sys.exit(main(["serve", "--model", sys.argv[1], "--streams", "none", "--port", sys.argv[2]]))
+"""
+
 REFUSED = """
 import sys
 from mlx_specstream import load
@@ -111,6 +132,26 @@ def test_the_loss_of_one_ends_the_other(folder: Path, phase: str, who: int) -> N
 def test_one_that_is_lost_at_the_end_takes_nothing_with_it(folder: Path) -> None:
     ended = launch(2, ["-c", DYING, str(folder), "end", "1"], timeout=SECONDS)
     assert [status for status, _, _ in ended] == [0, -signal.SIGKILL], ended
+
+
+def test_a_server_ends_too(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 400}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with ThreadPoolExecutor() as threads:
+        ended = threads.submit(launch, 2, ["-c", SERVING, str(folder), str(port)], SECONDS)
+        while not ended.done():
+            time.sleep(0.2)
+            with suppress(OSError):  # not there yet, or gone
+                urllib.request.urlopen(request, timeout=SECONDS).close()
+    assert ended.result()[1][0] == -signal.SIGKILL
+    ends(ended.result()[:1], "another process was lost")
 
 
 def test_different_versions_are_told(folder: Path) -> None:
