@@ -23,12 +23,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from benchmarks.pages import set_section
 from benchmarks.random_weights import write_random_model
 from mlx_specstream.commands.adoption.plan import train_options
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.doctor.sizes import TYPICAL, Shape
 from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import StreamModel, load
+from mlx_specstream.machine import Machine
 from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
@@ -41,6 +43,7 @@ from tests.support.random_models import filled_cache
 
 SHAPE = next(shape for shape in TYPICAL if shape.name == "Llama-3.1-8B")
 CHUNK = 512
+TITLE, BEFORE = "Eight billion weights in 4 bits", "Anatomy of a step"
 WEIGHTS = ("weight", "scales", "biases")
 DTYPES = {"float16": mx.float16, "float32": mx.float32}
 
@@ -173,6 +176,33 @@ def decoded(model: StreamModel, cache: KVCache, tree: str, passes: int) -> dict[
     return found
 
 
+def section(found: dict[str, Any]) -> str:
+    """Return what was found as Markdown."""
+    context, prompt = found["context"], found["prompt"]
+    tree = next(name for name in context if name not in ("plain", "context", "cache_bytes"))
+    plain, step = context["plain"], context[tree]
+
+    def gb(number: float) -> str:
+        return f"{number / 1e9:.2f} GB"
+
+    return f"""\
+`python -m benchmarks.large` makes a {SHAPE.name} of random 4-bit weights, {gb(found["base_bytes"])}, and streams as
+`specstream adopt` makes them, {found["streams_bytes"] / 1e6:.0f} MB or {found["streams_share"]:.1%} of it.
+Measured on {found["machine"]}, {found["date"]}.
+
+| | |
+|---|---|
+| memory after loading, streams and probe included | {gb(found["mlx_active"])}; at the peak {gb(found["mlx_peak"])} \
+(process {gb(found["resident_peak"])}): nothing is there twice |
+| weights read per token, decoding plainly | {gb(plain["weight_bytes"])} |
+| weights read per step of a {tree} | {gb(step["weight_bytes"])}, the streams' layers a second time |
+| peak behind {context["context"]:,} tokens | {gb(plain["mlx_peak"])} plainly, {gb(step["mlx_peak"])} with streams; \
+the KV cache holds {gb(context["cache_bytes"])} |
+| a prompt of {prompt["prompt_tokens"]:,} tokens, in chunks of {CHUNK} | peak {gb(prompt["mlx_peak"])}, \
+{prompt["prompt_s"]:.0f} s |
+"""
+
+
 def _resident_peak() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
@@ -192,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dequantise", type=int, default=0, help="decode: passes of so many rows or more"
     )
+    parser.add_argument("--page", type=Path, help="decode: put a section into this page")
     return parser
 
 
@@ -209,7 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.verb == "decode" and options.context:
         cache = filled_cache(model.backbone, options.context)
         found["context"] = decoded(model, cache, options.tree, options.passes)
+    machine = Machine.read()
+    found |= {"machine": f"{machine.chip}, MLX {machine.mlx}", "date": time.strftime("%Y-%m-%d")}
     print(json.dumps(found, indent=1))
+    if options.page is not None:
+        set_section(options.page, TITLE, section(found), BEFORE)
     return 0
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.even_heads import make_even
+from benchmarks.pages import set_section
 from mlx_specstream.bench.measure import in_turns, ours
 from mlx_specstream.config import DecodeConfig
 from mlx_specstream.errors import ModelError
@@ -43,6 +44,12 @@ if TYPE_CHECKING:
 
 DELAYS_US = (0, 50, 200, 1000)
 MIN_TOKENS = 8
+TITLE = "What slow messages do"
+INTRODUCTION = """\
+`python -m benchmarks.messages`: two processes on one machine decode the demo model, sharded, while every sum over both
+of them is made late by a delay. The planner measures and chooses for each delay anew; then a few tokens of every
+method's answer are decoded in turns, all delays in turns too, and all say the same. Gains are over plain decoding
+with the same delay: the median of the prompts and their quartiles."""
 TURN = 8  # tokens of an answer before the next method's turn
 
 
@@ -210,6 +217,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan-seconds", type=float, default=12.0, help="for each cost curve")
     parser.add_argument("--seconds", type=float, default=300.0, help="for all of it")
     parser.add_argument("--output", default="messages.json", help="the JSON file to write")
+    parser.add_argument(
+        "--page", type=Path, help="put the table into this page, docs/distributed.md"
+    )
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -245,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(table(found))
+    if options.page is not None:
+        set_section(options.page, TITLE, f"{INTRODUCTION}\n\n{table(found)}", "What was tried")
     return 0
 
 

@@ -85,20 +85,18 @@ def test_the_study_runs(
     monkeypatch.setenv("SPECSTREAM_CACHE", str(tmp_path))
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     output = tmp_path / "found.json"
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n## What was tried\n\nMuch.\n", encoding="utf-8")
     words = ["--model", str(model), "--streams", str(streams), "--delays", "0,500"]
-    words += [
-        "--max-tokens",
-        "8",
-        "--plan-seconds",
-        "0.5",
-        "--seconds",
-        "1",
-        "--output",
-        str(output),
-    ]
+    words += ["--max-tokens", "8", "--plan-seconds", "0.5", "--seconds", "1"]
+    words += ["--output", str(output), "--page", str(page)]
     assert main(words) == 0
     found = json.loads(output.read_text("utf-8"))
     assert [row["delay_us"] for row in found["rows"]] == [0, 500]
     assert all(row["messages"] == 8 and row["speedup"] for row in found["rows"])
     assert found["rows"][1]["plain_ms"] > found["rows"][0]["plain_ms"] + 8 * 0.4
+    sections = page.read_text("utf-8").split("## ")
+    assert sections[1].startswith("What slow messages do\n")
+    assert table(found) in sections[1]
+    assert sections[2] == "What was tried\n\nMuch.\n"
     assert table(found) in capsys.readouterr().out
