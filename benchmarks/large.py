@@ -32,6 +32,7 @@ from mlx_specstream.exit_status import exit_status
 from mlx_specstream.loading.load import StreamModel, load
 from mlx_specstream.machine import Machine
 from mlx_specstream.model.cache import KVCache
+from mlx_specstream.model.families.embed_and_head import EmbedAndHead
 from mlx_specstream.speculation.drafting import StreamDecoder
 from mlx_specstream.speculation.plain import PlainDecoder
 from mlx_specstream.speculation.result import MaxTokens
@@ -85,25 +86,27 @@ def loaded(folder: Path, streams: bool) -> tuple[dict[str, Any], StreamModel]:
 def counted() -> Iterator[Callable[[], int]]:
     """Count the bytes of weights that the layers of passes read, tokens' embedding rows left out."""
     read = 0
-    calls = [(nn.QuantizedLinear, "__call__"), (nn.QuantizedEmbedding, "as_linear")]
-    before = [getattr(kind, name) for kind, name in calls]
+    linear, product = nn.QuantizedLinear.__call__, EmbedAndHead.product
 
-    def noted(call: Any) -> Any:
-        def run(module: nn.Module, x: mx.array) -> mx.array:
-            nonlocal read
-            read += sum(module[name].nbytes for name in WEIGHTS if name in module)
-            result: mx.array = call(module, x)
-            return result
+    def note(module: nn.Module) -> None:
+        nonlocal read
+        read += sum(module[name].nbytes for name in WEIGHTS if name in module)
 
-        return run
+    def noted_linear(module: nn.QuantizedLinear, x: mx.array) -> mx.array:
+        note(module)
+        return linear(module, x)
 
-    for (kind, name), call in zip(calls, before, strict=True):
-        setattr(kind, name, noted(call))
+    def noted_product(parts: EmbedAndHead, normed: mx.array) -> mx.array:
+        note(parts.head)  # which it calls by what it has found before
+        return product(parts, normed)
+
+    nn.QuantizedLinear.__call__ = noted_linear  # type: ignore[method-assign]
+    EmbedAndHead.product = noted_product  # type: ignore[method-assign]
     try:
         yield lambda: read
     finally:
-        for (kind, name), call in zip(calls, before, strict=True):
-            setattr(kind, name, call)
+        nn.QuantizedLinear.__call__ = linear  # type: ignore[method-assign]
+        EmbedAndHead.product = product  # type: ignore[method-assign]
 
 
 def dequantise_rows(least: int) -> None:
