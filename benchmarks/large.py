@@ -101,7 +101,7 @@ def counted() -> Iterator[Callable[[], int]]:
         return product(parts, normed)
 
     nn.QuantizedLinear.__call__ = noted_linear  # type: ignore[method-assign]
-    EmbedAndHead.product = noted_product  # type: ignore[method-assign]
+    EmbedAndHead.product = noted_product  # type: ignore[method-assign, assignment]
     try:
         yield lambda: read
     finally:

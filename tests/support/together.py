@@ -30,7 +30,12 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3", "gpt_oss")
 AT_ONCE = 25  # cases that one start of the processes decodes
 ASKED = ("What is the sea?", "List three colours.", "Write a line of Python.", "Who was Ada?")
 TREES = ("chain", "chain2", "4", "8", "2^2", "8:4", "4 inline")
-CACHES = ({}, {}, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 7}, {"max_kv_size": 24})
+CACHES: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 7},
+    {"max_kv_size": 24},
+)
 
 
 def launch(
