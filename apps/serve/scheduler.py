@@ -24,6 +24,7 @@ from ...batch import BatchDecoder, BatchSequence
 from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
+from ...exit_status import end_if_lost
 from ...generation.generate import decoder_for
 from ...speculation.result import MaxTokens, StepResult
 from ...speculation.sampling import TokenSampler
@@ -192,6 +193,7 @@ class Scheduler:
                 answer.cache = self.batch.remove(sequence)
 
     def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
+        end_if_lost(error)
         answer.failed = True
         return answer.request, Failure.of(error)
 

@@ -28,6 +28,7 @@ from ..config import DecodeConfig
 from ..config.bounds import whole
 from ..errors import OptionError
 from ..loading.load import StreamModel
+from ..machine import ranks
 from ..model.cache import KVCache
 from ..speculation.decode import not_a_number
 from ..speculation.result import DraftRecord, MaxTokens, StepResult, StopCriteria, Verdict
@@ -263,9 +264,10 @@ class BatchDecoder:
             )
             if part:
                 left -= len(part)
-                forward(mx.array(part, dtype=mx.int32), sequence.cache)
+                hidden = forward(mx.array(part, dtype=mx.int32), sequence.cache)
                 sequence.cache.advance(len(part))
-                mx.async_eval(sequence.cache.arrays)
+                # Among processes the hidden states are messages, which all must see through.
+                mx.async_eval(sequence.cache.arrays, hidden if ranks.group() else [])
             self.waiting.popleft()
             if len(sequence.pending_prompt) == 1:
                 self._join(sequence)
