@@ -127,7 +127,8 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(_record(model, configs, found, len(ids)), ensure_ascii=False))
     else:
-        print("\n".join(_sums(configs, found, len(ids))))
+        late = arguments.quick and not interrupted
+        print("\n".join(_sums(configs, found, len(ids), ": the time was up" if late else "")))
     mismatch = any(c.verdict == "mismatch" for comparisons in found for c in comparisons)
     if mismatch:
         return 1
@@ -217,8 +218,9 @@ def _sums(configs: list[DecodeConfig], found: list[list[Comparison]], asked: int
     from ..speculation.statistics import SpeculationStats
 
     longest = max(len(c.plain.tokens) for comparisons in found for c in comparisons)
-    count = "all" if len(found) == asked else f"{len(found)} of"
-    lines = [f"{count} {asked} prompts, answers of up to {longest} tokens"]
+    whole = len(found) == asked
+    count = "all" if whole else f"{len(found)} of"
+    lines = [f"{count} {asked} prompts, answers of up to {longest} tokens{'' if whole else why}"]
     for config, comparisons in zip(configs, zip(*found, strict=True), strict=True):
         total = sum((c.speculative.stats for c in comparisons), SpeculationStats())
         counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())

@@ -46,8 +46,10 @@ class Part:
         """Return what came of it, in a few words."""
         if not self.end:
             return "not run"
+        statuses = {0: "done", 1: "done, and something is wrong: exit status 1"}
+        otherwise = f"ended without an answer: exit status {self.status}"
         how = {
-            "itself": f"exit status {self.status}",
+            "itself": statuses.get(self.status or 0, otherwise),
             "limit": "stopped, because it took too long",
             "key": "interrupted",
         }[self.end]

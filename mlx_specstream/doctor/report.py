@@ -104,8 +104,10 @@ def _opened(path: Path, folder: Path, model: str | None) -> list[Part]:
 
 
 def _machine() -> str:
-    machine = Machine.read()
-    return f"{machine.summary}; {machine.versions}, mlx-specstream {machine.mlx_specstream}"
+    """Name what must not change within a report; threads and power saving may."""
+    m = Machine.read()
+    where = f"{m.chip or 'unknown chip'}, {m.system} {m.os_version}"
+    return f"{where}; {m.versions}, mlx-specstream {m.mlx_specstream}"
 
 
 def _going_on(part: Part, folder: Path) -> Part:
@@ -142,7 +144,8 @@ def markdown(parts: Sequence[Part], again: str = "") -> str:
             continue
         text = _ESCAPES.sub("", part.output).replace(str(Path.home()), "~").rstrip()
         # Of a progress bar, which writes over its line, only what it wrote last.
-        text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        lasts = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+        text = "\n".join(line.rstrip() for line in lasts)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         words = shlex.join(part.then or part.words)
         lines += ["", f"## {part.title}", "", f"`specstream {words}`: {part.outcome}", ""]

@@ -129,12 +129,16 @@ def test_a_quick_comparison_keeps_its_time(
             now[0] += token_s
             yield response
 
+    def clock() -> float:
+        now[0] += 1e-6
+        return now[0]
+
     monkeypatch.setattr(verify, "stream_generate", slow)
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", clock)
     words = ["--model", folder, "--quick", "--tree", "chain", "--tree", "6"]
     out = verified(capsys, *words)
-    count = "all" if prompts == 12 else f"{prompts} of"
-    assert f"{count} 12 prompts, answers of up to {tokens} tokens" in out
+    count, why = ("all", "\n") if prompts == 12 else (f"{prompts} of", ": the time was up\n")
+    assert f"{count} 12 prompts, answers of up to {tokens} tokens{why}" in out
     assert out.count(f"{prompts} identical, 0 near-tie, 0 mismatch") == 2
     assert now[0] < 120 or prompts == 1
     now[0] = 0.0
@@ -145,8 +149,7 @@ def test_a_quick_comparison_keeps_its_time(
 
 def test_what_the_comparison_rests_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of layers that keep a state: that Metal computes drafts with other kernels than one row."""
-    hybrid = with_streams(tiny_random_model("qwen3_5"))
-    other = with_streams(tiny.tiny_model("llama"))
+    hybrid, other = (StreamModel.plain(tiny_random_model(name)) for name in ("qwen3_5", "llama"))
     assert not any("keep a state" in line for line in conditions(hybrid))
     monkeypatch.setattr(Machine, "read", lambda: Machine(backend="metal"))
     assert any("keep a state" in line for line in conditions(hybrid))

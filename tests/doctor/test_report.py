@@ -69,7 +69,7 @@ def test_the_file_is_written_after_every_part(
     assert all("some-model" in words for words in commands.ran[:3])
     assert str(path.parent / "report" / "result.json") in commands.ran[3]
     for done, text in enumerate(commands.seen):
-        assert text.count("| exit status 0, 2 s |") == done
+        assert text.count("| done, 2 s |") == done
         assert text.count("| not run |") == 4 - done
         assert "**Not complete**: " in text
         assert f"doctor --report {path} --model some-model`" in text
@@ -128,7 +128,9 @@ def test_a_failure_is_the_reports_own_status(
 ) -> None:
     commands.ends["verify"] = {"status": 1}
     assert asked() == 1
-    assert "| Are the answers the same | exit status 1, 2 s |" in path.read_text()
+    assert "| Are the answers the same | done, and something is wrong: exit status 1, 2 s |" in (
+        path.read_text()
+    )
     assert asked() == 2, "answers that differ are an answer, which is not asked for again"
 
 
@@ -172,6 +174,7 @@ def test_a_command_that_fails_or_hangs_is_a_part_of_it() -> None:
     failed = run(Part("x", ("verify", "--max-tokens", "0")))
     assert (failed.end, failed.status) == ("itself", 2)
     assert "--max-tokens must be at least 1" in failed.output
+    assert "without an answer: exit status 2" in markdown([failed])
     late = run(Part("x", ("--help",)), limit_s=0.001)
     assert (late.end, late.status) == ("limit", None)
     assert "took too long" in markdown([late])
