@@ -213,8 +213,10 @@ def _lines(configs: list[DecodeConfig], comparisons: list[Comparison]) -> list[s
     return lines
 
 
-def _sums(configs: list[DecodeConfig], found: list[list[Comparison]], asked: int) -> list[str]:
-    """Return a line per config: the verdicts of all prompts and their figures."""
+def _sums(
+    configs: list[DecodeConfig], found: list[list[Comparison]], asked: int, why: str
+) -> list[str]:
+    """Return a line per config: the verdicts of all prompts and their figures; why: there are fewer."""
     from ..speculation.statistics import SpeculationStats
 
     longest = max(len(c.plain.tokens) for comparisons in found for c in comparisons)

@@ -196,7 +196,7 @@ def test_ctrl_c_reaches_the_command_and_what_it_knows_is_kept(folder: str) -> No
             os.kill(os.getpid(), signal.SIGINT)
 
     shown: list[str] = []
-    words = ("verify", "--model", folder, "--num-prompts", "12", "--max-tokens", "200")
+    words = ("verify", "--model", folder, "--num-prompts", "12", "--max-tokens", "48")
     found = run(Part("x", words), show=show)
     assert (found.end, found.status) == ("key", None)
     assert "interrupted after" in found.output
