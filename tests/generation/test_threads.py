@@ -20,6 +20,7 @@ from mlx_specstream.weights.drafter import save_drafter
 from tests.support import tiny
 from tests.support.drafters import KINDS, drafter_config, random_drafter_tensors
 from tests.support.scripted import save_random_streams
+from tests.support.together import launch
 
 HEADS = {"head_dim": 32}  # so that rows divide into groups of 32
 WAYS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ IN_A_THREAD = """
 import os, sys, threading
 from tests.generation.test_threads import text_of
 from mlx_specstream import load
-model, tokenizer = load(sys.argv[1], draft_model=sys.argv[3] or None)
+model, tokenizer = load(sys.argv[1], draft_model=sys.argv[3] or None, pipeline=True)
 thread = threading.Thread(target=lambda: print(text_of(model, tokenizer, sys.argv[2]), flush=True))
 thread.start()
 thread.join()
@@ -109,14 +110,23 @@ def test_a_fresh_thread_decodes_with_what_else_drafts(
     decodes_in_a_fresh_thread(folder, "tree", str(draft))
 
 
-def test_a_fresh_thread_decodes_a_model_whose_rotations_are_a_table(tmp_path: Path) -> None:
-    """mlx-lm makes it when it makes the model; it is no parameter."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_fresh_thread_decodes_a_model_whose_rotations_are_a_table(
+    tmp_path: Path, processes: int
+) -> None:
+    """mlx-lm makes it with the model, and it is no parameter; a model in parts is not run on loading."""
     scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
     more = {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     changes = {**HEADS, "rope_scaling": {**scaling, **more}}
     folder = tiny.save_tiny_model(tmp_path / "tiny", **changes)
     save_random_streams(folder, tiny.tiny_model("llama", **changes))
-    decodes_in_a_fresh_thread(str(folder), "tree")
+    if processes == 1:
+        decodes_in_a_fresh_thread(str(folder), "tree")
+        return
+    model, tokenizer = load(str(folder))
+    wanted = str(text_of(model, tokenizer, "tree"))
+    for status, out, errors in launch(processes, ["-c", IN_A_THREAD, str(folder), "tree", ""]):
+        assert (status, out.strip()) == (0, wanted), errors[-500:]
 
 
 def decodes_in_a_fresh_thread(folder: str, way: str, draft: str = "") -> None:
