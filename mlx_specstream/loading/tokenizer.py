@@ -51,7 +51,10 @@ def decode_by_vocabulary(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
     if _BYTE_LEVEL_BLANK in detokenizer.text:
         # Its own attributes (template, tool calls, end tokens) stay as mlx-lm found them.
         assert isinstance(tokenizer, Wrapper)
-        tokenizer._detokenizer = BPEStreamingDetokenizer(tokenizer)
+        if hasattr(tokenizer, "_detokenizer_class"):  # mlx-lm 0.31 makes one from it every time
+            tokenizer._detokenizer_class = BPEStreamingDetokenizer
+        else:
+            tokenizer._detokenizer = BPEStreamingDetokenizer(tokenizer)
     return tokenizer
 
 

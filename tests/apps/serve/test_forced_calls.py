@@ -47,9 +47,9 @@ CALL_SAY = '<tool_call>{"name": "say_ü", "arguments": {"text": "h \\" i"}}</too
 
 def forcing(request: ChatRequest, tokenizer: TokenizerWrapper, form: ToolFormat | None) -> Grammar:
     """Return the grammar of the calls that a request insists on."""
-    rules = forced_calls(request, tokenizer, form, len(tokenizer))
+    rules = forced_calls(request, tokenizer, form, len(tokenizer.get_vocab()))
     assert rules is not None
-    return Grammar.lark(tokenizer, f"start: answer\n{rules}", len(tokenizer))
+    return Grammar.lark(tokenizer, f"start: answer\n{rules}", len(tokenizer.get_vocab()))
 
 
 def allows(
