@@ -123,6 +123,8 @@ def test_added_tokens_mark_calls_and_their_letters_do_not(special: bool) -> None
 
 @pytest.mark.parametrize("special", [True, False])
 def test_mistrals_calls_old_and_new(special: bool) -> None:
+    reason = "mlx-lm 0.31, the last one for Python 3.10, reads the newer ones alone"
+    pytest.importorskip("mlx_lm.tool_parsers.kimi_k3", reason=reason)
     old = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]'
     assert allows(MISTRAL, old)
     assert not allows(MISTRAL, old, parallel_tool_calls=False)
