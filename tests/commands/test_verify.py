@@ -106,7 +106,7 @@ def test_an_interrupt_keeps_what_was_found(
 @pytest.mark.parametrize(
     ("token_s", "prompts", "tokens"),
     [
-        (0.01, 12, 64),  # a fast machine: everything
+        (0.01, 12, 20),  # a fast machine: everything
         (0.5, 3, 18),  # a slow one: a quarter of 105 s for each prompt, a third of that per answer
         (5.0, 1, 16),  # a very slow one: as much as tells anything
     ],
@@ -135,12 +135,14 @@ def test_a_quick_comparison_keeps_its_time(
 
     monkeypatch.setattr(verify, "stream_generate", slow)
     monkeypatch.setattr("time.perf_counter", clock)
-    words = ["--model", folder, "--quick", "--tree", "chain", "--tree", "6"]
+    words = ["--model", folder, "--quick", "--max-tokens", "20", "--tree", "chain", "--tree", "6"]
     out = verified(capsys, *words)
     count, why = ("all", "\n") if prompts == 12 else (f"{prompts} of", ": the time was up\n")
     assert f"{count} 12 prompts, answers of up to {tokens} tokens{why}" in out
     assert out.count(f"{prompts} identical, 0 near-tie, 0 mismatch") == 2
     assert now[0] < 120 or prompts == 1
+    if prompts != 3:
+        return
     now[0] = 0.0
     record = json.loads(verified(capsys, *words, "--json"))
     assert record["prompts_asked"] == 12
