@@ -188,7 +188,10 @@ def claim(prompt_cache: KVCache | list[Any] | None) -> None:
             is no prompt cache.
     """
     layers = [] if prompt_cache is None or isinstance(prompt_cache, KVCache) else prompt_cache
-    if not isinstance(layers, list | tuple) or not all(hasattr(each, "state") for each in layers):
+    if not isinstance(layers, list | tuple) or not all(
+        hasattr(type(each), "state")  # asked of itself, an empty one of mlx-lm 0.31 fails
+        for each in layers
+    ):
         raise OptionError(
             f"prompt_cache must be a KVCache or mlx-lm's list of a cache per layer, got {shown(layers)}."
         )

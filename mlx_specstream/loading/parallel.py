@@ -96,8 +96,9 @@ def own_arrays(backbone: Backbone) -> list[mx.array]:
 
 
 def _arrays(module: nn.Module) -> list[mx.array]:
-    named = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
-    return [array for _, array in named]
+    """Return all that a module holds: also what is no parameter, as a table of rotations is not."""
+    named = cast(list[tuple[str, object]], tree_flatten(module))
+    return [array for _, array in named if isinstance(array, mx.array)]
 
 
 def _shards(model: nn.Module, processes: int) -> bool:

@@ -56,10 +56,17 @@ def decode_by_vocabulary(tokenizer: TokenizerWrapper) -> TokenizerWrapper:
             detokenizer.add_token(blank)
         detokenizer.finalize()
         if _BYTE_LEVEL_BLANK in detokenizer.text:
-            tokenizer._detokenizer = BPEStreamingDetokenizer(tokenizer)
-    if type(tokenizer._detokenizer) is NaiveStreamingDetokenizer:
-        tokenizer._detokenizer = WindowDetokenizer(tokenizer)
+            _decode_with(tokenizer, BPEStreamingDetokenizer)
+    if type(tokenizer.detokenizer) is NaiveStreamingDetokenizer:
+        _decode_with(tokenizer, WindowDetokenizer)
     return tokenizer
+
+
+def _decode_with(tokenizer: TokenizerWrapper, kind: type) -> None:
+    if hasattr(tokenizer, "_detokenizer_class"):  # mlx-lm 0.31 makes one from it every time
+        tokenizer._detokenizer_class = kind
+    else:
+        tokenizer._detokenizer = kind(tokenizer)
 
 
 def spelling_of(tokenizer: TokenizerWrapper) -> Spelling:

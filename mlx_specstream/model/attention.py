@@ -25,9 +25,10 @@ from .families.replace import override_methods
 FEW_ROWS = 8
 """Rows up to which MLX on Metal uses its attention for short queries, if it takes them at all."""
 MOST_ROWS = 32  # of a pass in pieces: more than a tree has; a prompt's chunks stay whole
-_FEW_ROWS_DIMS = (64, 96, 128, 256)
-_FEW_ROWS_TWO_DIMS = (192, 128)  # of keys and of values
-_MANY_ROWS_DIMS = (64, 72, 80, 96, 128)
+# Channels of queries and keys, and of values. 512 is left out: it is fused for one row alone.
+_BOTH = {(64, 64), (96, 96), (128, 128), (96, 64)}
+_FEW_ROWS_DIMS = _BOTH | {(256, 256), (192, 128)}
+_MANY_ROWS_DIMS = _BOTH | {(72, 72), (80, 80)}
 _NAME = "scaled_dot_product_attention"
 _attention = base.scaled_dot_product_attention
 
@@ -36,14 +37,13 @@ _attention = base.scaled_dot_product_attention
 class FusedAttention:
     """Which passes MLX's fused attention on Metal takes, for a model with such heads.
 
-    value_dim: of values, if it is another one than that of queries and keys. However many keys there
-    are, the same passes are taken, if by other kernels.
+    head_dim: channels of queries and keys. value_dim: of values, 0 for as many.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    value_dim: int | None = None
+    value_dim: int = 0
 
     @property
     def group(self) -> int:
@@ -52,11 +52,10 @@ class FusedAttention:
 
     def takes(self, rows: int) -> bool:
         """Tell whether a pass of `rows` rows is fused."""
-        if self.value_dim not in (None, self.head_dim):
-            known = rows <= FEW_ROWS and (self.head_dim, self.value_dim) == _FEW_ROWS_TWO_DIMS
-        else:
-            known = self.head_dim in (_MANY_ROWS_DIMS if rows > FEW_ROWS else _FEW_ROWS_DIMS)
-        return known and (rows > FEW_ROWS or rows * self.group <= 32)
+        dims = self.head_dim, self.value_dim or self.head_dim
+        if rows > FEW_ROWS:
+            return dims in _MANY_ROWS_DIMS
+        return dims in _FEW_ROWS_DIMS and rows * self.group <= 32
 
     def loses(self, rows: int) -> bool:
         """Tell whether a pass falls off the fused attention that plain decoding is on."""

@@ -280,7 +280,7 @@ def test_mistakes_are_one_sentence(
 def test_json_has_no_choice_of_blanks_unless_asked(tokenizer: TokenizerWrapper) -> None:
     def allows(text: str, **guidance: object) -> bool:
         schema = {"type": "object", **({"x-guidance": guidance} if guidance else {})}
-        matcher = Grammar.json_schema(tokenizer, schema, len(tokenizer)).matcher()
+        matcher = Grammar.json_schema(tokenizer, schema, len(tokenizer.get_vocab())).matcher()
         tokens = tokenizer.encode(text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

@@ -53,6 +53,30 @@ def test_pieces_are_few_alike_and_fused() -> None:
     assert FusedAttention(16, 16, 64, 32).pieces(12) == [12]
 
 
+def test_which_heads_are_fused() -> None:
+    """The shapes that MLX 0.32.4's Metal library has attention for, few rows and many."""
+    few = {(64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (96, 64)}
+    many = {(64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (96, 64)}
+    sizes = (48, 64, 72, 80, 96, 112, 128, 192, 256, 512)
+    for query in sizes:
+        for value in sizes:
+            heads = FusedAttention(8, 4, query, value)
+            assert heads.takes(8) is ((query, value) in few)
+            assert heads.takes(9) is ((query, value) in many)
+    # DeepSeek-V2's: a wide tree in pieces of the kernel that plain decoding is on.
+    assert FusedAttention(16, 16, 192, 128).pieces(12) == [6, 6]
+
+
+def test_values_may_have_fewer_channels_than_keys(calls: list[int]) -> None:
+    random = np.random.default_rng(0)
+    shapes = ((1, 2, 12, 192), (1, 2, 20, 192), (1, 2, 20, 128))
+    q, k, v = (mx.array(random.normal(size=shape).astype(np.float32)) for shape in shapes)
+    found = attend(q, k, v, None, 0.07, "causal")
+    wanted = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.07, mask="causal")
+    assert mx.allclose(found, wanted, atol=1e-6).item()
+    assert calls == [6, 6]
+
+
 @pytest.mark.parametrize("kind", ["array", "heads", "additive", "causal", "none"])
 @pytest.mark.parametrize("rows", [2, 5, 8, 9])
 @pytest.mark.parametrize(

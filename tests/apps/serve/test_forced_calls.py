@@ -48,9 +48,9 @@ CALL_SAY = '<tool_call>{"name": "say_ü", "arguments": {"text": "h \\" i"}}</too
 
 def forcing(request: ChatRequest, tokenizer: TokenizerWrapper, form: ToolFormat | None) -> Grammar:
     """Return the grammar of the calls that a request insists on."""
-    rules = forced_calls(request, tokenizer, form, len(tokenizer))
+    rules = forced_calls(request, tokenizer, form, len(tokenizer.get_vocab()))
     assert rules is not None
-    return Grammar.lark(tokenizer, f"start: answer\n{rules}", len(tokenizer))
+    return Grammar.lark(tokenizer, f"start: answer\n{rules}", len(tokenizer.get_vocab()))
 
 
 def allows(
@@ -161,6 +161,8 @@ def test_calls_are_forced_as_every_kind_of_tokenizer_cuts_them(
 
 @pytest.mark.parametrize("special", [True, False])
 def test_mistrals_calls_old_and_new(special: bool) -> None:
+    reason = "mlx-lm 0.31, the last one for Python 3.10, reads the newer ones alone"
+    pytest.importorskip("mlx_lm.tool_parsers.kimi_k3", reason=reason)
     old = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}]'
     assert allows(MISTRAL, old)
     assert not allows(MISTRAL, old, parallel_tool_calls=False)
