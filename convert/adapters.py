@@ -46,7 +46,7 @@ def read_adapters(
         adapter = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json")
         if merge == "lower":
             raise OptionError("--merge-lora lower is for shared streams; this is a plain adapter.")
-        return None, lora_deltas(named, adapter.scale)
+        return None, lora_deltas(named, adapter.rank, adapter.scale)
     if named:
         first = next(iter(named.values()))
         raise CheckpointError(
@@ -56,11 +56,11 @@ def read_adapters(
     return None, {}
 
 
-def lora_deltas(named: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair]:
+def lora_deltas(named: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, LoraPair]:
     """Pair A and B of every adapted module, under the name of the weight they change.
 
     Raises:
-        CheckpointError: a half has no other, or the tensor adapts no layer.
+        CheckpointError: a half has no other or is of another rank, or the tensor adapts no layer.
     """
     deltas = {}
     for name, each in named.items():
@@ -68,6 +68,10 @@ def lora_deltas(named: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair
         other = named.get(f"{name[:-1]}{'b' if name.endswith('a') else 'a'}")
         if not match or other is None:
             raise CheckpointError(f"the adapter tensor {shown(each.origin)} stands alone.")
+        if len(each.shape) != 2 or each.shape[match[3] == "a"] != rank:
+            raise CheckpointError(
+                f"the adapter tensor {shown(each.origin)} is not of rank {rank}, as its config says."
+            )
         if match[3] == "a":
             deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = LoraPair(each, other, scale)
     return deltas

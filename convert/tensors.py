@@ -135,9 +135,9 @@ class Tensor(TensorSpec):
         return self._after(f"{own} to {dtype}", lambda: cast_bits(read(), own, dtype), dtype=dtype)
 
     def offsets_to_ids(self) -> Tensor:
-        """Return offsets d (n,), integers, as the ids i + d of their places i, I32."""
+        """Return offsets d (n,), integers, as the ids i + d of their places i, I32; -1 beyond its range."""
         read, size = self.read, self.shape[0]
-        ids = lambda: (read() + np.arange(size)).astype(np.int32)  # noqa: E731
+        ids = lambda: _in_range(read() + np.arange(size))  # noqa: E731
         return self._after("offsets to ids", ids, dtype="I32")
 
     def merged(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -178,6 +178,11 @@ class Tensor(TensorSpec):
             shape=self.shape if shape is None else shape,
             dtype=dtype or self.dtype,
         )
+
+
+def _in_range(ids: np.ndarray) -> np.ndarray:
+    """Return ids as int32, those that it does not have as -1."""
+    return np.where((ids < 0) | (ids >= 1 << 31), -1, ids).astype(np.int32)
 
 
 def joined(name: str, tensors: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,15 @@ import numpy as np
 
 from ..errors import CheckpointError, shown
 from ..weights.tensorfile import NUMPY_TYPES, open_file, read_exactly
-from .pickled import Placeholder, Refused, StorageInfo, TensorInfo, kind_of, storage_info
+from .pickled import (
+    Placeholder,
+    Refused,
+    StorageInfo,
+    TensorInfo,
+    is_storage_key,
+    kind_of,
+    storage_info,
+)
 from .pickles import MAX_PROGRAM_BYTES, unpickle
 from .tensors import Tensor
 
@@ -32,6 +40,7 @@ _HEADER_PROGRAM_BYTES = 1 << 16
 _DIRECTORY_BYTES = 5  # its place in zipfile's own record of a zip file's end
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_TAR_MAGIC_AT = 257
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -171,6 +180,11 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
     """Return the program's result and where each storage's bytes start in the file."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
+    if _slice(file, _TAR_MAGIC_AT, 5) == b"ustar":
+        raise Refused(
+            "it is a tar file, as torch wrote before 2017; load it there and save it again"
+        )
+    file.seek(0)
     if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_MAGIC:
         raise Refused("it is not a file that torch.save wrote")
     if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_VERSION:
@@ -189,7 +203,7 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
     value = unpickle(file, find)
     keys = unpickle(file, _no_storage)
     keys = keys if isinstance(keys, list) else []
-    is_plain = all(isinstance(key, str | int) for key in keys)
+    is_plain = len(keys) == len(storages) and all(map(is_storage_key, keys))
     if not is_plain or sorted(map(str, keys)) != sorted(storages):
         raise Refused("its list of storages does not match its tensors")
     places = {}
@@ -217,13 +231,20 @@ def _state_dict(value: object) -> dict[str, TensorInfo]:
     """Return name -> tensor of a state dict, possibly inside a trainer's wrapper."""
     if not isinstance(value, dict):
         raise Refused(f"it holds {shown(kind_of(value))}, not a state dict")
-    found = _unwrapped(value, _DEEPEST)
+    found = _unwrapped(value, _DEEPEST, {})
     if found is None:
-        raise Refused("it holds no tensors by name; save the model's state_dict()")
+        inside = [name for name, each in value.items() if isinstance(each, dict) and _tensors(each)]
+        where = f" but inside {shown(inside[0])}" if inside else ""
+        raise Refused(f"it holds no tensors by name{where}; save the model's state_dict()")
     tensors: dict[str, TensorInfo] = {}
+    looked_into: set[int] = set()  # of a list that stands in every entry, once
     for name, each in found.items():
-        if isinstance(each, dict | list | tuple) and _any_tensor(each):
-            raise Refused(f"the entry {shown(name)} holds tensors in a container; save them flat")
+        if isinstance(each, dict | list | tuple) and id(each) not in looked_into:
+            looked_into.add(id(each))
+            if _any_tensor(each):
+                raise Refused(
+                    f"the entry {shown(name)} holds tensors in a container; save them flat"
+                )
         if isinstance(each, Placeholder) and each.is_array:
             raise Refused(
                 f"the entry {shown(name)} is made by {shown(each.kind)} and is no tensor; save "
@@ -231,27 +252,41 @@ def _state_dict(value: object) -> dict[str, TensorInfo]:
             )
         if isinstance(each, TensorInfo):
             if not isinstance(name, str):
-                raise Refused(f"a tensor has the name {shown(name)}, which is not text")
+                raise Refused(f"a tensor's name is {shown(kind_of(name))}, which is not text")
             tensors[name] = each
     return tensors
 
 
-def _unwrapped(value: dict[object, object], depth: int) -> dict[object, object] | None:
-    """Return the state dict that a dict is or wraps, whatever tensors a trainer keeps beside it."""
+def _unwrapped(
+    value: dict[object, object], depth: int, seen: dict[int, dict[object, object] | None]
+) -> dict[object, object] | None:
+    """Return the state dict that a dict is or wraps, whatever tensors a trainer keeps beside it.
+
+    seen: by identity, what dicts were found to be: one may stand under many names.
+    """
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = None  # a dict inside itself
     inner = {
         name: found
         for name in _WRAPPERS
         if depth and isinstance(each := value.get(name), dict)
-        for found in [_unwrapped(each, depth - 1)]
+        for found in [_unwrapped(each, depth - 1, seen)]
         if found is not None
     }
-    first, *others = map(_tensors, inner.values()) if inner else [{}]
-    if any(each != first for each in others):
-        names = " and ".join(map(repr, inner))
-        raise Refused(f"it holds different weights under {names}; save the ones to convert alone")
-    if inner:
-        return next(iter(inner.values()))
-    return value if any(_is_array(each) for each in value.values()) else None
+    inner = {name: seen.get(id(each)) or each for name, each in inner.items()}
+    first = next(iter(inner.values()), None)
+    if first is None:
+        first = value if any(_is_array(each) for each in value.values()) else None
+    for other in inner.values():
+        if other is not first and _tensors(other) != _tensors(first):
+            names = " and ".join(map(repr, inner))
+            raise Refused(
+                f"it holds different weights under {names}; save the ones to convert alone"
+            )
+        seen[id(other)] = first  # whoever holds it holds the same weights
+    seen[id(value)] = first
+    return first
 
 
 def _tensors(value: dict[object, object]) -> dict[object, TensorInfo]:

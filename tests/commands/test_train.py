@@ -54,7 +54,7 @@ def test_a_run_and_what_follows_it(tiny_folder, data, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--num-msa-layers", "4"], "leaves no layer below the streams; the model has 4 layers"),
+        (["--num-msa-layers", "5"], "is more than the model's 4 layers"),
         (["--target-modules", "self_attn.x"], "names 'self_attn.x', which not all of the model"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--iters", "0"], "--iters must be at least 1, got 0"),

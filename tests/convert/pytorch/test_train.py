@@ -287,7 +287,7 @@ def test_a_budget_is_a_number_of_minutes(work):
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--fraction", "2"], "--fraction must be at most 1"),
-        (["--num-msa-layers", "4"], "leaves no layer below the streams"),
+        (["--num-msa-layers", "5"], "is more than the model's 4 layers"),
         (["--held-out", "1000"], "no text to train on"),
     ],
 )
