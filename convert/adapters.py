@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from ..weights.stream_tensors import shapes_by_names
 from ..weights.tensorfile import difference
 from .base import DTYPES, LoraPair
 from .configs import peft_adapter, stream_config
-from .reader import STREAMS, Checkpoint
+from .reader import ADAPTER_WEIGHTS, STREAMS, Checkpoint
 from .tensors import Tensor
 
 Merge = Literal["none", "lower", "all"]
@@ -75,6 +75,17 @@ def lora_deltas(named: Mapping[str, Tensor], rank: int, scale: float) -> dict[st
         if match[3] == "a":
             deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = LoraPair(each, other, scale)
     return deltas
+
+
+def refuse_more_than_lora(own_base: Iterable[Tensor]) -> None:
+    """Refuse what an adapter has for embeddings or the head, or holds whole: no layer's LoRA."""
+    for tensor in own_base:
+        for path, name in tensor.sources:
+            if path.stem == ADAPTER_WEIGHTS or ".lora_" in name:
+                raise CheckpointError(
+                    f"the adapter tensor {shown(tensor.origin)} is not the LoRA of a layer's module; "
+                    "merge the adapter in PEFT (merge_and_unload) and convert the result."
+                )
 
 
 def stream_tensors(

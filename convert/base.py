@@ -105,7 +105,7 @@ def plan_base(
         CheckpointError: the model type is unknown, or a tensor is unknown, missing or misshapen.
         OptionError: a quantisation that mlx does not have.
     """
-    config = _with_tying(config, tensors, path)
+    config, tensors = _with_tying(config, tensors, path)
     model = build_model(config, path)
     wanted = {name: tuple(value.shape) for name, value in parameters(model).items()}
     fitted = fit_base(tensors, wanted)
@@ -116,6 +116,7 @@ def plan_base(
     sources = _sanitised(model, fitted, path)
     _check_types(sources, parameters(model), path)
     _check_deltas(deltas or {}, sources, path)
+    wanted = {name: tuple(value.shape) for name, value in parameters(model).items()}  # as sanitised
     called = {name: tensor.sources[0][1] for name, tensor in sources.items() if tensor.sources}
     found = {name: tensor.shape for name, tensor in sources.items()}
     if odd := difference(found, wanted, called):
@@ -213,15 +214,17 @@ def build_model(config: dict[str, Any], path: Path) -> nn.Module:
 
 def _with_tying(
     config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """Say whether the head is tied where the config does not: mlx-lm would drop a head unasked.
+
+    Of a tied head a copy is left out, which families without a head of their own would not know.
 
     Raises:
         CheckpointError: the config says so, and there is a head of other values.
     """
     stated = config.get("tie_word_embeddings")
     if "tie_word_embeddings" in config and stated is not True:
-        return config
+        return config, tensors
     head, embedding = (
         next((tensor for name, tensor in tensors.items() if name.endswith(f"{end}.weight")), None)
         for end in ("lm_head", "embed_tokens")
@@ -232,7 +235,9 @@ def _with_tying(
             f"{path}: config.json ties the head to the token embeddings, and lm_head.weight holds "
             "other values; set tie_word_embeddings to false to use them, or drop them with --rules."
         )
-    return {**config, "tie_word_embeddings": tied}
+    if tied:
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not head}
+    return {**config, "tie_word_embeddings": tied}, tensors
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import StreamConfig
-from ..errors import CheckpointError, OptionError, shown
+from ..errors import CheckpointError, OptionError
 from ..weights.tensorfile import FLOATS
 from .adapters import (
     LAYER,
     Merge,
     lora_deltas,
     read_adapters,
+    refuse_more_than_lora,
     stream_tensors,
 )
 from .base import BasePlan, LoraPair, plan_base
@@ -32,7 +33,7 @@ from .drafters import DrafterPlan, drafter_kind, plan_drafter
 from .hub import locate
 from .names import read_rules, sort_names
 from .quantise import Quantisation
-from .reader import ADAPTER_WEIGHTS, CONFIG, Checkpoint, open_checkpoint, unread_weights
+from .reader import CONFIG, Checkpoint, open_checkpoint, unread_weights
 from .tensors import Tensor
 from .tokenizers import tokenizer_files
 
@@ -130,7 +131,7 @@ def make_plan(options: Options) -> ConversionPlan:
     config, deltas = read_adapters(checkpoint, named, options.merge_lora)
     if options.adapter_only and (config is None or deltas):
         raise OptionError("--adapter-only needs streams, and adapters that are not merged.")
-    _refuse_more_than_lora(own_base.values())
+    refuse_more_than_lora(own_base.values())
     name = base_name(checkpoint.stream_fields, checkpoint.adapter_fields)
     base_checkpoint = _find_base(checkpoint, own_base, options.base or name, options)
     if base_checkpoint is None:
@@ -200,17 +201,6 @@ def _name_of(base: Checkpoint, options: Options) -> str:
         if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
             return name
     return base.folder.resolve().name
-
-
-def _refuse_more_than_lora(own_base: Iterable[Tensor]) -> None:
-    """Refuse what an adapter has for embeddings or the head, or holds whole: no layer's LoRA."""
-    for tensor in own_base:
-        for path, name in tensor.sources:
-            if path.stem == ADAPTER_WEIGHTS or ".lora_" in name:
-                raise CheckpointError(
-                    f"the adapter tensor {shown(tensor.origin)} is not the LoRA of a layer's module; "
-                    "merge the adapter in PEFT (merge_and_unload) and convert the result."
-                )
 
 
 def _find_base(

@@ -13,6 +13,7 @@ memory converts. What is computed is checked to be finite, once, where it leaves
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from ..weights.tensorfile import (
     to_bits,
     to_mlx,
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and error.filename and Path(error.filename) != path:
+            raise
+        if getattr(error, "errno", None) in _NO_ROOM:  # it was copied to a place without
             raise
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(

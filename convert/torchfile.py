@@ -23,15 +23,14 @@ import numpy as np
 from ..errors import CheckpointError, shown
 from ..weights.tensorfile import NUMPY_TYPES, open_file, read_exactly
 from .pickled import (
-    Placeholder,
     Refused,
     StorageInfo,
     TensorInfo,
     is_storage_key,
-    kind_of,
     storage_info,
 )
 from .pickles import MAX_PROGRAM_BYTES, unpickle
+from .state_dicts import state_dict
 from .tensors import Tensor
 
 MAX_ZIP_MEMBERS = 200_000
@@ -58,7 +57,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             value, places = _read_zip(file) if is_zip else _read_legacy(file)
-            tensors = _state_dict(value)
+            tensors = state_dict(value)
             return {name: _locate(name, each, places, path) for name, each in tensors.items()}
     except Refused as reason:
         raise CheckpointError(f"{path} is refused: {reason}.") from None
@@ -221,84 +220,3 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
 
 def _no_storage(_: object) -> StorageInfo:
     raise Refused("a storage appears where none may be")
-
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
-_DEEPEST = 4
-
-
-def _state_dict(value: object) -> dict[str, TensorInfo]:
-    """Return name -> tensor of a state dict, possibly inside a trainer's wrapper."""
-    if not isinstance(value, dict):
-        raise Refused(f"it holds {shown(kind_of(value))}, not a state dict")
-    found = _unwrapped(value, _DEEPEST, {})
-    if found is None:
-        inside = [name for name, each in value.items() if isinstance(each, dict) and _tensors(each)]
-        where = f" but inside {shown(inside[0])}" if inside else ""
-        raise Refused(f"it holds no tensors by name{where}; save the model's state_dict()")
-    tensors: dict[str, TensorInfo] = {}
-    looked_into: set[int] = set()  # of a list that stands in every entry, once
-    for name, each in found.items():
-        if isinstance(each, dict | list | tuple) and id(each) not in looked_into:
-            looked_into.add(id(each))
-            if _any_tensor(each):
-                raise Refused(
-                    f"the entry {shown(name)} holds tensors in a container; save them flat"
-                )
-        if isinstance(each, Placeholder) and each.is_array:
-            raise Refused(
-                f"the entry {shown(name)} is made by {shown(each.kind)} and is no tensor; save "
-                "torch.from_numpy(...) of it, or leave it out"
-            )
-        if isinstance(each, TensorInfo):
-            if not isinstance(name, str):
-                raise Refused(f"a tensor's name is {shown(kind_of(name))}, which is not text")
-            tensors[name] = each
-    return tensors
-
-
-def _unwrapped(
-    value: dict[object, object], depth: int, seen: dict[int, dict[object, object] | None]
-) -> dict[object, object] | None:
-    """Return the state dict that a dict is or wraps, whatever tensors a trainer keeps beside it.
-
-    seen: by identity, what dicts were found to be: one may stand under many names.
-    """
-    if id(value) in seen:
-        return seen[id(value)]
-    seen[id(value)] = None  # a dict inside itself
-    inner = {
-        name: found
-        for name in _WRAPPERS
-        if depth and isinstance(each := value.get(name), dict)
-        for found in [_unwrapped(each, depth - 1, seen)]
-        if found is not None
-    }
-    inner = {name: seen.get(id(each)) or each for name, each in inner.items()}
-    first = next(iter(inner.values()), None)
-    if first is None:
-        first = value if any(_is_array(each) for each in value.values()) else None
-    for other in inner.values():
-        if other is not first and _tensors(other) != _tensors(first):
-            names = " and ".join(map(repr, inner))
-            raise Refused(
-                f"it holds different weights under {names}; save the ones to convert alone"
-            )
-        seen[id(other)] = first  # whoever holds it holds the same weights
-    seen[id(value)] = first
-    return first
-
-
-def _tensors(value: dict[object, object]) -> dict[object, TensorInfo]:
-    """Return the tensors alone; to compare what else there is could take for ever."""
-    return {name: each for name, each in value.items() if isinstance(each, TensorInfo)}
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, TensorInfo) or (isinstance(value, Placeholder) and value.is_array)
-
-
-def _any_tensor(value: dict[object, object] | list[object] | tuple[object, ...]) -> bool:
-    """Look one level into a container; deeper ones are optimiser states and the like."""
-    items = value.values() if isinstance(value, dict) else value
-    return any(isinstance(item, TensorInfo) for item in items)

@@ -132,6 +132,8 @@ PROGRAMS = {
     "a list in every entry": b"\x80\4" + TENSOR + kept(1) + b"](" + b"N" * 900_000 + b"e" + kept(2)
     + b"}(" + b"".join(b"\x8c\5%05d" % k + reference(2) for k in range(90_000))
     + b"\x8c\1w" + reference(1) + b"u.",
+    "a list in every entry, no weights": b"\x80\4](" + b"N" * 900_000 + b"e" + kept(2)
+    + b"}(" + b"".join(b"\x8c\5%05d" % k + reference(2) for k in range(90_000)) + b"u.",
     "calls of a million arguments": called(name("argparse.Namespace"), b"(" + b"N" * 900_000 + b"t", 90_000),
     "calls of a long name": called(name("transformers." + "A" * 980), b")", 180_000),
     "storages of a long number": b"\x80\2(" + LONG_KEY + text(b"cpu") + b"K\2t" + kept(1)

@@ -83,8 +83,7 @@ def with_streams(
 
 
 def alone(tmp_path: Path, family: str, layout: Callable[[Path], object]) -> Path:
-    tied = family.startswith("gemma")  # mlx-lm has no other
-    folder = made.save_base(tmp_path / "base", family, tie_word_embeddings=tied)
+    folder = made.save_base(tmp_path / "base", family, **FIELDS.get(family, {}))
     layout(folder)
     return folder
 
@@ -222,11 +221,12 @@ WRONG_BASES: dict[str, tuple[Callable[[Patch], None], str]] = {
     "another epsilon": (field(rms_norm_eps=2e-6), ""),
     "RoPE's usual base": (field(rope_theta=10000.0), ""),
     "a head tied that is not": (
-        patched(base, "_with_tying", lambda _: lambda config, *rest: {**config, "tie_word_embeddings": True}),
+        patched(base, "_with_tying", lambda _: lambda config, own, _: ({**config, "tie_word_embeddings": True}, own)),
         "llama",
     ),
 }  # fmt: skip
-SOURCES = {"llama": in_one_file, "qwen2": in_safetensors, "gemma": in_two_files}
+SOURCES = {"llama": in_one_file, "qwen2": in_safetensors, "gemma2": in_two_files}
+FIELDS = {"gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
 
 
 @pytest.mark.parametrize("family", SOURCES)
