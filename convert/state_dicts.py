@@ -21,8 +21,8 @@ def state_dict(value: object) -> dict[str, TensorInfo]:
         inside = next((name for name, each in _containers(value) if _any_tensor(each)), None)
         where = f" but inside {shown(inside)}" if isinstance(inside, str) else ""
         raise Refused(f"it holds no tensors by name{where}; save the model's state_dict()")
-    for name, each in _containers(found):
-        if _any_tensor(each):
+    for name, container in _containers(found):
+        if _any_tensor(container):
             raise Refused(f"the entry {shown(name)} holds tensors in a container; save them flat")
     tensors: dict[str, TensorInfo] = {}
     for name, each in found.items():
@@ -48,14 +48,13 @@ def _unwrapped(
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = None  # a dict inside itself
-    inner = {
-        name: found
+    inner: dict[str, dict[object, object]] = {
+        name: seen.get(id(found)) or found
         for name in _WRAPPERS
         if depth and isinstance(each := value.get(name), dict)
         for found in [_unwrapped(each, depth - 1, seen)]
         if found is not None
     }
-    inner = {name: seen.get(id(each)) or each for name, each in inner.items()}
     first = next(iter(inner.values()), None)
     if first is None:
         first = value if any(_is_array(each) for each in value.values()) else None
