@@ -59,7 +59,7 @@ def _unwrapped(
     if first is None:
         first = value if any(_is_array(each) for each in value.values()) else None
     for other in inner.values():
-        if other is not first and _tensors(other) != _tensors(first):
+        if other is not first and _tensors(other) != _tensors(first or {}):
             names = " and ".join(map(repr, inner))
             raise Refused(
                 f"it holds different weights under {names}; save the ones to convert alone"
