@@ -117,15 +117,19 @@ def refuse_existing(target: str | Path, *, files_only: bool = False) -> None:
     """Refuse to write a folder where something is, before any work is done for it.
 
     Raises:
-        OutputError: `target` is a file, or (unless `files_only`) a folder that is not empty.
+        OutputError: `target` is a file or below one, has a name that is too long, or is (unless
+            `files_only`) a folder that is not empty.
     """
     final = _final_path(target)
-    if final.exists() and not final.is_dir():
-        raise OutputError(
-            f"{final} is a file where a folder is to be written; move it or name another folder."
-        )
-    if not files_only and _occupied(final):
-        raise _exists_already(final)
+    with _plain_sentences(final):
+        if final.exists() and not final.is_dir():
+            raise OutputError(
+                f"{final} is a file where a folder is to be written; move it or name another folder."
+            )
+        if not next(each for each in final.parents if each.exists()).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not files_only and _occupied(final):
+            raise _exists_already(final)
 
 
 def writable_parent(target: str | Path) -> None:
@@ -288,6 +292,7 @@ def _reason(error: Exception, partial: Path | None) -> str | None:
     if error.filename and partial and not str(error.filename).startswith(str(partial)):
         return None
     reasons = {
+        errno.ENOENT: "no folder can be made there; name another place",
         errno.EACCES: "permission is missing; name a place you may write to",
         errno.EPERM: "permission is missing; name a place you may write to",
         errno.EROFS: "the file system is read-only; name another place",

@@ -52,10 +52,22 @@ def test_a_run_and_what_follows_it(tiny_folder, data, tmp_path, capsys) -> None:
     assert load_streams(more).config == load_streams(out).config
 
 
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_streams_may_run_in_every_layer(tiny_folder, data, tmp_path, mode) -> None:
+    out = tmp_path / "out"
+    words = ["--model", tiny_folder, "--data", data, "--adapter-path", out, *QUICK]
+    assert run(*words, "--num-layers", "4", "--mode", mode) == 0
+    streams = load_streams(out)
+    assert streams.config.num_msa_layers == 4
+    assert all(
+        mx.any(streams.tensors[f"layers.{i}.self_attn.q_proj.lora_b"] != 0) for i in range(4)
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--num-msa-layers", "4"], "leaves no layer below the streams; the model has 4 layers"),
+        (["--num-msa-layers", "5"], "is more than the model's 4 layers"),
         (["--target-modules", "self_attn.x"], "names 'self_attn.x', which not all of the model"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--iters", "0"], "--iters must be at least 1, got 0"),
