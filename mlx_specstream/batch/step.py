@@ -188,9 +188,7 @@ class BatchStepper:
         if self.conditioner is None:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
         flat = normed.reshape(B * D, -1)
-        marginal = top_candidates(
-            logits.reshape(B * D, -1), flat, NUM_CANDIDATES, in_order=False
-        )
+        marginal = top_candidates(logits.reshape(B * D, -1), flat, NUM_CANDIDATES, in_order=False)
         proposer = ConditionedProposer(self.conditioner, self.backbone, marginal)
         first_rows = mx.arange(0, B * D, D, dtype=mx.int32)
         drafts, parents = [], roots

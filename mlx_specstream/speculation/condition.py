@@ -102,7 +102,9 @@ class Conditioner:
             mx.concatenate(of_token, axis=1),
             mx.concatenate([parts[1], nothing], axis=1),
             mx.concatenate([self.mlp_out, self.lora_b.T], axis=1),
-            mx.array([column < self.mlp_out.shape[1] for column in range(self.mlp_out.shape[1] + r)]),
+            mx.array(
+                [column < self.mlp_out.shape[1] for column in range(self.mlp_out.shape[1] + r)]
+            ),
         )
 
     def correction(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,23 +19,30 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_specstream
 from mlx_specstream import DecodeConfig, KVCache, stream_generate
-from mlx_specstream.config import CacheConfig, TreeSpec
+from mlx_specstream.batch import BatchDecoder
+from mlx_specstream.config import CacheConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.speculation.sampling import TokenSampler
 from tests.batch.engine import as_model
 from tests.support import tiny
+from tests.support.drafters import KINDS, random_drafter
 from tests.support.engine import random_streams, small_model, stream_config
 
 PROMPT = list(b"abcabcab")
 PACKAGE = Path(mlx_specstream.__file__).parent
 WATCHED = (
+    "batch/",
     "model/cache/",
     "speculation/decode.py",
+    "speculation/drafters/",
     "speculation/drafting.py",
     "speculation/plain.py",
+    "speculation/step.py",
     "generation/run.py",
+    "planner/adaptive.py",
 )
+STEP = int(os.environ.get("INTERRUPT_STEP", "197"))  # lines between two interrupts; 1: at every one
 CACHES = {
     "plain": CacheConfig(),
     "rotating": CacheConfig(max_kv_size=12),
@@ -42,6 +51,17 @@ CACHES = {
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"speculative": False},
     "tree": {"config": DecodeConfig(TreeSpec(rows=8))},
+}
+LOOKED_UP = ("streams", "lookup")
+WAYS_OF_DRAFTING: dict[str, dict[str, Any]] = {
+    **WAYS,
+    "chain": {"config": DecodeConfig(TreeSpec(kind="chain", branching=1), schedule="deferred")},
+    "inline": {"config": DecodeConfig(TreeSpec(rows=6), schedule="inline")},
+    "pruned": {"config": DecodeConfig(TreeSpec(rows=8), PruneSpec(4), schedule="deferred")},
+    "looked up": {"config": DecodeConfig(TreeSpec(rows=8), drafts=LOOKED_UP)},
+    "look-up alone": {"config": DecodeConfig(TreeSpec(rows=6), drafts=("lookup",))},
+    "look-up or plain": {"config": DecodeConfig(drafts=("lookup",))},
+    **{kind: {"config": DecodeConfig(TreeSpec(rows=6))} for kind in KINDS},
 }
 
 
@@ -95,22 +115,25 @@ def interrupted(
     return given, False
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", list(WAYS_OF_DRAFTING))
 @pytest.mark.parametrize("kind", list(CACHES))
 def test_ctrl_c_at_any_line_leaves_the_cache_at_the_text(
     model: StreamModel, tokenizer: TokenizerWrapper, kind: str, way: str
 ) -> None:
+    options = WAYS_OF_DRAFTING[way]
+    if way in KINDS:
+        model = replace(model, streams=None, drafter=random_drafter(way, model.backbone))
     whole = [
         r.token
         for r in stream_generate(
             model, tokenizer, PROMPT, 20,
-            prompt_cache=model.backbone.new_cache(CACHES[kind]), **WAYS[way],
+            prompt_cache=model.backbone.new_cache(CACHES[kind]), **options,
         )
     ]  # fmt: skip
     line, cases = 1, 0
     while True:
         cache = model.backbone.new_cache(CACHES[kind])
-        given, reached = interrupted(model, tokenizer, cache, line, **WAYS[way])
+        given, reached = interrupted(model, tokenizer, cache, line, **options)
         if not reached:
             break
         assert given == whole[: len(given)]
@@ -118,11 +141,53 @@ def test_ctrl_c_at_any_line_leaves_the_cache_at_the_text(
         held = len(PROMPT) + len(given) - 1 if given else cache.length
         assert cache.length == held, at
         rest = (PROMPT + given)[cache.length :]
-        options = {"prompt_cache": cache, **WAYS[way]}
-        on = [r.token for r in stream_generate(model, tokenizer, rest, 6, **options)]
+        on = [
+            r.token
+            for r in stream_generate(model, tokenizer, rest, 6, prompt_cache=cache, **options)
+        ]
         assert on == whole[len(given) : len(given) + 6], at
-        line, cases = line + 97, cases + 1
-    assert cases > 10
+        line, cases = line + STEP, cases + 1
+    assert cases > 3
+
+
+def test_ctrl_c_at_any_line_of_a_batch_leaves_the_caches_that_joined_it(model: StreamModel) -> None:
+    """They hold as much of their prompts as was computed, and go on from there."""
+    prompts = [PROMPT, list(b"xyzzy xyzzy xy")]
+
+    def run(caches: list[KVCache], line: int) -> bool:
+        decoder = BatchDecoder(model, prefill_budget=5)
+        for prompt, cache in zip(prompts, caches, strict=True):
+            decoder.add(prompt[cache.length :], cache=cache)
+        sys.settrace(AtLine(line))
+        try:
+            for _ in range(6):
+                decoder.step()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    def caches() -> list[KVCache]:
+        made = [model.backbone.new_cache() for _ in prompts]
+        for prompt, cache in zip(prompts, made, strict=True):
+            model.backbone.forward(mx.array(prompt[:3]), cache)
+            cache.advance(3)
+        return made
+
+    def after(prompt: list[int], cache: KVCache) -> list[int]:
+        rest = prompt[cache.length :]
+        answer = stream_generate(model, tiny.byte_tokenizer(), rest, 5, prompt_cache=cache)
+        return [response.token for response in answer]
+
+    whole = [after(prompt, cache) for prompt, cache in zip(prompts, caches(), strict=True)]
+    line, cases = 1, 0
+    while run(joined := caches(), line):
+        for prompt, cache, wanted in zip(prompts, joined, whole, strict=True):
+            assert 3 <= cache.length < len(prompt)
+            assert after(prompt, cache) == wanted, f"line event {line}"
+        line, cases = line + STEP, cases + 1
+    assert cases > 3
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3, 4])

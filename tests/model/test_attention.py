@@ -55,7 +55,9 @@ def test_pieces_are_few_alike_and_fused() -> None:
 
 @pytest.mark.parametrize("kind", ["array", "heads", "additive", "causal", "none"])
 @pytest.mark.parametrize("rows", [2, 5, 8, 9])
-@pytest.mark.parametrize("length", [20, 1030, 4100])  # MLX has other kernels from 1,024 and 4,096 on
+@pytest.mark.parametrize(
+    "length", [20, 1030, 4100]
+)  # MLX has other kernels from 1,024 and 4,096 on
 def test_every_row_sees_the_same_in_pieces(
     kind: str, rows: int, length: int, calls: list[int]
 ) -> None:
@@ -98,7 +100,10 @@ PASSES = {
     "chain": (DecodeConfig(TreeSpec(kind="chain", branching=1), schedule="deferred"), {1, 7, 6}),
     "tree": (DecodeConfig(TreeSpec(rows=12), schedule="deferred"), {1, 7, 12, 6}),
     "small tree": (DecodeConfig(TreeSpec(rows=5), schedule="deferred"), {1, 7, 5, 6}),
-    "pruned": (DecodeConfig(TreeSpec(rows=12), PruneSpec(5), schedule="deferred"), {1, 7, 12, 5, 6}),
+    "pruned": (
+        DecodeConfig(TreeSpec(rows=12), PruneSpec(5), schedule="deferred"),
+        {1, 7, 12, 5, 6},
+    ),
     "inline": (DecodeConfig(TreeSpec(rows=3), schedule="inline"), {1, 7, 3, 21}),
     "few streams": (
         DecodeConfig(TreeSpec(rows=6), schedule="inline", stream_nodes=1),

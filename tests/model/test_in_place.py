@@ -17,11 +17,18 @@ from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.model import attention
 from mlx_specstream.model.cache import GROWTH, KVCache, QuantizedLayer, RotatingLayer
 from mlx_specstream.speculation import step as step_module
+from mlx_specstream.speculation.drafting import DraftDecoder
 from mlx_specstream.speculation.result import MaxTokens, StepReport, Verdict
 from mlx_specstream.speculation.step import Step
 from mlx_specstream.speculation.streams import Streams
 from tests.batch.engine import as_model, with_table
-from tests.support.engine import random_streams, small_model, stream_config, table_decoder
+from tests.support.engine import (
+    random_streams,
+    small_model,
+    stream_config,
+    stream_decoder,
+    table_decoder,
+)
 
 SETTINGS = {
     "chain": DecodeConfig(TreeSpec(kind="chain", branching=1)),
@@ -155,21 +162,19 @@ def test_deferred_streams_never_make_a_buffer_grow_once_more(setting: str) -> No
     cache = streams.backbone.new_cache()
     seen, _ = decoded(streams, SETTINGS[setting], cache, 700)
     sizes = [[rows for _, rows in buffers] for buffers in seen]
-    grown = [sum(a != b for a, b in itertools.pairwise(of_one)) for of_one in zip(*sizes, strict=True)]
+    grown = [
+        sum(a != b for a, b in itertools.pairwise(of_one)) for of_one in zip(*sizes, strict=True)
+    ]
     assert set(grown) == {cache.length // GROWTH}
     assert {rows for of_step in sizes for rows in of_step} == {256, 512, 768}
 
 
-def peak_over_base(
-    streams: Streams, tree: TreeSpec, schedule: str, context: int = 4096
-) -> tuple[int, int]:
+def peak_over_base(decoder: DraftDecoder, context: int = 4096) -> tuple[int, int]:
     """Return the bytes that steps behind a context take for a while, and the paths apart."""
-    config = DecodeConfig(tree, schedule=schedule)  # type: ignore[arg-type]
-    cache = streams.backbone.new_cache()
+    cache, decoder.keep_drafts = decoder.stepper.drafter.backbone.new_cache(), True
     for layer in cache.layers:  # a text that says nothing, so that the table is often right
         layer.write(0, *[mx.zeros((1, 4, context, 8))] * 2)
     cache.advance(context)
-    decoder = table_decoder(streams, config, keep_drafts=True)
     apart = base = 0
     for step, result in enumerate(decoder.steps(5, cache, MaxTokens(36))):
         assert result.draft is not None
@@ -185,8 +190,9 @@ def peak_over_base(
 def test_a_tree_takes_no_more_memory_than_a_chain_of_as_many_rows(schedule: str) -> None:
     model = small_model(layers=6, vocab=64, attention=0.1, seed=3, num_key_value_heads=4)
     streams = random_streams(model, stream_config(num_streams=15), scale=0.05)
-    chain, _ = peak_over_base(streams, TreeSpec(kind="chain", branching=1), schedule)
-    tree, apart = peak_over_base(streams, TreeSpec(rows=16), schedule)
+    trees = (TreeSpec(kind="chain", branching=1), TreeSpec(rows=16))
+    configs = [DecodeConfig(tree, schedule=schedule) for tree in trees]  # type: ignore[arg-type]
+    (chain, _), (tree, apart) = (peak_over_base(table_decoder(streams, c)) for c in configs)
     assert apart > 2
     assert tree <= 1.5 * chain
 
@@ -205,8 +211,9 @@ def test_a_row_takes_its_logits_and_its_keys_and_values(
     layers, vocab = 6, 8192
     model = small_model(layers=layers, vocab=vocab, seed=3, num_key_value_heads=4)
     streams = random_streams(model, stream_config(num_streams=4), scale=0.05)
-    chain, _ = peak_over_base(streams, TreeSpec(kind="chain", branching=1), "deferred", context)
-    tree, _ = peak_over_base(streams, TreeSpec(rows=16), "deferred", context)
+    trees = (TreeSpec(kind="chain", branching=1), TreeSpec(rows=16))
+    configs = [DecodeConfig(tree, schedule="deferred") for tree in trees]
+    chain, tree = (peak_over_base(stream_decoder(streams, c), context)[0] for c in configs)
     row = 4 * vocab + layers * 2 * 4 * 4 * 8
     assert tree - chain <= 11 * (1.1 * row + 3 * context)
     assert tree >= 16 * 4 * vocab
