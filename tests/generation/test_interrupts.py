@@ -23,6 +23,7 @@ from mlx_specstream.batch import BatchDecoder
 from mlx_specstream.config import CacheConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.speculation.drafters.lookup.text import TextIndex
 from mlx_specstream.speculation.sampling import TokenSampler
 from tests.batch.engine import as_model
 from tests.support import tiny
@@ -42,7 +43,7 @@ WATCHED = (
     "generation/run.py",
     "planner/adaptive.py",
 )
-STEP = int(os.environ.get("INTERRUPT_STEP", "197"))  # lines between two interrupts; 1: at every one
+STEP = int(os.environ.get("INTERRUPT_STEP", "397"))  # lines between two interrupts; 1: at every one
 CACHES = {
     "plain": CacheConfig(),
     "rotating": CacheConfig(max_kv_size=12),
@@ -98,21 +99,30 @@ class AtLine:
         return self
 
 
+def reached(line: int, call: Callable[[], object]) -> bool:
+    """Call with Ctrl-C at a line, and tell whether that was reached."""
+    sys.settrace(AtLine(line))
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
 def interrupted(
     model: StreamModel, tokenizer: TokenizerWrapper, cache: KVCache, line: int, **options: Any
 ) -> tuple[list[int], bool]:
     """Return the tokens handed out until Ctrl-C at a line, and whether that was reached."""
     given: list[int] = []
     answer = stream_generate(model, tokenizer, PROMPT, 10, prompt_cache=cache, **options)
-    sys.settrace(AtLine(line))
-    try:
+
+    def take() -> None:
         for response in answer:
             given.append(response.token)
-    except KeyboardInterrupt:
-        return given, True
-    finally:
-        sys.settrace(None)
-    return given, False
+
+    return given, reached(line, take)
 
 
 @pytest.mark.parametrize("way", list(WAYS_OF_DRAFTING))
@@ -130,11 +140,11 @@ def test_ctrl_c_at_any_line_leaves_the_cache_at_the_text(
             prompt_cache=model.backbone.new_cache(CACHES[kind]), **options,
         )
     ]  # fmt: skip
-    line, cases = 1, 0
+    line, cases = 1 + 41 * list(WAYS_OF_DRAFTING).index(way) % STEP, 0
     while True:
         cache = model.backbone.new_cache(CACHES[kind])
-        given, reached = interrupted(model, tokenizer, cache, line, **options)
-        if not reached:
+        given, stopped = interrupted(model, tokenizer, cache, line, **options)
+        if not stopped:
             break
         assert given == whole[: len(given)]
         at = f"line event {line}, {len(given)} tokens out"
@@ -158,15 +168,7 @@ def test_ctrl_c_at_any_line_of_a_batch_leaves_the_caches_that_joined_it(model: S
         decoder = BatchDecoder(model, prefill_budget=5)
         for prompt, cache in zip(prompts, caches, strict=True):
             decoder.add(prompt[cache.length :], cache=cache)
-        sys.settrace(AtLine(line))
-        try:
-            for _ in range(6):
-                decoder.step()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
+        return reached(line, lambda: [decoder.step() for _ in range(6)])
 
     def caches() -> list[KVCache]:
         made = [model.backbone.new_cache() for _ in prompts]
@@ -188,6 +190,22 @@ def test_ctrl_c_at_any_line_of_a_batch_leaves_the_caches_that_joined_it(model: S
             assert after(prompt, cache) == wanted, f"line event {line}"
         line, cases = line + STEP, cases + 1
     assert cases > 3
+
+
+def test_ctrl_c_at_any_line_leaves_an_index_that_is_whole() -> None:
+    text, line, more = list(b"abcabdabcabcabd"), 1, True
+    fresh = TextIndex()
+    fresh.extend(text)
+    while more:
+        index = TextIndex()
+        index.extend(text[:9])
+        more = reached(line, lambda: (index.extend(text[9:]), index.truncate(6)))  # noqa: B023
+        index.truncate(5)
+        index.extend(text[5:])
+        assert index.tokens == text
+        assert index.occurrences() == fresh.occurrences()
+        line += 1
+    assert line > 100
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3, 4])
