@@ -125,39 +125,65 @@ def interrupted(
     return given, reached(line, take)
 
 
+def answer_of(
+    model: StreamModel, prompt: list[int], cache: KVCache, tokens: int, **options: Any
+) -> list[int]:
+    """Return the tokens of an answer behind what `cache` holds."""
+    tokenizer = tiny.byte_tokenizer()
+    answer = stream_generate(model, tokenizer, prompt, tokens, prompt_cache=cache, **options)
+    return [response.token for response in answer]
+
+
+def right_after_ctrl_c(
+    model: StreamModel, cache: KVCache, line: int, whole: list[int], **options: Any
+) -> bool:
+    """Interrupt an answer at a line and go on; tell whether there is such a line."""
+    given, stopped = interrupted(model, tiny.byte_tokenizer(), cache, line, **options)
+    if stopped:
+        at = f"line event {line}, {len(given)} tokens out"
+        assert given == whole[: len(given)]
+        assert cache.length == (len(PROMPT) + len(given) - 1 if given else cache.length), at
+        rest = (PROMPT + given)[cache.length :]
+        on = answer_of(model, rest, cache, 6, **options)
+        assert on == whole[len(given) : len(given) + 6], at
+    return stopped
+
+
 @pytest.mark.parametrize("way", list(WAYS_OF_DRAFTING))
 @pytest.mark.parametrize("kind", list(CACHES))
 def test_ctrl_c_at_any_line_leaves_the_cache_at_the_text(
-    model: StreamModel, tokenizer: TokenizerWrapper, kind: str, way: str
+    model: StreamModel, kind: str, way: str
 ) -> None:
-    options = WAYS_OF_DRAFTING[way]
+    options, caches = WAYS_OF_DRAFTING[way], CACHES[kind]
     if way in KINDS:
         model = replace(model, streams=None, drafter=random_drafter(way, model.backbone))
-    whole = [
-        r.token
-        for r in stream_generate(
-            model, tokenizer, PROMPT, 20,
-            prompt_cache=model.backbone.new_cache(CACHES[kind]), **options,
-        )
-    ]  # fmt: skip
-    line, cases = 1 + 41 * list(WAYS_OF_DRAFTING).index(way) % STEP, 0
-    while True:
-        cache = model.backbone.new_cache(CACHES[kind])
-        given, stopped = interrupted(model, tokenizer, cache, line, **options)
-        if not stopped:
-            break
-        assert given == whole[: len(given)]
-        at = f"line event {line}, {len(given)} tokens out"
-        held = len(PROMPT) + len(given) - 1 if given else cache.length
-        assert cache.length == held, at
-        rest = (PROMPT + given)[cache.length :]
-        on = [
-            r.token
-            for r in stream_generate(model, tokenizer, rest, 6, prompt_cache=cache, **options)
-        ]
-        assert on == whole[len(given) : len(given) + 6], at
-        line, cases = line + STEP, cases + 1
-    assert cases > 3
+    whole = answer_of(model, PROMPT, model.backbone.new_cache(caches), 20, **options)
+    first = 1 + 41 * list(WAYS_OF_DRAFTING).index(way) % STEP
+    line = first
+    while right_after_ctrl_c(model, model.backbone.new_cache(caches), line, whole, **options):
+        line += STEP
+    assert line > first + 3 * STEP
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_ctrl_c_while_an_answer_ends_leaves_the_cache_at_the_text(
+    model: StreamModel, way: str
+) -> None:
+    """Also where the cache is being set right: at each of the last lines."""
+    options = WAYS[way]
+    whole = answer_of(model, PROMPT, model.backbone.new_cache(), 20, **options)
+    counted, cache = AtLine(10**9), model.backbone.new_cache()
+    sys.settrace(counted)
+    try:
+        answer_of(model, PROMPT, cache, 10, **options)
+    finally:
+        sys.settrace(None)
+    last = 10**9 - counted.left
+    stopped = [
+        right_after_ctrl_c(model, model.backbone.new_cache(), line, whole, **options)
+        for line in range(last - 150, last + 1)
+    ]
+    assert sum(stopped) > 100
 
 
 def test_ctrl_c_at_any_line_of_a_batch_leaves_the_caches_that_joined_it(model: StreamModel) -> None:
@@ -178,9 +204,7 @@ def test_ctrl_c_at_any_line_of_a_batch_leaves_the_caches_that_joined_it(model: S
         return made
 
     def after(prompt: list[int], cache: KVCache) -> list[int]:
-        rest = prompt[cache.length :]
-        answer = stream_generate(model, tiny.byte_tokenizer(), rest, 5, prompt_cache=cache)
-        return [response.token for response in answer]
+        return answer_of(model, prompt[cache.length :], cache, 5)
 
     whole = [after(prompt, cache) for prompt, cache in zip(prompts, caches(), strict=True)]
     line, cases = 1, 0
