@@ -65,6 +65,7 @@ def compare_weights(
     exact: the same conversion in float32, for tensors that PyTorch's model has not by this name.
     """
     assert plan.base is not None
+    assert plan.source is not None
     assert exact.base is not None
     written = Written(folder, "model*.safetensors")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -76,6 +77,9 @@ def compare_weights(
             findings.beyond.append(f"{missing[0]} is missing")
             continue
         source = _source(planned[name], known.get(name))
+        is_sum = "merge LoRA" in tensor.operations
+        if is_sum and name in known and name not in plan.source.deltas:
+            source = source + _of_streams(name, reference)
         value = written[name]
         if not source.is_floating_point():
             if not torch.equal(value, source):
@@ -147,6 +151,14 @@ def _merged(tensor: Tensor, source: torch.Tensor) -> torch.Tensor:
     """Return by how much a sum may differ that was made in another order; nothing where none was made."""
     is_sum = "merge LoRA" in tensor.operations
     return source.abs().max() * _MERGED if is_sum else torch.zeros(())
+
+
+def _of_streams(name: str, reference: TorchReference) -> torch.Tensor:
+    """Return what shared streams' LoRA adds to a weight of the base: scale · B·A."""
+    assert reference.model is not None
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    a, b = (reference.streams[f"{module}.lora_{half}.weight"] for half in "AB")
+    return reference.model.config.lora_scale * (b @ a)
 
 
 def _unpacked(

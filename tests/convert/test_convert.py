@@ -697,10 +697,10 @@ def test_upload_goes_through_the_hub_client(tmp_path, streams, monkeypatch, caps
     calls = []
 
     class Api:
-        def create_repo(self, repo_id, exist_ok):
+        def create_repo(self, repo_id, exist_ok, private):
             calls.append(("create", repo_id))
 
-        def upload_folder(self, repo_id, folder_path, repo_type):
+        def upload_folder(self, repo_id, folder_path, repo_type, allow_patterns):
             calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
