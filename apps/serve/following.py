@@ -18,7 +18,6 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ...config import SamplingConfig
-from ...exit_status import end_if_lost
 from ...generation.grammar import Grammar
 from ...machine import ranks
 from ..thinking import ThoughtMarks
@@ -88,7 +87,7 @@ def follow(scheduler: Scheduler) -> None:
             else:
                 scheduler.step()
         except Exception as error:  # it has failed for the leader too, which tells its client
-            end_if_lost(error)
+            ranks.end_if_lost(error)
             log.debug("failed in process %d", ranks.rank(), exc_info=True)
 
 

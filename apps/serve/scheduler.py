@@ -24,8 +24,8 @@ from ...batch import BatchDecoder, BatchSequence
 from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
-from ...exit_status import end_if_lost
 from ...generation.generate import decoder_for
+from ...machine import ranks
 from ...speculation.result import MaxTokens, StepResult
 from ...speculation.sampling import TokenSampler
 from ..learning import Learner
@@ -193,7 +193,7 @@ class Scheduler:
                 answer.cache = self.batch.remove(sequence)
 
     def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
-        end_if_lost(error)
+        ranks.end_if_lost(error)
         answer.failed = True
         return answer.request, Failure.of(error)
 
@@ -211,5 +211,6 @@ def make_batch(
         governor = governor_for(model, config) if speculative else None
         return BatchDecoder(model, config, speculative, governor=governor)
     except SpecStreamError as error:
+        ranks.end_if_lost(error)
         log.warning("note: answers take turns instead of sharing passes, because %s", error)
         return None

@@ -12,7 +12,6 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from ..errors import ModelError
-from ..machine import ranks
 from ..model.backbone import Backbone
 from ..model.cache import KVCache, LayerKV, RotatingLayer
 from ..model.probe import probe_tolerance
@@ -43,8 +42,6 @@ def check_model(backbone: Backbone) -> None:
     try:
         found = _in_a_batch(backbone, texts)
     except (ValueError, TypeError, RuntimeError) as error:
-        if ranks.is_loss(error):
-            raise
         reason = "its layers do not take a mask per sequence"
         raise _refusal(backbone, reason) from error
     expected = mx.stack([_alone(backbone, text) for text in texts]).astype(mx.float32)

@@ -28,7 +28,6 @@ from ..config import DecodeConfig
 from ..config.bounds import whole
 from ..errors import OptionError
 from ..loading.load import StreamModel
-from ..machine import ranks
 from ..model.cache import KVCache
 from ..speculation.decode import not_a_number
 from ..speculation.result import DraftRecord, MaxTokens, StepResult, StopCriteria, Verdict
@@ -266,8 +265,9 @@ class BatchDecoder:
                 left -= len(part)
                 hidden = forward(mx.array(part, dtype=mx.int32), sequence.cache)
                 sequence.cache.advance(len(part))
-                # Among processes the hidden states are messages, which all must see through.
-                mx.async_eval(sequence.cache.arrays, hidden if ranks.group() else [])
+                # In stages the hidden states are messages, which all processes must see through.
+                staged = self.model.backbone.stages.group is not None
+                mx.async_eval(sequence.cache.arrays, hidden if staged else [])
             self.waiting.popleft()
             if len(sequence.pending_prompt) == 1:
                 self._join(sequence)

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError, OptionError, brief
-from ..machine import ranks
 from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, prefill_chunks
@@ -28,7 +27,7 @@ from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME
 from .drafter import drafter_in, drafter_of_model, is_trained_drafter
 from .folders import adapter_folder, model_folder
-from .parallel import check_same_model, divided, own_arrays, refuse_undivided
+from .parallel import check_same_model, divided, join, own_arrays, refuse_undivided
 from .tokenizer import check_tokenizer_files, decode_by_vocabulary
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def load(
         raise OptionError("streams and a draft model cannot both draft; name one of them.")
     if draft_model is None and streams is not None and is_trained_drafter(streams):
         draft_model = streams
-    together = ranks.group()
+    together = join()
     if together is not None:
         refuse_undivided(adapter_path, draft_model)
     if adapter_path is not None:

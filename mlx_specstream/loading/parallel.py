@@ -58,6 +58,18 @@ def divided(model: nn.Module, *, pipeline: bool = False) -> Backbone:
     return backbone
 
 
+def join() -> mx.distributed.Group | None:
+    """Return the processes that load together, None for this one alone.
+
+    Raises:
+        ModelError: they cannot be connected, or run different versions.
+    """
+    try:
+        return ranks.group()
+    except ConnectionError as error:
+        raise ModelError(f"{error}.") from error
+
+
 def refuse_undivided(adapter_path: str | None, draft_model: str | Path | None) -> None:
     """Refuse what several processes cannot load.
 
@@ -81,11 +93,12 @@ def check_same_model(folder: Path) -> None:
     Raises:
         ModelError: files differ.
     """
-    ranks.check_same(
-        lambda: sketch(folder, _SAME),
-        "{odd} has other files of this model than process 0; copy the model's folder from one "
-        "machine to all the others.",
-    )
+    odd = ranks.odd_one(lambda: sketch(folder, _SAME))
+    if odd is not None:
+        raise ModelError(
+            f"process {odd} has other files of this model than process 0; copy the model's folder "
+            "from one machine to all the others."
+        )
 
 
 def own_arrays(backbone: Backbone) -> list[mx.array]:

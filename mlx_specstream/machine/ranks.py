@@ -18,8 +18,6 @@ from functools import cache as once
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError, brief
-
 if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
@@ -55,7 +53,7 @@ def group() -> mx.distributed.Group | None:
     """Return the processes that decode together, None for this one alone.
 
     Raises:
-        ModelError: they cannot be connected, or run different versions.
+        ConnectionError: they cannot be connected, or run different versions.
     """
     if _apart or not is_launched():
         return None
@@ -64,10 +62,10 @@ def group() -> mx.distributed.Group | None:
     try:
         found = mx.distributed.init()
     except RuntimeError as error:
-        raise ModelError(_unconnected(str(error))) from error
+        raise ConnectionError(_unconnected(str(error))) from None  # nobody was lost
     if found.size() == 1:
         if is_follower():
-            raise ModelError(_unconnected("no back end was found"))
+            raise ConnectionError(_unconnected("no back end was found"))
         return None
     _check_versions(found)
     return found
@@ -80,22 +78,22 @@ def _unconnected(error: str) -> str:
         mend = "another program uses its port: choose another with mlx.launch --starting-port"
     elif "connect" in error:
         mend = "start all of them at about the same time, and check the addresses in the host file"
-    return f"process {rank()} could not be connected to the others ({brief(error)}); {mend}."
+    return f"process {rank()} could not be connected to the others ({error}); {mend}"
 
 
 def _check_versions(together: mx.distributed.Group) -> None:
     """Make sure that all processes compute with the same software.
 
     Raises:
-        ModelError: they do not.
+        ConnectionError: they do not.
     """
     found = ", ".join(f"{name} {_version(name)}" for name in _SOFTWARE)
     every = [one.rstrip(b"\0").decode() for one in gathered(found.encode(), 128, together)]
     for number, other in enumerate(every):
         if other != every[0]:
-            raise ModelError(
+            raise ConnectionError(
                 f"process {number} runs {other} and process 0 {every[0]}; install the same versions "
-                "on every machine."
+                "on every machine"
             )
 
 
@@ -119,9 +117,34 @@ def count() -> int:
     return 1 if found is None else found.size()
 
 
-def is_loss(error: BaseException) -> bool:
-    """Tell whether a back end says that another process is gone."""
-    return is_launched() and isinstance(error, RuntimeError) and str(error).startswith(_BACK_ENDS)
+def loss_behind(error: BaseException) -> BaseException | None:
+    """Return what a back end said of a process that is gone, if that is what caused an error."""
+    cause: BaseException | None = error
+    while cause is not None and is_launched():
+        if isinstance(cause, RuntimeError) and str(cause).startswith(_BACK_ENDS):
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def lost(loss: BaseException) -> str:
+    """Return the sentence for a process that is gone."""
+    return f"another process was lost ({loss}); start all of them again."
+
+
+def end_if_lost(error: BaseException) -> None:
+    """End this process, with a sentence, if another one's loss caused an error.
+
+    For whoever lives on after errors: a message that is sent after a loss is waited for forever.
+    """
+    loss = loss_behind(error)
+    if loss is None:
+        return
+    if is_follower():
+        time.sleep(FOLLOWER_PATIENCE)
+        speak_again()
+    print(f"specstream: {lost(loss)}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def told(data: bytes = b"") -> bytes:
@@ -168,20 +191,12 @@ def gathered(data: bytes, length: int, together: mx.distributed.Group | None = N
     return [bytes(one) for one in every.tolist()]
 
 
-def check_same(digest: Callable[[], bytes], sentence: str) -> None:
-    """Make sure that every process holds the same thing, known by its digest of up to 32 bytes.
-
-    sentence: says what is wrong of `{odd}`, the first process that differs from the leader.
-
-    Raises:
-        ModelError: one does not.
-    """
+def odd_one(digest: Callable[[], bytes]) -> int | None:
+    """Return the first process whose digest, of up to 32 bytes, is not the leader's; None if all agree."""
     if group() is None:
-        return
+        return None
     every = gathered(digest(), 32)
-    odd = next((number for number, other in enumerate(every) if other != every[0]), None)
-    if odd is not None:
-        raise ModelError(sentence.format(odd=f"process {odd}"))
+    return next((number for number, other in enumerate(every) if other != every[0]), None)
 
 
 def clock() -> float:

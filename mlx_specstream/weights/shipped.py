@@ -59,11 +59,12 @@ def find_streams(
         folder = _automatic(model, model_folder, adapter_path)
     else:
         folder = _named(streams, revision)
-    ranks.check_same(
-        lambda: b"" if folder is None else sketch(folder, STREAM_FILES),
-        "{odd} has other streams than process 0, or none; put the same ones on every machine and "
-        "name them with --streams.",
-    )
+    odd = ranks.odd_one(lambda: b"" if folder is None else sketch(folder, STREAM_FILES))
+    if odd is not None:
+        raise StreamsError(
+            f"process {odd} has other streams than process 0, or none; put the same ones on every "
+            "machine and name them with --streams."
+        )
     if folder is None:
         return None
     weights = load_streams(folder)

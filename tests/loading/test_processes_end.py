@@ -20,6 +20,7 @@ import pytest
 
 from mlx_specstream.errors import ModelError
 from mlx_specstream.loading.load import load
+from mlx_specstream.loading.parallel import join
 from mlx_specstream.machine import ranks
 from mlx_specstream.weights.checkpoint import save_streams
 from mlx_specstream.weights.fingerprint import fingerprint
@@ -229,7 +230,7 @@ def test_processes_that_do_not_find_each_other_say_so(
     monkeypatch.setattr(mx.distributed, "init", fails)
     ranks.group.cache_clear()
     with pytest.raises(ModelError, match=words):
-        ranks.group()
+        join()
 
 
 def test_a_follower_without_a_back_end_does_not_decode_alone(
@@ -238,4 +239,4 @@ def test_a_follower_without_a_back_end_does_not_decode_alone(
     monkeypatch.setenv("MLX_RANK", "1")
     ranks.group.cache_clear()
     with pytest.raises(ModelError, match="process 1 could not be connected"):
-        ranks.group()
+        join()
