@@ -181,11 +181,26 @@ class ConditionedProposer:
         return mx.broadcast_to(at(self.marginal.ids, level), scores.shape), log_probs
 
     def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
-        """Return the best candidate (W,) int32 of each parent (W,) at a stream of its own.
+        """Return the best candidate (W,) int32 of each parent (W,); `rows` as in `ranked`."""
+        ids, scores = self._scores(rows, parents, grandparents)
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        return mx.take_along_axis(ids, best, axis=-1)[:, 0]
+
+    def ranked(
+        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return candidates (W, C) int32 and log-probabilities of each parent at a stream of its own.
 
         rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
         row per sequence and stream.
         """
+        ids, scores = self._scores(rows, parents, grandparents)
+        total = mx.logsumexp(scores, axis=-1, keepdims=True)
+        return ids, _normalised(scores, mx.take(self.mass, rows)[:, None], total)
+
+    def _scores(
+        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+    ) -> tuple[mx.array, mx.array]:
         states = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents)
         parts = [
             mx.take(keys, rows, axis=0) @ state[:, :, None]
@@ -193,9 +208,7 @@ class ConditionedProposer:
         ]
         gain = (parts[0] + parts[1]).squeeze(-1).astype(mx.float32)
         scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
-        best = mx.argmax(scores, axis=-1, keepdims=True)
-        ids = mx.take(self.marginal.ids, rows, axis=0)
-        return mx.take_along_axis(ids, best, axis=-1)[:, 0]
+        return mx.take(self.marginal.ids, rows, axis=0), scores
 
 
 class MarginalProposer:

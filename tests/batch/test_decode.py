@@ -29,10 +29,10 @@ from tests.batch.engine import (
     prompt_of,
     step,
     streamed,
-    with_table,
 )
 from tests.reference.sampling import chi_square_p
 from tests.support import against_mlx_lm, tiny
+from tests.support.batched import with_batch_table
 from tests.support.engine import (
     assert_same_text,
     decode,
@@ -207,7 +207,7 @@ def test_any_order_of_joining_and_leaving(
     """Texts are plain decoding's, and caches fresh prefills', in whatever state a sequence leaves."""
     model = streamed(small_model(attention=0.25))
     assert model.streams is not None
-    decoder = with_table(batch_decoder(model, schedule, prefill_budget=budget))
+    decoder = with_batch_table(batch_decoder(model, schedule, prefill_budget=budget))
     requests: list[Request] = []
     caches: list[KVCache | None] = []
 
@@ -294,7 +294,7 @@ def test_draws_of_a_batch_follow_the_models_distribution() -> None:
     model = streamed(small_model(vocab=vocab, seed=3), num_streams=2)
     assert model.streams is not None
     prompt = [3, 1, 4]
-    decoder = with_table(batch_decoder(model))
+    decoder = with_batch_table(batch_decoder(model))
     sampler = make_sampler(temp=1.0)
     requests: list[Request] = []
     for _ in range(50):

@@ -61,13 +61,15 @@ class Case:
 
     drafts: `streams` (random), `table` (often right), or `none`: no drafter but look-up, which
     `decode.drafts` may add to either; `auto` lets a random governor and look-up's planner choose. Or
-    a kind of another drafter, with random weights.
+    a kind of another drafter, with random weights. beside: how many other requests share the passes
+    of a batch, -1 for a request that is decoded alone.
     """
 
     number: int
     scene: Scene
     decode: DecodeConfig
     drafts: str
+    beside: int = -1
 
 
 def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "lossless") -> Case:
@@ -105,7 +107,10 @@ def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "los
     others = np.random.default_rng([seed, 5, number])
     if mode == "lossless" and drafts in ("streams", "table") and others.random() < 0.3:
         drafts = str(others.choice(KINDS))
-    return Case(number, scene, decode, drafts)
+    batches, beside = np.random.default_rng([seed, 6, number]), -1
+    if drafts not in KINDS and cache == "model" and batches.random() < 0.35:
+        beside = int(batches.integers(0, 4))
+    return Case(number, scene, decode, drafts, beside)
 
 
 def _cache_config(cache: str, draw: np.random.Generator) -> CacheConfig:

@@ -64,6 +64,10 @@ class LookUp:
         self.calibration.fade()
         self.text, self._found, self._unread = text, None, told[text.end - start :]
 
+    def keep_beside(self, cache: KVCache) -> None:
+        """Keep what is known of the text beside another cache of it, for who goes on from there."""
+        _texts[cache] = self.text
+
     def read(self) -> None:
         """Index the prompt; a good moment is while the device is at work."""
         self.text.extend(self._unread)
