@@ -87,7 +87,9 @@ class Chains:
         T = max(self.tokens.shape[1], others.tokens.shape[1])
         one, two = self.filled_up(T), others.filled_up(T)
 
-        def both(mine: mx.array | None, theirs: mx.array | None, *, default: bool) -> mx.array | None:
+        def both(
+            mine: mx.array | None, theirs: mx.array | None, *, default: bool
+        ) -> mx.array | None:
             if mine is None and theirs is None:
                 return None
             parts = [

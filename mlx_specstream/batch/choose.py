@@ -26,9 +26,7 @@ class Drawn:
     errors: dict[int, Exception]
 
 
-def draw(
-    token_samplers: Sequence[TokenSampler], logits: mx.array, chains: Chains
-) -> Drawn:
+def draw(token_samplers: Sequence[TokenSampler], logits: mx.array, chains: Chains) -> Drawn:
     """Draw a token at every row of every chain, from logits (B, T, V).
 
     What fills a chain up no token_sampler sees.

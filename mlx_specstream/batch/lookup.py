@@ -70,7 +70,9 @@ class BatchLookUp:
         """
         streams, depth = self.model.streams, self.depth
         if not drafted and streams is not None and streams.shared:
-            return nothing(sequences)  # every row has its streams: there look-up adds to drafts alone
+            return nothing(
+                sequences
+            )  # every row has its streams: there look-up adds to drafts alone
         if self.governor is not None:
             depth = self.governor.longest
         found = []

@@ -192,9 +192,7 @@ class BatchStepper:
         logits = self.backbone.head(normed)
         return StreamCandidates(self.backbone, self.conditioner, logits, normed)
 
-    def drafts(
-        self, roots: mx.array, before: mx.array, candidates: StreamCandidates
-    ) -> mx.array:
+    def drafts(self, roots: mx.array, before: mx.array, candidates: StreamCandidates) -> mx.array:
         """Return the next chains' drafts (B, D) below `roots` (B,), which follow `before` (B,)."""
         drafts, parents = [], roots
         sequences = mx.arange(roots.shape[0], dtype=mx.int32)
@@ -224,7 +222,9 @@ def next_chains(
     chains = last.chains(rows, [found[place] for place in old])
     if not new:
         return chains
-    fresh = looked_up_chains([sequences[place].root for place in new], [found[place] for place in new])
+    fresh = looked_up_chains(
+        [sequences[place].root for place in new], [found[place] for place in new]
+    )
     order = [*old, *new]
     return chains.beside(fresh).take([order.index(place) for place in range(len(order))])
 

@@ -28,7 +28,7 @@ from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
-from ..planner.lookup import lookup_planner, looks_up
+from ..planner.lookup import looks_up, lookup_planner
 from ..speculation.decode import Decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import FileIndex, LookUp

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -156,9 +157,13 @@ def test_the_text_is_that_of_plain_decoding(kind: str, tree: str) -> None:
         plain = PlainDecoder(backbone, TokenSampler(sampler, seed=7))
         expected = tokens_of(run(plain, PROMPT, 24, backbone.new_cache()))
         decoder = drafted(drafter, TreeSpec.parse(tree), TokenSampler(sampler, seed=7))
-        after_steps: list[list[tuple[np.ndarray, np.ndarray]]] = []
         cache = backbone.new_cache()
-        steps = run(decoder, PROMPT, 24, cache, lambda _: after_steps.append(committed_rows(cache)))
+        after_steps: list[list[tuple[np.ndarray, np.ndarray]]] = []
+
+        def note(_: object, cache: KVCache = cache, rows: list[Any] = after_steps) -> None:
+            rows.append(committed_rows(cache))
+
+        steps = run(decoder, PROMPT, 24, cache, note)
         found = tokens_of(steps)
         assert found[:24] == expected[:24]
         fresh = backbone.new_cache()

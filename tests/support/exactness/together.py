@@ -93,9 +93,7 @@ def answer_together(
     if case.drafts == "none" and decode.tree.kind == "product":
         decode = replace(decode, tree=replace(decode.tree, kind="best", rows=7, depth=0))
     governor = BatchWhims(case.number) if case.drafts == "auto" else None
-    decoder = BatchDecoder(
-        model, decode, prefill_budget=max(2, scene.chunk), governor=governor
-    )
+    decoder = BatchDecoder(model, decode, prefill_budget=max(2, scene.chunk), governor=governor)
     if case.drafts == "table":
         decoder = with_batch_table(decoder)
     answer, twin = Answer(length), Answer(length)

@@ -15,4 +15,11 @@ from .files import FileIndex
 from .look_up import LookUp
 from .merge import MergedProposer, looked_up_tree, merged_tree
 
-__all__ = ["Continuations", "FileIndex", "LookUp", "MergedProposer", "looked_up_tree", "merged_tree"]
+__all__ = [
+    "Continuations",
+    "FileIndex",
+    "LookUp",
+    "MergedProposer",
+    "looked_up_tree",
+    "merged_tree",
+]
