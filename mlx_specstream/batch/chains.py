@@ -166,7 +166,7 @@ def merged_chains(
 
 
 @dataclass(frozen=True)
-class StreamCandidates:
+class ChainCandidates:
     """Candidates of chains of a batch, level by level: each chain's from its sequence's own streams.
 
     logits: (B, D, V) and normed: (B, D, h), of the streams after the final norm.

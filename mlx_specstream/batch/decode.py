@@ -235,7 +235,7 @@ class BatchDecoder:
         sequence.root = tokens[-1]
         sequence.token_sampler.extend(tokens)
         if sequence.lookup is not None:
-            sequence.lookup.take(tokens)
+            sequence.lookup.hear(tokens)
         result = pending.result(row, verdict, keep_drafts=self.keep_drafts)
         try:
             wanted = sequence.criteria.should_continue(result)
@@ -325,6 +325,8 @@ class BatchDecoder:
         self._last = step
         for row, sequence in enumerate(self.running):
             sequence.drafted = row
+            if sequence.lookup is not None:
+                sequence.lookup.read()  # while the device is at work
 
 
 @once

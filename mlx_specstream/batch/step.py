@@ -28,7 +28,7 @@ from ..speculation.result import StepReport
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from .cache import BatchKVCache
-from .chains import Chains, StreamCandidates, looked_up_chains, merged_chains
+from .chains import ChainCandidates, Chains, looked_up_chains, merged_chains
 from .choose import draw
 from .rows import deferred_rows, inline_rows, main_rows
 from .sequence import BatchSequence
@@ -48,7 +48,7 @@ class BatchStep:
     next_tokens: mx.array
     errors: dict[int, Exception]
     before: mx.array
-    candidates: StreamCandidates | None = None
+    candidates: ChainCandidates | None = None
 
     def schedule(self) -> None:
         """Start computing the step, then what the next one builds on, as `Step.schedule` does."""
@@ -186,13 +186,13 @@ class BatchStepper:
         hidden = streams.start(main, roots)
         return streams.run(hidden, 0, streams.upper, rows.cache, 0, rows.positions, rows.mask)
 
-    def candidates(self, states: mx.array) -> StreamCandidates:
+    def candidates(self, states: mx.array) -> ChainCandidates:
         """Return the candidates of the next chains, from streams (B, γ, h)."""
         normed = self.backbone.norm(states[:, : self.depth])
         logits = self.backbone.head(normed)
-        return StreamCandidates(self.backbone, self.conditioner, logits, normed)
+        return ChainCandidates(self.backbone, self.conditioner, logits, normed)
 
-    def drafts(self, roots: mx.array, before: mx.array, candidates: StreamCandidates) -> mx.array:
+    def drafts(self, roots: mx.array, before: mx.array, candidates: ChainCandidates) -> mx.array:
         """Return the next chains' drafts (B, D) below `roots` (B,), which follow `before` (B,)."""
         drafts, parents = [], roots
         sequences = mx.arange(roots.shape[0], dtype=mx.int32)
@@ -241,7 +241,7 @@ def accept(chains: Chains, drawn: mx.array) -> mx.array:
 
 
 def _ranked(
-    candidates: StreamCandidates,
+    candidates: ChainCandidates,
     sequences: mx.array,
     level: int,
     parents: mx.array,

@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.batch import BatchDecoder, BatchGovernor
 from mlx_specstream.batch.chains import looked_up_chains, merged_chains
+from mlx_specstream.batch.lookup import PATIENCE, SELDOM
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError
 from mlx_specstream.loading.load import StreamModel
@@ -24,7 +25,6 @@ from mlx_specstream.speculation.drafters.lookup import Continuations, FileIndex,
 from mlx_specstream.speculation.result import LOOK_UP
 from tests.batch.engine import (
     Request,
-    as_model,
     assert_fresh,
     finish,
     prompt_of,
@@ -403,12 +403,34 @@ def test_promises_that_are_not_kept_are_believed_less_until_others_come() -> Non
     assert governor.rows(0, found) > 0
 
 
-def test_texts_that_quote_nothing_are_decoded_plainly() -> None:
-    model = StreamModel.plain(small_model(vocab=64, attention=0.3))
-    decoder = BatchDecoder(model, DecodeConfig(), governor=BatchGovernor(clock=None))
-    requests = [Request(decoder, random.Random(n).sample(range(64), 30), 8) for n in range(3)]
-    finish(decoder, requests)
+class Never(BatchGovernor):
+    """Finds that nothing pays, and counts how often it was asked, until told otherwise."""
+
+    asked = 0
+    pays = False
+
+    def rows(self, drafted: int, found: Sequence[Continuations]) -> int:
+        self.asked += 1
+        return 4 if self.pays else 0
+
+
+def test_where_nothing_pays_one_pass_in_four_looks_up() -> None:
+    model = StreamModel.plain(small_model(attention=0.4))
+    governor = Never(clock=None)
+    decoder = BatchDecoder(model, DecodeConfig(), governor=governor)
+    requests = [Request(decoder, repetitive(n, 12), 200) for n in range(2)]
+    for _ in range(PATIENCE + 1):
+        decoder.step()
+    assert governor.asked == PATIENCE
+    for _ in range(20 * SELDOM):
+        step(decoder, requests)
+    assert governor.asked <= PATIENCE + 21
+    assert all(result.drafted == 0 for request in requests for result in request.results)
+    governor.pays, governor.asked = True, 0
+    for _ in range(3 * SELDOM):
+        step(decoder, requests)
+    assert governor.asked > 2 * SELDOM
+    assert any(any(result.looked_up) for request in requests for result in request.results)
     for request in requests:
-        if len(set(request.tokens)) == len(request.tokens):
-            assert sum(result.drafted for result in request.results) <= 4
-    assert as_model  # the same names as elsewhere
+        wanted = plain(random_streams(model.model, stream_config()), request.prompt, 200)
+        assert_same_text(request.tokens, wanted)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_specstream.batch import BatchDecoder
-from mlx_specstream.batch.chains import StreamCandidates
+from mlx_specstream.batch.chains import ChainCandidates
 from mlx_specstream.batch.step import BatchStepper
 
 
 @dataclass(frozen=True)
-class TableCandidates(StreamCandidates):
+class TableCandidates(ChainCandidates):
     """After any token, what the model says after that token alone: (V, k), best first."""
 
     ids: mx.array
@@ -36,7 +36,7 @@ class TableBatchStepper(BatchStepper):
     ids: mx.array
     log_probs: mx.array
 
-    def candidates(self, states: mx.array) -> StreamCandidates:
+    def candidates(self, states: mx.array) -> ChainCandidates:
         of_streams = super().candidates(states)
         own = {f.name: getattr(of_streams, f.name) for f in dataclasses.fields(of_streams)}
         return TableCandidates(**own, ids=self.ids, log_probs=self.log_probs)
