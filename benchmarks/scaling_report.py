@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.endurance import growth_bytes
-from mlx_specstream.bench.plot_style import available, look, new_figure, save_figure
+from mlx_specstream.bench.plot_style import available, line_style, new_figure, save_figure
 from mlx_specstream.machine import Machine
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _figure(record: dict[str, Any], name: str, grows: str, points: list[dict[str
             ys.append(p["tokens_per_pass"] if kind == "yield" else p["ratio"])
         axes.set_ylabel("tokens per pass" if kind == "yield" else "a step, in plain steps")
     for index, (label, (xs, ys)) in enumerate(series.items()):
-        color, marker = look(index)
+        color, marker = line_style(index)
         axes.plot(xs, ys, color=color, marker=marker, markersize=4, linewidth=1.8, label=label)
     values = sorted({x for xs, _ in series.values() for x in xs})
     if kind != LONG and len(values) > 1 and values[-1] >= 8 * values[0]:

@@ -2,7 +2,7 @@
 
 * `backbone`: a Hugging Face decoder seen as embed, layers, norm, head
 * `adapters`, `condition`: everything that is trained
-* `model`: the dense reference, oracle of every parity test
+* `model`: the dense reference that every parity test compares with
 * `checkpoint`: schema 1, read and written
 * `distill`, `batched`, `states`: the model's own answers, and what the frozen base computes for them
 * `packed`, `loss`: the fast forward of stream rows, cross-entropy under the head

@@ -1,7 +1,7 @@
 """The reference: Speculative Streaming over a Hugging Face decoder, one dense pass, nothing clever.
 
-The oracle of every parity test, so it is short rather than fast: all rows of the MSA layers stand in one sequence under
-one explicit mask (`masks.py`).
+What every parity test compares with, so it is short rather than fast: all rows of the MSA layers stand in one
+sequence under one explicit mask (`masks.py`).
 
 Main rows may form a draft tree instead of a text: pass `positions` and the ancestors' `mask`.
 """

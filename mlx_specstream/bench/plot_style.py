@@ -23,7 +23,7 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def look(index: int) -> tuple[str, str]:
+def line_style(index: int) -> tuple[str, str]:
     """Return the colour and the marker of the line number `index`; they repeat after eight."""
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
 

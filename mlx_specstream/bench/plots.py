@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .methods import MLX_LM
-from .plot_style import add_legend, look, new_figure, save_figure, whole_numbers
+from .plot_style import add_legend, line_style, new_figure, save_figure, whole_numbers
 from .result import Result
 from .summary import ALL, summarised
 
@@ -201,7 +201,7 @@ def cost(result: Result) -> Figure | None:
     kinds = list(dict.fromkeys(f["kind"] for f in forecasts if f["kind"] != "plain"))
     for index, kind in enumerate(kinds):
         own = sorted((f for f in forecasts if f["kind"] == kind), key=lambda f: f["rows"])
-        color, marker = look(index)
+        color, marker = line_style(index)
         rows = [f["rows"] for f in own]
         axes.plot(
             rows,
@@ -254,7 +254,7 @@ def trees(result: Result) -> Figure | None:
         xs = [row["measured_tokens_per_s"] / base_s for row in found["rows"]]
         ys = [row["predicted_tokens_per_s"] / base_s for row in found["rows"]]
         top = max(top, *xs, *ys)
-        color, marker = look(index)
+        color, marker = line_style(index)
         axes.plot(xs, ys, marker, color=color, markersize=4.5, alpha=0.7, label=category)
         ring = 10 + 2.5 * index  # choices may lie on the same point
         for x, y, row in zip(xs, ys, found["rows"], strict=True):
@@ -273,4 +273,4 @@ def trees(result: Result) -> Figure | None:
 
 def style(result: Result, method: str) -> tuple[str, str]:
     """Return a method's colour and marker, the same in all plots of a result."""
-    return look(list(result.named_methods).index(method) - 1)
+    return line_style(list(result.named_methods).index(method) - 1)

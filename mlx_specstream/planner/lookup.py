@@ -51,7 +51,7 @@ class LookUpPlanner:
     plain_s: float = 0.0
     ratios: dict[int, float] = field(default_factory=dict)
     trust: float = 1.0
-    _then: float | None = None
+    _last_step: float | None = None
     _paused: float = 0.0
 
     def cost(self, rows: int) -> float:
@@ -89,16 +89,16 @@ class LookUpPlanner:
 
     def begin(self) -> None:
         """Learn that an answer begins, which may quote more than the last."""
-        self._then = None
+        self._last_step = None
         self.trust += 0.1 * (1 - self.trust)
 
     def after(self, kind: int | None) -> None:
         """Take in that a step is done: rows of look-up, 0 for a plain token, None for anything else."""
         if self.clock is None:
             return
-        then, self._then = self._then, self.clock()
-        if then is not None and kind is not None:
-            self.timed(kind, self._then - then)
+        last, self._last_step = self._last_step, self.clock()
+        if last is not None and kind is not None:
+            self.timed(kind, self._last_step - last)
 
     def timed(self, kind: int, seconds: float) -> None:
         """Take in how long a step took: of so many rows of look-up, 0 for one without."""
@@ -126,7 +126,7 @@ class LookUpPlanner:
     def resume(self) -> None:
         """Do not time the step under way if the caller was long."""
         if self.clock is not None and self.clock() - self._paused > 0.5 * self.plain_s:
-            self._then = None
+            self._last_step = None
 
 
 def looks_up(model: StreamModel, config: DecodeConfig) -> bool:

@@ -147,7 +147,7 @@ class Planner:
 
     def looked_up(self, length: int) -> None:
         """Note a step of look-up alone, which is not timed, in place of a plain one."""
-        self.context, self._then = length, None
+        self.context, self._last_step = length, None
         if self._until_probe is not None:
             self._until_probe = max(1, self._until_probe - 1)
 

@@ -315,6 +315,22 @@ def test_a_slow_reader_is_no_slow_step(reading: float) -> None:
     assert planner.correction.factor == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_step_of_look_up_is_not_taken_for_a_slow_plain_token() -> None:
+    now = 0.0
+    planner = Planner(curve(r8=2.0), profile(0.6), clock=lambda: now)
+    planner.begin(10)
+    planner.plan = None
+    planner._until_probe = None
+    for step in range(60):
+        if step % 3 == 2:
+            now += 1.9
+            planner.looked_up(10)
+        else:
+            now += 1.0
+            planner.after(StepResult([1], 0, NOTHING), None, 10)
+    assert planner.correction.factor == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_machine_that_slows_down_is_no_reason_to_stay_plain() -> None:
     """Steps look dear until plain tokens are timed again; later drift moves both."""
     correction = TimingCorrection()
