@@ -114,7 +114,12 @@ def _play_together(case: Case, streams: Streams) -> Outcome:
         answer, twin, kv = answer_together(
             case, streams, number, wanted.whole, rest, prefix.kv, wanted.prompt, length
         )
-        for name, one in (("", answer), ("twin, ", twin)):
+        both = [("", answer), ("twin, ", twin)]
+        if (
+            scene.mode == "shared" and number
+        ):  # an answer's rows saw their streams, a prompt's do not
+            both.pop()
+        for name, one in both:
             found = one.tokens[:length]
             tokens, accepted = tokens + len(found), accepted + one.accepted
             if found != wanted.tokens:
