@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -110,10 +110,10 @@ def methods(
         ended = [[*ids, tokenizer.eos_token_id] if len(ids) < N else ids for ids in found.token_ids]
         return ended, max(map(len, ended))
 
-    planned = DecodeConfig(schedule=batch.schedule)  # drafts where that pays
+    planned = replace(batch, tree=TreeSpec(kind="auto"))  # drafts where that pays
 
     def with_tree(tree: str) -> Method:
-        config = DecodeConfig(TreeSpec.parse(tree), schedule=batch.schedule)
+        config = replace(batch, tree=TreeSpec.parse(tree))
         return lambda prompts: in_turn(prompts, config)
 
     return {
@@ -216,6 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="tree of requests in turn, repeatable; the first is the reference (default: chain, 5)",
     )
     parser.add_argument("--schedule", default="auto", choices=("auto", "inline", "deferred"))
+    parser.add_argument(
+        "--drafts", help="where drafts come from (default: as in specstream generate)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
@@ -226,10 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("batch", "groups", "rounds", "max_tokens"):
         if getattr(arguments, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1.")
-    config = DecodeConfig(TreeSpec.parse(arguments.chain), schedule=arguments.schedule)
-    model, tokenizer = load(arguments.model, streams=arguments.streams)
-    if model.streams is None:
-        raise StreamsError(f"there are no streams for {arguments.model}; name some with --streams.")
+    config = DecodeConfig.of_words(
+        arguments.chain, schedule=arguments.schedule, drafts=arguments.drafts
+    )
+    streams = None if arguments.streams.lower() == "none" else arguments.streams
+    model, tokenizer = load(arguments.model, streams=streams)
+    if model.streams is None and not config.looks_up:
+        raise StreamsError(
+            f"there are no streams for {arguments.model}; name some with --streams, or let drafts be "
+            "looked up with --drafts lookup."
+        )
     prompts = read_prompts(arguments.prompts) if arguments.prompts else built_in_prompts()
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     size = arguments.batch

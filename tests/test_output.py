@@ -26,7 +26,7 @@ TABLE = "│┃━─"
         "demo --model FOLDER --num-prompts 2 --max-tokens 8",
         "verify --model FOLDER --num-prompts 2 --max-tokens 8 --tree chain --tree 16",
         "bench --model FOLDER --categories chat --num-prompts 2 -m 6 --no-plots --output OUT "
-        "--tree 16 --prompt-lookup",
+        "--tree 16 --drafts streams,lookup",
         "bench --from OUT --no-plots",
         "convert --hf-path FOLDER --dry-run",
     ],

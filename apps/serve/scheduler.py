@@ -7,7 +7,8 @@
 
 Between two passes at most one chunk of one prompt is read, so that a long prompt does not hold up
 answers that are being written. One answer alone is decoded with draft trees; several share one
-pass, each with a chain of drafts [SS App. F]. Either way its tokens are those it would get alone.
+pass, each with a chain of drafts [SS App. F]. Either way drafts are looked up in each answer's own
+text, too, and its tokens are those it would get alone.
 Where a model cannot be batched, answers take turns.
 """
 
@@ -164,6 +165,7 @@ class Scheduler:
                     cache=answer.cache,
                     token_sampler=answer.token_sampler,
                     criteria=answer,
+                    text=[*answer.request.prompt, *answer.given],
                 )
                 self.sequences[sequence] = answer
         events: list[tuple[Request, Event]] = []

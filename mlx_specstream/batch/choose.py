@@ -8,12 +8,13 @@ processors raise is that sequence's failure and nobody else's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ..speculation.sampling import TokenSampler
 from ..speculation.tree import chain
+from .chains import Chains
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,12 @@ class Drawn:
     errors: dict[int, Exception]
 
 
-def draw(
-    token_samplers: Sequence[TokenSampler],
-    logits: mx.array,
-    tokens: mx.array,
-    num_drafts: Sequence[int],
-) -> Drawn:
-    """Draw a token at every row of every chain.
+def draw(token_samplers: Sequence[TokenSampler], logits: mx.array, chains: Chains) -> Drawn:
+    """Draw a token at every row of every chain, from logits (B, T, V).
 
-    Args:
-        logits: (B, T, V). tokens: (B, T) int32, root and drafts.
-        num_drafts: how many drafts of each row are real; the others only fill up the shape, and
-            no token_sampler sees them.
+    What fills a chain up no token_sampler sees.
     """
-    T = tokens.shape[1]
+    T = chains.tokens.shape[1]
     likeliest = mx.argmax(logits, axis=-1).view(mx.int32)
     highest = mx.max(logits, axis=-1)
     finite = highest == highest
@@ -48,9 +41,12 @@ def draw(
     for row, token_sampler in enumerate(token_samplers):
         drawn, flag = likeliest[row], finite[row]
         if not _takes_likeliest(token_sampler):
-            nodes = 1 + num_drafts[row]
+            nodes = chains.lengths[row]
+            tree = chain(chains.tokens[row, :nodes])
+            if chains.alive is not None:
+                tree = replace(tree, alive=chains.alive[row, :nodes])
             try:
-                own, flag = token_sampler(logits[row, :nodes], chain(tokens[row, :nodes]))
+                own, flag = token_sampler(logits[row, :nodes], tree)
             except Exception as error:
                 errors[row] = error
             else:

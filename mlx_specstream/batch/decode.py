@@ -12,15 +12,18 @@ computed between two steps, so that the others are never held up for long), join
 decodes in chains, and leaves with an ordinary `KVCache` of its text. Each request's tokens are
 those it would get alone, whatever shares the batch.
 
-This module knows token ids, not text. It waits for the device once per step, and schedules the
-next step before it hands out results.
+Chains are the streams', of what look-up finds in each request's own text, or of both. This module
+knows token ids, not text. It waits for the device once per step, and schedules the next step
+before it hands out results.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache as once
 
 import mlx.core as mx
 
@@ -30,26 +33,20 @@ from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..speculation.decode import not_a_number
-from ..speculation.result import DraftRecord, MaxTokens, StepResult, StopCriteria, Verdict
+from ..speculation.drafters.lookup import FileIndex
+from ..speculation.result import MaxTokens, StopCriteria, Verdict
 from ..speculation.sampling import TokenSampler
 from .cache import BatchKVCache, check_cache
 from .check import check_model
 from .governor import BatchGovernor
+from .lookup import BatchLookUp, nothing
+from .scheduled import ScheduledPass
 from .sequence import BatchEvent, BatchSequence
-from .step import BatchStep, BatchStepper
+from .step import BatchStep, BatchStepper, next_chains
+
+log = logging.getLogger("mlx_specstream")
 
 PREFILL_BUDGET = 512  # prompt tokens computed between two steps, unless asked otherwise
-
-
-@dataclass
-class _Pending:
-    """A scheduled step and whose rows it has."""
-
-    step: BatchStep
-    sequences: list[BatchSequence]
-    num_drafts: list[int]
-    lengths: list[int]
-    drafting: bool
 
 
 @dataclass
@@ -59,16 +56,18 @@ class BatchDecoder:
     Args:
         model: what `load` returns. Without streams it is decoded plainly, one token per pass.
         config: how to decode; None for the default. Drafts are chains whatever tree it names, as
-            deep as that tree.
+            deep as that tree; of look-up, as long as that tree has rows.
         speculative: False decodes one token per pass, with the same results.
         prefill_budget: prompt tokens that may be computed between two steps.
         keep_drafts: put every verified chain into its result.
-        governor: decides before every pass whether it drafts; None for always.
+        governor: decides before every pass whether it drafts, and how much of what was looked up it
+            verifies; None for always, and all.
+        files: what else to look up in, where drafts are looked up.
 
     Raises:
         ModelError: the model cannot be batched exactly.
-        OptionError: the config asks for what only trees have (pruning, streams at some nodes), or
-            for a schedule that does not fit the streams' mode.
+        OptionError: the config asks for what only trees have (pruning, streams at some nodes), for
+            a schedule that does not fit the streams' mode, or for look-up alone where that cannot be.
         StreamsError: a tensor is missing.
     """
 
@@ -78,13 +77,15 @@ class BatchDecoder:
     prefill_budget: int = PREFILL_BUDGET
     keep_drafts: bool = False
     governor: BatchGovernor | None = None
+    files: FileIndex | None = None
     stepper: BatchStepper = field(init=False)
     plain_stepper: BatchStepper = field(init=False)
+    lookup: BatchLookUp | None = field(init=False, default=None)
     cache: BatchKVCache = field(init=False)
     running: list[BatchSequence] = field(init=False, default_factory=list)
     waiting: deque[BatchSequence] = field(init=False, default_factory=deque)
-    _pending: _Pending | None = field(init=False, default=None)
-    _drafts: mx.array | None = field(init=False, default=None)
+    _pending: ScheduledPass | None = field(init=False, default=None)
+    _last: BatchStep | None = field(init=False, default=None)
     _undisturbed: bool = field(init=False, default=False)  # since the last pass was done
 
     def __post_init__(self) -> None:
@@ -96,6 +97,10 @@ class BatchDecoder:
         self.stepper = BatchStepper.of(self.model, config, self.speculative)
         self.plain_stepper = BatchStepper.of(self.model, config, speculative=False)
         self.cache = BatchKVCache(self.model.backbone.num_layers)
+        if self.speculative:
+            self.lookup = BatchLookUp.of(self.model, config, self.governor, self.files)
+        if self.speculative and config.uses_streams and self.model.drafter is not None:
+            _note_drafter()
 
     @property
     def busy(self) -> bool:
@@ -118,6 +123,7 @@ class BatchDecoder:
         cache: KVCache | None = None,
         token_sampler: TokenSampler | None = None,
         criteria: StopCriteria | None = None,
+        text: Sequence[int] = (),
     ) -> BatchSequence:
         """Take in a request and return its sequence; nothing is computed yet.
 
@@ -128,6 +134,7 @@ class BatchDecoder:
                 Its `history` is kept up, so it must begin as the text before the first token.
             criteria: asked with every result whether the sequence needs another step, before that is
                 scheduled; None for always. After no the sequence is finished and waits for `remove`.
+            text: what precedes the answer, if more is known of it than the prompt, for look-up.
 
         Raises:
             OptionError: no prompt, or a cache that cannot be batched.
@@ -140,8 +147,11 @@ class BatchDecoder:
         ids = [int(token) for token in prompt]
         token_sampler = token_sampler or TokenSampler(history=list(ids))
         token_sampler.typical = self.config.typical if self.config is not None else None
+        lookup = None
+        if self.lookup is not None:
+            lookup = self.lookup.begin(ids, cache, token_sampler.history, text)
         sequence = BatchSequence(
-            token_sampler, cache, ids, criteria or MaxTokens(), prompt_tokens=len(ids)
+            token_sampler, cache, ids, criteria or MaxTokens(), len(ids), ids[-1], lookup
         )
         self.waiting.append(sequence)
         return sequence
@@ -202,30 +212,31 @@ class BatchDecoder:
         if self.governor is not None:
             tokens = sum(len(event.result.tokens) for event in events if event.result is not None)
             self.governor.after(
-                len(pending.sequences), tokens, speculated=pending.drafting, undisturbed=undisturbed
+                len(pending.sequences),
+                tokens,
+                speculated=pending.drafting,
+                undisturbed=undisturbed,
+                drafted=pending.drafted,
+                widened=pending.widened,
             )
+            for verdict, promised in zip(verdicts, pending.promised, strict=True):
+                self.governor.accepted(len(verdicts), promised, len(verdict.tokens) - 1)
         return events
 
-    def _result(self, pending: _Pending, row: int, verdict: Verdict) -> BatchEvent:
+    def _result(self, pending: ScheduledPass, row: int, verdict: Verdict) -> BatchEvent:
         """Commit what a step accepted for one sequence, and ask whether it goes on."""
-        sequence, num_drafts = pending.sequences[row], pending.num_drafts[row]
-        raised = pending.step.errors.get(row)
+        sequence, raised = pending.sequences[row], pending.step.errors.get(row)
         if raised is not None:
             return self._fail(sequence, raised)
         if not verdict.finite:
             return self._fail(sequence, not_a_number(pending.lengths[row]))
-        tokens, nodes = verdict.tokens, 1 + num_drafts
+        tokens = verdict.tokens
         self.cache.lengths[sequence.row] += len(tokens)
+        sequence.root = tokens[-1]
         sequence.token_sampler.extend(tokens)
-        draft = None
-        if self.keep_drafts:
-            draft = DraftRecord(
-                verdict.chain[:nodes],
-                [max(node - 1, 0) for node in range(nodes)],
-                list(range(nodes)),
-                verdict.nodes,
-            )
-        result = StepResult(tokens, num_drafts, pending.step.logits[row, : len(tokens)], draft)
+        if sequence.lookup is not None:
+            sequence.lookup.hear(tokens)
+        result = pending.result(row, verdict, keep_drafts=self.keep_drafts)
         try:
             wanted = sequence.criteria.should_continue(result)
         except Exception as error:
@@ -243,6 +254,8 @@ class BatchDecoder:
     def _leave(self, sequence: BatchSequence) -> None:
         """Take a running sequence's rows out of the batch; the last sequence moves into its place."""
         sequence.cache = self.cache.leave(sequence.row)
+        if sequence.lookup is not None:
+            sequence.lookup.keep_beside(sequence.cache)
         last = self.running.pop()
         if last is not sequence:
             last.row = sequence.row
@@ -278,6 +291,8 @@ class BatchDecoder:
             mx.eval([sequence.cache.arrays for sequence in self.waiting])
 
     def _join(self, sequence: BatchSequence) -> None:
+        if sequence.lookup is not None:
+            sequence.lookup.read()  # while the device computes the prompt
         self.cache.join(sequence.cache)
         sequence.cache = KVCache(0)  # its rows are the batch's now
         sequence.row, sequence.state = len(self.running), "running"
@@ -286,45 +301,40 @@ class BatchDecoder:
     def _schedule(self) -> None:
         """Schedule the next step for all that run."""
         if not self.running:
-            self._drafts = None
+            self._last = None
             self.cache.reserve(0)
             return
-        tokens, num_drafts = self._chains()
-        drafting = self.governor is None or self.governor.speculates(len(self.running))
+        requests, last = len(self.running), self._last
+        drafted = 0 if last is None or last.candidates is None else last.num_drafts
+        found, widened = nothing(self.running)
+        if self.lookup is not None:
+            found, widened = self.lookup.found(self.running, drafted)
+        chains = next_chains(self.running, last, found)
+        drafting = self.stepper.depth > 0
+        if drafting and self.governor is not None:
+            drafting = self.governor.speculates(requests)
         stepper = self.stepper if drafting else self.plain_stepper
         # Drafts of the last pass are verified, whether or not this one makes any.
-        self.cache.reserve(self.stepper.scratch)
+        self.cache.reserve(self.stepper.scratch(chains.tokens.shape[1]))
         token_samplers = [sequence.token_sampler for sequence in self.running]
-        step = stepper.step(tokens, num_drafts, token_samplers, self.cache)
+        step = stepper.step(chains, token_samplers, self.cache)
         step.schedule()
         lengths = list(self.cache.lengths)
-        self._pending = _Pending(step, list(self.running), num_drafts, lengths, drafting)
-        self._drafts = step.next_tokens
+        promised = [0.0 if drafted else one.expected(len(one)) for one in found]
+        self._pending = ScheduledPass(
+            step, list(self.running), chains, lengths, drafting, drafted, widened, promised
+        )
+        self._last = step
         for row, sequence in enumerate(self.running):
             sequence.drafted = row
+            if sequence.lookup is not None:
+                sequence.lookup.read()  # while the device is at work
 
-    def _chains(self) -> tuple[mx.array, list[int]]:
-        """Return every running sequence's root and drafts (B, T), and how many drafts are real.
 
-        Chains come from the last step, in whatever order the sequences are now; those that have just
-        joined bring their root alone, behind which zeros fill up the shape.
-        """
-        fresh = [sequence for sequence in self.running if sequence.drafted is None]
-        if self._drafts is None or len(fresh) == len(self.running):
-            roots = [[sequence.pending_prompt[-1]] for sequence in self.running]
-            return mx.array(roots, dtype=mx.int32), [0] * len(roots)
-        rows, T = self._drafts.shape
-        chains = self._drafts
-        if fresh:
-            new = [[sequence.pending_prompt[-1]] + [0] * (T - 1) for sequence in fresh]
-            chains = mx.concatenate([chains, mx.array(new, dtype=mx.int32)])
-        order, num_drafts = [], []
-        for sequence in self.running:
-            if sequence.drafted is None:
-                order.append(rows + fresh.index(sequence))
-            else:
-                order.append(sequence.drafted)
-            num_drafts.append(0 if sequence.drafted is None else T - 1)
-        if order != list(range(chains.shape[0])):
-            chains = mx.take(chains, mx.array(order, dtype=mx.int32), axis=0)
-        return chains, num_drafts
+@once
+def _note_drafter() -> None:
+    """Say once that a draft model or heads draft for requests that are alone."""
+    log.warning(
+        "note: requests that share a pass are not drafted for by the draft model, but by look-up "
+        "where that pays; a request that is alone has both."
+    )

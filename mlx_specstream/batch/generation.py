@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import DecodeConfig
+from ..config import DecodeConfig, parse_drafts
 from ..config.bounds import whole
 from ..errors import OptionError, shown
 from ..generation.arguments import (
     Prompt,
+    file_index,
     needed_config,
     needed_processors,
     needed_sampler,
@@ -113,6 +115,8 @@ def batch_generate(
     seed: int | Sequence[int] | None = None,
     stop: str | Sequence[str] = (),
     config: DecodeConfig | None = None,
+    drafts: str | None = None,
+    lookup_files: Sequence[str | Path] = (),
     speculative: bool = True,
     completion_batch_size: int = 32,
     prefill_step_size: int = PREFILL_BUDGET,
@@ -134,6 +138,7 @@ def batch_generate(
             None takes seeds from MLX's global generator.
         stop: a string or several that end an answer and are not part of it.
         config: how to decode; drafts are chains as deep as its tree.
+        drafts, lookup_files: as in `stream_generate`.
         speculative: False decodes one token per pass, with the same result.
         prefill_step_size: prompt tokens computed between two steps.
         return_prompt_caches: keep every answer's KV cache: prompt and answer but its last token.
@@ -143,7 +148,7 @@ def batch_generate(
             `on_answer` is not told.
 
     Raises:
-        OptionError: an argument that cannot be used.
+        OptionError: an argument that cannot be used. DataError: a look-up file cannot be read.
         ModelError: the model cannot be batched, or computes NaN.
     """
     from mlx_lm.generate import wired_limit
@@ -170,14 +175,21 @@ def batch_generate(
         seeds = [None if first is None else first + i for i in range(len(prompts))]
     processors = needed_processors(logits_processors)
     config = None if config is None else needed_config(config)
+    if drafts is not None:
+        config = replace(config or DecodeConfig(), drafts=parse_drafts(drafts))
     if any(isinstance(process, TreeProcessor) for process in processors):
         raise OptionError(
             "a grammar follows one answer's text, so answers of a batch cannot share it; add the "
             "prompts to a BatchDecoder, each with a grammar of its own."
         )
-    governor = governor_for(model, config) if speculative else None
-    decoder = BatchDecoder(model, config, speculative, prefill_step_size, governor=governor)
     wrapped = wrapped_tokenizer(tokenizer)
+    files = None
+    if lookup_files:
+        files = file_index(wrapped, lookup_files, model.backbone.vocab_size)
+    governor = governor_for(model, config) if speculative else None
+    decoder = BatchDecoder(
+        model, config, speculative, prefill_step_size, governor=governor, files=files
+    )
     ids = [prompt_ids(wrapped, prompt, model.backbone.vocab_size) for prompt in prompts]
     lossy = config is not None and config.typical is not None
     requests = [

@@ -7,6 +7,9 @@ every number of requests, and the faster one is taken:
 
     speculate for a while ──► plain for a few passes ──► the faster, the other now and then
 
+Beside either way what was looked up in the texts is verified as far as it pays for all that share the
+pass (`planner/lookup.py`): one request's long match makes the chains of all of them longer.
+
 What is decided rests on times and tokens that are past, and never changes what is written.
 """
 
@@ -14,13 +17,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from ..planner.costs import is_planned
+from ..planner.lookup import DEAR_ROWS, SIZES, LookUpPlanner, lookup_planner
+from ..speculation.drafters.lookup import Continuations
 
 if TYPE_CHECKING:
     from ..config import DecodeConfig
     from ..loading.load import StreamModel
+    from ..model.backbone import Backbone
     from ..speculation.streams import Streams
 
 TRIAL = 6  # passes of a kind, before it is judged or tried again
@@ -39,10 +47,10 @@ class Way:
     seconds: float = 0.0
     tokens: float = 0.0
 
-    def take(self, seconds: float, tokens: int) -> None:
-        """Take in a pass."""
+    def take(self, seconds: float, tokens: int, dearer: float = 1.0) -> None:
+        """Take in a pass, which was thought to cost `dearer` times one without look-up."""
         if self.passes:
-            seconds = min(seconds, _LONGEST * self.seconds)
+            seconds = min(seconds, _LONGEST * self.seconds * dearer)
         weight = max(_SMOOTHING, 1 / (1 + self.passes))
         self.seconds += weight * (seconds - self.seconds)
         self.tokens += weight * (tokens - self.tokens)
@@ -69,9 +77,13 @@ class SpeedComparison:
     left: int = TRIAL
     pause: int = FIRST_PAUSE
 
-    def take(self, seconds: float, tokens: int, *, speculated: bool) -> None:
-        """Take in a pass, and change ways where it is time to."""
-        (self.speculative if speculated else self.plain).take(seconds, tokens)
+    def way(self, *, speculated: bool) -> Way:
+        """Return one of both ways."""
+        return self.speculative if speculated else self.plain
+
+    def take(self, seconds: float, tokens: int, *, speculated: bool, dearer: float = 1.0) -> None:
+        """Take in a pass, and change ways where it is time to; `dearer` as for `Way.take`."""
+        self.way(speculated=speculated).take(seconds, tokens, dearer)
         if speculated != self.speculating:
             return
         self.left -= 1
@@ -104,41 +116,103 @@ class SpeedComparison:
 
 @dataclass
 class BatchGovernor:
-    """Chooses the way of a batch, pass by pass. clock: seconds."""
+    """Chooses the way of a batch, pass by pass, and how much that was looked up is verified.
 
-    clock: Callable[[], float] = time.perf_counter
+    clock: seconds; None times nothing, and every pass drafts. slope: what another row is thought to
+    cost in passes of one row. sizes: rows of chains with look-up to choose from, ascending.
+    """
+
+    clock: Callable[[], float] | None = time.perf_counter
+    slope: float = DEAR_ROWS
+    sizes: Sequence[int] = SIZES
     comparisons: dict[int, SpeedComparison] = field(default_factory=dict)
+    lookups: dict[tuple[int, int], LookUpPlanner] = field(default_factory=dict)
     _last_pass_at: float | None = None
     _last_kind: tuple[int, bool] | None = None
 
+    @property
+    def longest(self) -> int:
+        """Return the most drafts of a chain that look-up may have."""
+        return self.sizes[-1] - 1
+
     def speculates(self, requests: int) -> bool:
         """Tell whether the next pass of so many requests drafts."""
-        return self.comparisons.setdefault(requests, SpeedComparison()).speculating
+        return self.clock is None or self._comparison(requests).speculating
 
-    def after(self, requests: int, tokens: int, *, speculated: bool, undisturbed: bool) -> None:
+    def rows(self, drafted: int, found: Sequence[Continuations]) -> int:
+        """Return the rows of the next pass's chains, 0 if what was looked up is to widen none.
+
+        drafted: how many drafts streams have made for each chain. found: what may follow each text.
+        """
+        requests, tokens = len(found), 1.0
+        if drafted and requests in self.comparisons:
+            tokens = self.comparisons[requests].speculative.tokens / requests
+        return self._lookup(requests, drafted).choose(*found, tokens=tokens)
+
+    def begin(self) -> None:
+        """Learn that a request has come, whose answer may quote more than others do."""
+        for planner in self.lookups.values():
+            planner.begin()
+
+    def after(
+        self,
+        requests: int,
+        tokens: int,
+        *,
+        speculated: bool,
+        undisturbed: bool,
+        drafted: int = 0,
+        widened: int = 0,
+    ) -> None:
         """Take in a pass that is done: its requests and their tokens.
 
-        speculated: it verified drafts. undisturbed: nobody joined, left or was read in meanwhile.
-        Passes count if the one before was of the same kind, so that a whole period is timed.
+        speculated: it drafted. undisturbed: nobody joined, left or was read in meanwhile. drafted:
+        streams' drafts of each chain that it verified. widened: rows of its chains if look-up made
+        them longer, else 0. Passes count if the one before was of the same kind, so that a whole
+        period is timed.
         """
+        if self.clock is None:
+            return
         last, self._last_pass_at = self._last_pass_at, self.clock()
         kind = (requests, speculated)
         alike, self._last_kind = self._last_kind == kind, kind if undisturbed else None
         if last is not None and alike and undisturbed:
-            comparison = self.comparisons.setdefault(requests, SpeedComparison())
-            comparison.take(self._last_pass_at - last, tokens, speculated=speculated)
+            seconds, lookup = self._last_pass_at - last, self._lookup(requests, drafted)
+            dearer = lookup.cost(widened) if widened else 1.0
+            lookup.timed(widened, seconds)
+            self._comparison(requests).take(seconds, tokens, speculated=speculated, dearer=dearer)
+
+    def accepted(self, requests: int, promised: float, accepted: int) -> None:
+        """Take in how many drafts of look-up alone one chain kept, and how many it should have kept."""
+        self._lookup(requests, 0).accepted(promised, accepted)
+
+    def _comparison(self, requests: int) -> SpeedComparison:
+        return self.comparisons.setdefault(requests, SpeedComparison())
+
+    def _lookup(self, requests: int, drafted: int) -> LookUpPlanner:
+        """Return what plans look-up beside so many requests whose chains have so many drafts."""
+        if (requests, drafted) not in self.lookups:
+            base = 1 + drafted
+            # A row more of each chain is a row more for each request, of a pass that is dearer anyway.
+            slope = self.slope * requests / (1 + self.slope * (requests * base - 1))
+            self.lookups[requests, drafted] = LookUpPlanner(slope, self.sizes, None, base=base)
+        return self.lookups[requests, drafted]
 
 
 def governor_for(model: StreamModel, config: DecodeConfig | None) -> BatchGovernor | None:
     """Return a model's governor, which lives as long as the model and remembers.
 
-    None where nothing is to be found out by timing, or there is nothing to draft with.
+    None where a tree was named. Where measuring is turned off it times nothing.
     """
-    from ..planner.costs import is_planned
-
-    if model.streams is None or not is_planned(config):
+    if config is not None and config.tree.kind != "auto":
         return None
-    return _governors.setdefault(model.streams, BatchGovernor())
+    key: Streams | Backbone = model.backbone if model.streams is None else model.streams
+    if key not in _governors:
+        clock = time.perf_counter if is_planned(config) else None
+        lookups = lookup_planner(model)
+        _governors[key] = BatchGovernor(clock, lookups.slope, lookups.sizes)
+    return _governors[key]
 
 
-_governors: weakref.WeakKeyDictionary[Streams, BatchGovernor] = weakref.WeakKeyDictionary()
+_governors: weakref.WeakKeyDictionary[Streams | Backbone, BatchGovernor]
+_governors = weakref.WeakKeyDictionary()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..model.cache import KVCache
+from ..speculation.drafters.lookup import LookUp
 from ..speculation.result import StepResult, StopCriteria
 from ..speculation.sampling import TokenSampler
 
@@ -24,8 +25,9 @@ class BatchSequence:
 
     state: `waiting` (prompt being computed), `running`, `finished` (its `criteria` have enough),
     `failed` or `removed`. cache: its text while it is not in the batch. pending_prompt: prompt
-    tokens to come, the last of which is the first step's root. row: its row in the batch while it runs.
-    drafted: its row among the drafts of the last step, None before its first one.
+    tokens to come, the last of which is the first step's root. root: the text's last token, which
+    is not in any cache. row: its row in the batch while it runs. drafted: its row among the drafts of
+    the last step, None before its first one. lookup: looks its text's end up, if anything does.
     """
 
     token_sampler: TokenSampler
@@ -33,6 +35,8 @@ class BatchSequence:
     pending_prompt: list[int]
     criteria: StopCriteria
     prompt_tokens: int
+    root: int
+    lookup: LookUp | None = None
     state: State = "waiting"
     row: int = -1
     drafted: int | None = None

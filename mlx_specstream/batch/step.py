@@ -3,12 +3,16 @@
 As `step.py` does it for one sequence and any tree, with the same streams, candidates and rule of
 acceptance; a chain needs no ancestor masks, no path search and no commit. One forward pass and
 one report for all sequences, whatever each of them accepts.
+
+The next chains are drafted in the same graph. What look-up adds to them is known when the host has
+read the report; then they are drafted again from the candidates that the step leaves (`chains`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 
@@ -16,16 +20,19 @@ from ..config import DecodeConfig, TreeSpec
 from ..errors import OptionError
 from ..loading.load import StreamModel
 from ..model.backbone import Backbone
-from ..speculation.condition import NUM_CANDIDATES, ConditionedProposer, Conditioner, top_candidates
+from ..speculation.condition import Conditioner
 from ..speculation.drafters import StreamDrafter
+from ..speculation.drafters.lookup import Continuations
 from ..speculation.drafting import StreamDecoder
 from ..speculation.result import StepReport, Verdict
 from ..speculation.sampling import TokenSampler
 from ..speculation.step import REWRITTEN_AT_ONCE
 from ..speculation.streams import Streams
 from .cache import BatchKVCache
+from .chains import ChainCandidates, Chains, looked_up_chains, merged_chains
 from .choose import draw
 from .rows import deferred_rows, inline_rows, main_rows
+from .sequence import BatchSequence
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,17 @@ class BatchStep:
     """A step as a graph that has not been waited for.
 
     logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
-    errors: what token_samplers raised, by row. drafts_late: see `Step`.
+    errors: what token_samplers raised, by row. before: (B,) int32, the tokens before the next roots.
+    candidates: what the drafts were taken from, None where the step drafts nothing. drafts_late: see
+    `Step`.
     """
 
     report: StepReport
     logits: mx.array
     next_tokens: mx.array
     errors: dict[int, Exception]
+    before: mx.array
+    candidates: ChainCandidates | None = None
     drafts_late: bool = False
 
     def schedule(self) -> None:
@@ -54,6 +65,21 @@ class BatchStep:
         if self.drafts_late:
             mx.async_eval(self.next_tokens)
         return verdicts
+
+    @property
+    def num_drafts(self) -> int:
+        """Return how many drafts each of the next chains has."""
+        return self.next_tokens.shape[1] - 1
+
+    def chains(self, rows: Sequence[int], found: Sequence[Continuations]) -> Chains:
+        """Return the next chains of the sequences in these rows, with what look-up found of each."""
+        B = self.next_tokens.shape[0]
+        if self.candidates is None or not any(map(len, found)):
+            return Chains(self.next_tokens, [1 + self.num_drafts] * B).take(rows)
+        order = mx.array(list(rows), dtype=mx.int32)
+        roots, before = (mx.take(part, order) for part in (self.next_tokens[:, 0], self.before))
+        ranked = partial(_ranked, self.candidates, order)
+        return merged_chains(roots, before, self.num_drafts, ranked, found)
 
 
 @dataclass(frozen=True)
@@ -90,43 +116,39 @@ class BatchStepper:
         assert isinstance(parts, StreamDrafter)
         return cls(model.backbone, streams, depth, parts.inline, parts.conditioner)
 
-    @property
-    def scratch(self) -> int:
-        """Return the most columns that a pass uses behind each sequence's text."""
-        T, G = 1 + self.depth, self.streams.num_streams if self.streams is not None else 0
-        return T * (1 + G) if self.inline else T + G
+    def scratch(self, num_nodes: int) -> int:
+        """Return the columns that a pass over chains of so many nodes uses behind each text."""
+        G = self.streams.num_streams if self.streams is not None else 0
+        return num_nodes * (1 + G) if self.inline else num_nodes + G
 
     def step(
-        self,
-        tokens: mx.array,
-        num_drafts: Sequence[int],
-        token_samplers: Sequence[TokenSampler],
-        cache: BatchKVCache,
+        self, chains: Chains, token_samplers: Sequence[TokenSampler], cache: BatchKVCache
     ) -> BatchStep:
-        """Return the graph of one step over B chains, whose roots follow the committed texts.
-
-        Args:
-            tokens: (B, T) int32, each row a root and its drafts.
-            num_drafts: how many drafts of each row are real: 0 to T − 1.
-        """
+        """Return the graph of one step over B chains, whose roots follow the committed texts."""
+        tokens = chains.tokens
         first, last, states = self.verify(tokens, cache)
         logits = self.backbone.head(last)
-        drawn = draw(token_samplers, logits, tokens, num_drafts)
-        accepted = accept(tokens, drawn.tokens, num_drafts)
+        drawn = draw(token_samplers, logits, chains)
+        accepted = accept(chains, drawn.tokens)
         root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
+        before = mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
+        following, candidates = root, None
         if self.depth:
             states = self.stream_states(first, states, accepted, root, tokens.shape[1], cache)
-            before = mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
-            following = mx.concatenate([root, self.drafts(root[:, 0], before, states)], axis=1)
-        else:
-            following = root
+            candidates = self.candidates(states)
+            drafts = self.drafts(root[:, 0], before, candidates)
+            following = mx.concatenate([root, drafts], axis=1)
         report = StepReport.of(
-            accepted=accepted, finite=drawn.finite, tokens=drawn.tokens, chain=tokens
+            accepted=accepted,
+            finite=drawn.finite,
+            tokens=drawn.tokens,
+            looked_up=chains.looked_up,
+            chain=tokens,
         )
         deferred = self.streams is not None and self.depth > 0 and not self.inline
         layers = self.streams.upper if deferred and self.streams is not None else range(0)
         late = cache.bytes_of(layers) > REWRITTEN_AT_ONCE
-        return BatchStep(report, logits, following, drawn.errors, late)
+        return BatchStep(report, logits, following, drawn.errors, before, candidates, late)
 
     def verify(
         self, tokens: mx.array, cache: BatchKVCache
@@ -177,34 +199,68 @@ class BatchStepper:
         hidden = streams.start(main, roots)
         return streams.run(hidden, 0, streams.upper, rows.cache, 0, rows.positions, rows.mask)
 
-    def drafts(self, roots: mx.array, before: mx.array, states: mx.array) -> mx.array:
-        """Return the next chains' drafts (B, D) below `roots` (B,), from streams (B, γ, h).
-
-        before: (B,) int32, the tokens that the roots follow.
-        """
-        B, D = roots.shape[0], self.depth
-        normed = self.backbone.norm(states[:, :D])
+    def candidates(self, states: mx.array) -> ChainCandidates:
+        """Return the candidates of the next chains, from streams (B, γ, h)."""
+        normed = self.backbone.norm(states[:, : self.depth])
         logits = self.backbone.head(normed)
-        if self.conditioner is None:
-            return mx.argmax(logits, axis=-1).astype(mx.int32)
-        flat = normed.reshape(B * D, -1)
-        marginal = top_candidates(logits.reshape(B * D, -1), flat, NUM_CANDIDATES, in_order=False)
-        proposer = ConditionedProposer(self.conditioner, self.backbone, marginal)
-        first_rows = mx.arange(0, B * D, D, dtype=mx.int32)
+        return ChainCandidates(self.backbone, self.conditioner, logits, normed)
+
+    def drafts(self, roots: mx.array, before: mx.array, candidates: ChainCandidates) -> mx.array:
+        """Return the next chains' drafts (B, D) below `roots` (B,), which follow `before` (B,)."""
         drafts, parents = [], roots
-        for level in range(D):
-            parents, before = proposer.best(first_rows + level, parents, before), parents
+        sequences = mx.arange(roots.shape[0], dtype=mx.int32)
+        for level in range(self.depth):
+            best = candidates.best(level, sequences, parents, before)
+            before, parents = parents, best
             drafts.append(parents)
         return mx.stack(drafts, axis=1)
 
 
-def accept(tokens: mx.array, drawn: mx.array, num_drafts: Sequence[int]) -> mx.array:
+def next_chains(
+    sequences: Sequence[BatchSequence], last: BatchStep | None, found: Sequence[Continuations]
+) -> Chains:
+    """Return what the step after `last` verifies: every root and its drafts, with what was looked up.
+
+    Streams' drafts come from `last`, in whatever order the sequences are now; those that have just
+    joined have none.
+    """
+    old, rows = [], []
+    if last is not None and last.candidates is not None:
+        old = [place for place, one in enumerate(sequences) if one.drafted is not None]
+        rows = [row for one in sequences if (row := one.drafted) is not None]
+    new = [place for place in range(len(sequences)) if place not in old]
+    if not old:
+        return looked_up_chains([one.root for one in sequences], found)
+    assert last is not None
+    chains = last.chains(rows, [found[place] for place in old])
+    if not new:
+        return chains
+    fresh = looked_up_chains(
+        [sequences[place].root for place in new], [found[place] for place in new]
+    )
+    order = [*old, *new]
+    return chains.beside(fresh).take([order.index(place) for place in range(len(order))])
+
+
+def accept(chains: Chains, drawn: mx.array) -> mx.array:
     """Return how many drafts each chain keeps, (B,) int32: those the target drew, from the root.
 
-    tokens, drawn: (B, T) int32. Drafts beyond `num_drafts` are never accepted.
+    drawn: (B, T) int32. What fills a chain up is never accepted.
     """
-    right = drawn[:, :-1] == tokens[:, 1:]
-    if min(num_drafts) < right.shape[1]:
-        real = mx.array(list(num_drafts), dtype=mx.int32)[:, None]
-        right = right & (mx.arange(right.shape[1], dtype=mx.int32) < real)
+    right, real = drawn[:, :-1] == chains.tokens[:, 1:], chains.real()
+    if real is not None:
+        right = right & real[:, 1:]
     return mx.cumprod(right.astype(mx.int32), axis=1).sum(axis=1).astype(mx.int32)
+
+
+def _ranked(
+    candidates: ChainCandidates,
+    sequences: mx.array,
+    level: int,
+    parents: mx.array,
+    before: mx.array,
+    places: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Return the candidates of chains as a proposer: parent b is in chain b, whose row is sequences[b]."""
+    del places
+    return candidates.ranked(level, sequences, parents, before)

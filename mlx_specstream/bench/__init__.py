@@ -9,7 +9,6 @@
 | `cases.py` | prompts with categories, from files or built in |
 | `run.py` | the loop: every prompt by every method, a few tokens of each in turns |
 | `measure.py` | one answer, timed |
-| `lookup.py` | prompt look-up through mlx-lm's interface for draft models |
 | `result.py` | the result as a JSON file |
 | `summary.py` | medians and spread per category and method |
 | `report.py` | figures in words and tables |

@@ -18,7 +18,6 @@ from ..loading.load import StreamModel, load
 from ..speculation.streams import Streams
 from ..weights.fingerprint import fingerprint
 from ..weights.shipped import AUTO, SHIPPED, find_streams, shipped_for
-from .lookup import LookUpDrafter
 from .measure import TimedAnswer, mlx_lms, ours
 from .methods import Method, parse_streams
 
@@ -53,11 +52,7 @@ class Competitors:
             return ours(joined, self.tokenizer, prompt, max_tokens, config)
         if method.kind == "plain":
             return ours(model, self.tokenizer, prompt, max_tokens, None)
-        drafter: nn.Module | None = None
-        if method.kind == "look-up":
-            drafter = LookUpDrafter(model.backbone.vocab_size)
-        elif method.kind == "draft-model":
-            drafter = self.drafter
+        drafter = self.drafter if method.kind == "draft-model" else None
         return mlx_lms(
             model.model, self.tokenizer, prompt, max_tokens, drafter, method.num_draft_tokens
         )

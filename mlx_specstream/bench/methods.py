@@ -4,7 +4,6 @@ mlx-lm       mlx_lm.stream_generate itself: the reference of outputs and the den
 plain        our loop without speculation
 streams      Speculative Streaming with a tree, pruning, a schedule and streams
 draft-model  mlx-lm's speculative decoding with a second, smaller model
-look-up      the same with drafts looked up in the text so far
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Literal
 
 from ..errors import DataError, OptionError
 
-Kind = Literal["mlx-lm", "plain", "streams", "draft-model", "look-up"]
-KINDS = ("mlx-lm", "plain", "streams", "draft-model", "look-up")
+Kind = Literal["mlx-lm", "plain", "streams", "draft-model"]
+KINDS = ("mlx-lm", "plain", "streams", "draft-model")
 _SETTING = (
     "tree=16 prune=8:0.02 schedule=deferred conditioning=no streams=NAME drafts=streams,lookup"
 )
@@ -45,8 +44,8 @@ class Method:
         """Return its name without the streams."""
         if self.kind == "plain":
             return "plain, ours"
-        if self.kind in ("draft-model", "look-up"):
-            return f"{self.kind} {self.num_draft_tokens}"
+        if self.kind == "draft-model":
+            return f"draft-model {self.num_draft_tokens}"
         if self.kind == "mlx-lm":
             return "mlx-lm"
         words = [f"tree {self.tree}"]

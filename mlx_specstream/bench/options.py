@@ -52,17 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--draft-model", help="let mlx-lm's own speculative decoding compete with it")
     what.add_argument(
-        "--prompt-lookup", action="store_true", help="and drafts looked up in the text"
-    )
-    what.add_argument(
-        "--num-draft-tokens", type=int, default=3, help="drafts a pass of these two (default: 3)"
+        "--num-draft-tokens", type=int, default=3, help="drafts a pass of that (default: 3)"
     )
     asked = parser.add_argument_group("what to ask")
     asked.add_argument(
         "--prompts",
         action="append",
         metavar="[CATEGORY=]FILE",
-        help="Spec-Bench or mlx-lm JSONL, or a prompt per line; repeatable (default: 64 built-in prompts)",
+        help="Spec-Bench or mlx-lm JSONL, or a prompt per line; repeatable (default: 69 built-in prompts)",
     )
     asked.add_argument("--categories", help="only these, separated by commas")
     asked.add_argument("--num-prompts", type=int, help="prompts per category, drawn by --seed")
@@ -172,8 +169,6 @@ def methods_of(arguments: argparse.Namespace) -> list[Method]:
     found += [parse_setting(text, sets[0]) for text in arguments.setting]
     if arguments.draft_model:
         found.append(Method("draft-model", num_draft_tokens=arguments.num_draft_tokens))
-    if arguments.prompt_lookup:
-        found.append(Method("look-up", num_draft_tokens=arguments.num_draft_tokens))
     for method in found:
         if method.kind == "streams":
             setting_config(method)

@@ -91,7 +91,7 @@ def points(result: Result) -> list[Point]:
 
 def _point(result: Result, line: Line) -> Point | None:
     method, model = result.named_methods[line.method], result.model
-    if method.kind in ("draft-model", "look-up"):
+    if method.kind == "draft-model":
         return None  # a second model's passes are among the seconds
     runs = [run for asked in result.asked for run in asked.runs if run.method == line.method]
     rows = 1 + sum(run.drafted for run in runs) / max(1, sum(run.passes for run in runs))

@@ -98,6 +98,15 @@ class TreeSpec:
             )
         return widths
 
+    def look_up_size(self, num_streams: int) -> tuple[int, int]:
+        """Return how many looked-up nodes go into a tree, and how deep; a product tree takes none."""
+        if self.kind == "product":
+            return 0, 0
+        if self.kind == "chain":
+            depth = self.depth or num_streams or self.rows - 1
+            return depth, depth
+        return self.rows - 1, self.depth or self.rows - 1
+
     def num_nodes(self, num_streams: int) -> int:
         """Return the rows of a full tree, root included."""
         if self.kind in ("auto", "best"):

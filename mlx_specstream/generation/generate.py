@@ -22,14 +22,13 @@ import mlx.nn as nn
 
 from ..config import CacheConfig, DecodeConfig, parse_drafts
 from ..config.bounds import whole
-from ..errors import OptionError
 from ..loading.drafter import drafter_of_model
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
 from ..planner.adaptive import AutoDecoder
 from ..planner.costs import planner_for
-from ..planner.lookup import lookup_planner
+from ..planner.lookup import looks_up, lookup_planner
 from ..speculation.decode import Decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import FileIndex, LookUp
@@ -229,17 +228,12 @@ def decoder_for(
     backbone, config = model.backbone, config or DecodeConfig()
     streams = model.streams if speculative and config.uses_streams else None
     lookup = None
-    if speculative and config.looks_up:
+    if speculative and looks_up(model, config):
         lookup = LookUp.of(backbone, files, text)
     if model.drafter is not None and speculative and config.uses_streams:
         return drafter_decoder(model.drafter, config, token_sampler, lookup=lookup)
     if streams is None and lookup is None:
         return plain_decoder(backbone, model.streams, token_sampler)
-    if streams is None and model.streams is not None and model.streams.shared:
-        raise OptionError(
-            "look-up alone cannot be used with streams of shared mode, which are a part of every "
-            "pass; use drafts 'streams,lookup' or 'none'."
-        )
     planner = None if streams is None else planner_for(model, config)
     if planner is not None or (streams is None and config.tree.kind == "auto"):
         lookups = None if lookup is None else lookup_planner(model)
@@ -248,10 +242,5 @@ def decoder_for(
         )
     if streams is not None:
         return StreamDecoder(streams, config, token_sampler, lookup=lookup)
-    if config.tree.kind == "product":
-        raise OptionError(
-            f"the tree {config.tree} is made of streams' candidates; with drafts 'lookup' name a "
-            "number of rows, such as 8, or 'auto'."
-        )
     token_sampler.typical = config.typical
     return DraftDecoder(NoDrafter(backbone), config.tree, token_sampler, lookup=lookup)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..config import DecodeConfig
+from ..errors import OptionError
 from ..model.backbone import Backbone
 from ..speculation.drafters.lookup import Continuations
 from .costs import fused_attention, is_planned
@@ -35,14 +37,16 @@ DEAR_ROWS = 0.12  # the same elsewhere
 class LookUpPlanner:
     """Chooses the rows of look-up steps for one model; lives across answers.
 
+    base: rows of a step without look-up, which is a plain token unless a batch drafts beside it.
     sizes: to choose from, ascending.
-    slope: what a row is thought to cost in plain tokens, until steps have been timed. clock: seconds;
-    None times nothing. plain_s:
-    smoothed seconds of a plain token, 0 before the first. ratios: what steps of each size cost.
+    slope: what a row is thought to cost in steps of `base` rows, until steps have been timed. clock:
+    seconds; None times nothing. plain_s: smoothed seconds of a step of `base` rows, 0 before the
+    first. ratios: what steps of each size cost.
     """
 
     slope: float = DEAR_ROWS
     sizes: Sequence[int] = SIZES
+    base: int = field(default=1, kw_only=True)
     clock: Callable[[], float] | None = time.perf_counter
     plain_s: float = 0.0
     ratios: dict[int, float] = field(default_factory=dict)
@@ -54,22 +58,34 @@ class LookUpPlanner:
         """Return what a step of so many rows costs in plain tokens."""
         if rows in self.ratios:
             return self.ratios[rows]
-        guess = 1 + self.slope * (rows - 1)
+        guess = 1 + self.slope * (rows - self.base)
         if not self.ratios:
             return guess
         near = min(self.ratios, key=lambda known: abs(known - rows))
-        return guess * self.ratios[near] / (1 + self.slope * (near - 1))
+        return guess * self.ratios[near] / (1 + self.slope * (near - self.base))
 
-    def choose(self, found: Continuations) -> int:
-        """Return the rows of the step that pays most, root included; 0 where plain decoding does."""
-        best, rows = 1 + MARGIN, 0
+    def choose(self, *found: Continuations, tokens: float = 1.0) -> int:
+        """Return the rows of the step that pays most, root included; 0 where none of look-up does.
+
+        found: of each text that shares the step. tokens: what each text gets out of `base` rows.
+        """
+        within = self._promised(found, self.base)
+        tokens = max(tokens, 1 + within)
+        best, rows = (1 + MARGIN) * tokens, 0
+        longest = max(map(len, found))
         for size in self.sizes:
-            if size > 2 and size > 2 * (1 + len(found)):
+            if size <= self.base:
+                continue
+            if size > 2 and size > 2 * (1 + longest):
                 break
-            rate = (1 + self.trust * found.expected(size - 1)) / self.cost(size)
+            rate = (tokens + self._promised(found, size) - within) / self.cost(size)
             if rate > best:
                 best, rows = rate, size
         return rows
+
+    def _promised(self, found: Sequence[Continuations], rows: int) -> float:
+        """Return how many drafts of a text should be accepted in steps of so many rows."""
+        return self.trust * sum(one.expected(rows - 1) for one in found) / len(found)
 
     def begin(self) -> None:
         """Learn that an answer begins, which may quote more than the last."""
@@ -81,9 +97,11 @@ class LookUpPlanner:
         if self.clock is None:
             return
         last, self._last_step = self._last_step, self.clock()
-        if last is None or kind is None:
-            return
-        seconds = self._last_step - last
+        if last is not None and kind is not None:
+            self.timed(kind, self._last_step - last)
+
+    def timed(self, kind: int, seconds: float) -> None:
+        """Take in how long a step took: of so many rows of look-up, 0 for one without."""
         if kind == 0:
             if self.plain_s:
                 seconds = min(seconds, LONGEST * self.plain_s)
@@ -109,6 +127,29 @@ class LookUpPlanner:
         """Do not time the step under way if the caller was long."""
         if self.clock is not None and self.clock() - self._paused > 0.5 * self.plain_s:
             self._last_step = None
+
+
+def looks_up(model: StreamModel, config: DecodeConfig) -> bool:
+    """Tell whether a config has drafts looked up for a model.
+
+    Raises:
+        OptionError: look-up alone was asked for where it cannot be.
+    """
+    if not config.looks_up:
+        return False
+    if config.uses_streams and (model.streams is not None or model.drafter is not None):
+        return True
+    if model.streams is not None and model.streams.shared:
+        raise OptionError(
+            "look-up alone cannot be used with streams of shared mode, which are a part of every "
+            "pass; use drafts 'streams,lookup' or 'none'."
+        )
+    if config.tree.kind == "product":
+        raise OptionError(
+            f"the tree {config.tree} is made of streams' candidates; with drafts 'lookup' name a "
+            "number of rows, such as 8, or 'auto'."
+        )
+    return True
 
 
 _planners: weakref.WeakKeyDictionary[Backbone, LookUpPlanner] = weakref.WeakKeyDictionary()

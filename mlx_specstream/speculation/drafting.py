@@ -69,18 +69,12 @@ class DraftDecoder(Decoder):
         return self.stepper.step(self.stepper.with_look_up(step, result.tokens[-1], found), cache)
 
     def look_up(self) -> Continuations | None:
-        """Return what may follow the text by look-up, as much as a tree takes; None for nothing.
-
-        A product tree is the streams' alone.
-        """
-        spec, chain = self.stepper.tree, self.stepper.drafter.backbone.is_recurrent
-        if self.lookup is None or spec.kind == "product":
+        """Return what may follow the text by look-up, as much as a tree takes; None for nothing."""
+        spec, drafter = self.stepper.tree, self.stepper.drafter
+        if self.lookup is None:
             return None
-        if spec.kind == "chain":
-            count = depth = spec.depth or self.stepper.drafter.depth or spec.rows - 1
-        else:
-            count, depth = spec.rows - 1, spec.depth or spec.rows - 1
-        chain = chain or spec.kind == "chain"
+        count, depth = spec.look_up_size(drafter.depth)
+        chain = drafter.backbone.is_recurrent or spec.kind == "chain"
         return self.lookup.continuations(count, depth, chain=chain) or None
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:

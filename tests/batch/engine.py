@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_specstream.batch import BatchDecoder, BatchSequence
-from mlx_specstream.batch.step import BatchStepper
 from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.cache import KVCache
@@ -33,30 +31,6 @@ def as_model(streams: Streams) -> StreamModel:
 
 def streamed(model: nn.Module, **fields: object) -> StreamModel:
     return as_model(random_streams(model, stream_config(**fields)))
-
-
-class TableBatchStepper(BatchStepper):
-    """Drafts, after any token, what the model says after that token alone."""
-
-    table: mx.array
-
-    def drafts(self, roots: mx.array, before: mx.array, states: mx.array) -> mx.array:
-        drafts, token = [], roots + 0 * mx.isnan(mx.sum(states))
-        for _ in range(self.depth):
-            token = mx.take(self.table, token)
-            drafts.append(token)
-        return mx.stack(drafts, axis=1)
-
-
-def with_table(decoder: BatchDecoder) -> BatchDecoder:
-    """Give a decoder drafts that are often right, for models whose attention says little."""
-    old = decoder.stepper
-    stepper = TableBatchStepper(**{f.name: getattr(old, f.name) for f in dataclasses.fields(old)})
-    logits = old.backbone.model(mx.arange(old.backbone.vocab_size)[:, None])[:, -1]
-    object.__setattr__(stepper, "table", mx.argmax(logits, axis=-1).astype(mx.int32))
-    mx.eval(stepper.table)
-    decoder.stepper = stepper
-    return decoder
 
 
 def batch_decoder(model: StreamModel, schedule: str = "auto", **options: object) -> BatchDecoder:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.batch import BatchDecoder
+from mlx_specstream.batch.chains import Chains
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.loading.load import StreamModel
@@ -30,10 +31,10 @@ from tests.batch.engine import (
     prompt_of,
     step,
     streamed,
-    with_table,
 )
 from tests.reference.sampling import chi_square_p
 from tests.support import against_mlx_lm, tiny
+from tests.support.batched import with_batch_table
 from tests.support.engine import (
     assert_same_text,
     decode,
@@ -74,7 +75,7 @@ def test_a_report_does_not_wait_for_the_streams(monkeypatch: pytest.MonkeyPatch)
     tokens = mx.zeros((2, 3), dtype=mx.int32)
     samplers = [TokenSampler(), TokenSampler()]
     decoder.step()  # the prompts are read
-    made = decoder.stepper.step(tokens, [2, 2], samplers, decoder.cache)
+    made = decoder.stepper.step(Chains(tokens, [3, 3]), samplers, decoder.cache)
     evaluated: list[tuple[mx.array, ...]] = []
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: evaluated.append(arrays))
     made.schedule()
@@ -226,7 +227,7 @@ def test_any_order_of_joining_and_leaving(
     """Texts are plain decoding's, and caches fresh prefills', in whatever state a sequence leaves."""
     model = streamed(small_model(attention=0.25))
     assert model.streams is not None
-    decoder = with_table(batch_decoder(model, schedule, prefill_budget=budget))
+    decoder = with_batch_table(batch_decoder(model, schedule, prefill_budget=budget))
     requests: list[Request] = []
     caches: list[KVCache | None] = []
 
@@ -313,7 +314,7 @@ def test_draws_of_a_batch_follow_the_models_distribution() -> None:
     model = streamed(small_model(vocab=vocab, seed=3), num_streams=2)
     assert model.streams is not None
     prompt = [3, 1, 4]
-    decoder = with_table(batch_decoder(model))
+    decoder = with_batch_table(batch_decoder(model))
     sampler = make_sampler(temp=1.0)
     requests: list[Request] = []
     for _ in range(50):

@@ -25,7 +25,9 @@ class Whims(BatchGovernor):
         self.at += 1
         return self.wants[self.at % len(self.wants)]
 
-    def after(self, requests: int, tokens: int, *, speculated: bool, undisturbed: bool) -> None:
+    def after(
+        self, requests: int, tokens: int, *, speculated: bool, undisturbed: bool, **_: int
+    ) -> None:
         self.told.append((requests, tokens, speculated, undisturbed))
 
 
@@ -107,4 +109,8 @@ def test_who_names_a_tree_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert governor_for(model, None) is governor_for(model, DecodeConfig())  # it remembers
     assert governor_for(model, DecodeConfig(TreeSpec.parse("chain"))) is None
     monkeypatch.setenv("SPECSTREAM_PLAN_SECONDS", "0")
-    assert governor_for(model, None) is None
+    other = streamed(small_model(seed=1))
+    untimed = governor_for(other, None)
+    assert untimed is not None
+    assert untimed.clock is None
+    assert untimed.speculates(4)

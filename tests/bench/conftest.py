@@ -15,7 +15,14 @@ from tests.support import tiny
 from tests.support.scripted import save_random_streams
 
 WORDS = ["--categories", "math,chat", "--num-prompts", "2", "--max-tokens", "8", "--seed", "1"]
-TREES = ["--tree", "chain", "--setting", "tree=6 schedule=inline", "--prompt-lookup"]
+TREES = [
+    "--tree",
+    "chain",
+    "--setting",
+    "tree=6 schedule=inline",
+    "--setting",
+    "tree=6 drafts=lookup",
+]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def bench(*words: str) -> int:
 
 
 def test_every_method_answers_every_prompt_alike(result: Result) -> None:
-    names = ["mlx-lm", "plain, ours", "tree chain", "tree 6, inline", "look-up 3"]
+    names = ["mlx-lm", "plain, ours", "tree chain", "tree 6, inline", "tree 6, drafts lookup"]
     assert list(result.named_methods) == names
     assert [asked.category for asked in result.asked] == ["math", "math", "chat", "chat"]
     assert result.complete

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_specstream.model.cache import Span
 from tests.support.exactness import __main__ as command
 from tests.support.exactness import play as play_module
+from tests.support.exactness.compare import rows_differ
 from tests.support.exactness.draw import draw_case
+from tests.support.exactness.models import streams_for
 from tests.support.exactness.play import play, reference_turns
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "phi3"]
@@ -40,6 +43,33 @@ def test_layers_without_attention_and_an_answer_that_ends_where_rows_turn_quanti
     case = draw_case(2, number, [family])
     assert case.scene.cache == "quantised"
     assert play(case).verdict == "identical"
+
+
+def test_a_wrong_code_may_move_what_stands_on_it_and_nothing_else() -> None:
+    scene = draw_case(23, 558, ["llama"]).scene
+    assert scene.cache == "quantised"
+    backbone = streams_for("olmo2", 0, "float32", True).backbone
+
+    def differ(layer: int, row: int, share: float, above: bool = False) -> str:
+        ours, theirs = (backbone.new_cache(scene.cache_config) for _ in range(2))
+        for kv, length in ((ours, 12), (theirs, 13)):
+            backbone.forward(mx.array([n % 7 for n in range(length)]), kv)
+            kv.advance(length)
+            kv.turn_quantized()
+        for index, other in enumerate(theirs.layers):
+            keys, values = other.read(12)
+            width = keys.shape[3]
+            if index == layer:
+                keys[:, :, row, : round(width * share)] += 0.3
+            elif index > layer and above:
+                keys[:, :, row:] += 0.01
+            other.read = lambda _, found=(keys, values): found  # type: ignore[method-assign]
+        return rows_differ(ours, theirs, mx.float32)
+
+    assert differ(0, 5, 0.0) == ""
+    assert differ(0, 5, 1 / 32, above=True) == ""
+    assert "layer 0: 100.0% of row 5" in differ(0, 5, 1.0)
+    assert "layer 1" in differ(1, 5, 0.5)
 
 
 def test_what_is_raised_is_a_mismatch(

@@ -19,8 +19,13 @@ from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache, StateLayer, from_mlx_lm, to_mlx_lm
 from mlx_specstream.model.masks import RowMask
 from mlx_specstream.model.probe import check_backbone
-from mlx_specstream.speculation.drafters import StreamDrafter
-from mlx_specstream.speculation.drafting import StreamDecoder, chains_only
+from mlx_specstream.planner.adaptive import AutoDecoder
+from mlx_specstream.planner.lookup import LookUpPlanner
+from mlx_specstream.speculation.decode import Decoder, decode
+from mlx_specstream.speculation.drafters import NoDrafter, StreamDrafter
+from mlx_specstream.speculation.drafters.lookup import FileIndex, LookUp
+from mlx_specstream.speculation.drafting import DraftDecoder, StreamDecoder, chains_only
+from mlx_specstream.speculation.result import MaxTokens
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.tree import chain
 from tests.support import tiny
@@ -217,3 +222,38 @@ def test_what_states_exclude_is_refused() -> None:
     backbone = backbone_of("qwen3_5")
     with pytest.raises(ModelError, match=r"backbone.new_cache\(\)"):
         backbone.forward(mx.array([1, 2]), KVCache(backbone.num_layers))
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "granitemoehybrid", "lfm2", "kimi_linear"])
+@pytest.mark.parametrize("rows", [0, 8])
+def test_look_up_drafts_chains(name: str, rows: int) -> None:
+    """Without streams, every step (8 rows) or where it pays: the text is mlx-lm's, states are fresh."""
+    backbone = backbone_of(name)
+    wanted = mlx_lm_tokens(backbone.model, PROMPT, 24)
+    # What will be said stands in a file, once rightly and once with another end.
+    files = FileIndex([*PROMPT, *wanted, *PROMPT, *wanted[:5], 0, 0, 0])
+    lookup = LookUp(files=files)
+    decoder: Decoder = AutoDecoder(
+        None,
+        DecodeConfig(),
+        TokenSampler(),
+        None,
+        True,
+        lookup,
+        LookUpPlanner(slope=0.02, clock=None),
+        backbone,
+    )
+    if rows:
+        drafter, tree = NoDrafter(backbone), TreeSpec("best", rows=rows)
+        decoder = DraftDecoder(drafter, tree, TokenSampler(), keep_drafts=True, lookup=lookup)
+    cache = backbone.new_cache()
+    criteria, accepted = MaxTokens(24), 0
+    for step in decode(decoder, PROMPT, cache, criteria):
+        if step.draft is not None:
+            nodes = range(len(step.draft.tokens))
+            assert step.draft.parents == [max(node - 1, 0) for node in nodes]
+        accepted += step.accepted
+    assert criteria.tokens[:24] == wanted
+    assert accepted > 8
+    if name in HYBRIDS:
+        same(cache, backbone.model, (PROMPT + criteria.tokens)[: cache.length])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -45,13 +47,21 @@ def drafted(
 
 
 def run(
-    decoder: DraftDecoder | PlainDecoder, prompt: list[int], max_tokens: int, cache: KVCache
+    decoder: DraftDecoder | PlainDecoder,
+    prompt: list[int],
+    max_tokens: int,
+    cache: KVCache,
+    after: Callable[[list[StepResult]], object] = lambda _: None,
 ) -> list[StepResult]:
-    """Answer `prompt` behind what the cache holds."""
+    """Answer `prompt` behind what the cache holds; `after` is told of the steps so far at each."""
     decoder.token_sampler.history[:] = prompt
     decoder.begin(prompt, cache)
     decoder.prefill(prompt[:-1], cache, chunk=3)
-    return list(decoder.steps(prompt[-1], cache, MaxTokens(max_tokens)))
+    steps = []
+    for step in decoder.steps(prompt[-1], cache, MaxTokens(max_tokens)):
+        steps.append(step)
+        after(steps)
+    return steps
 
 
 def tokens_of(steps: list[StepResult]) -> list[int]:
@@ -147,17 +157,28 @@ def test_the_text_is_that_of_plain_decoding(kind: str, tree: str) -> None:
         plain = PlainDecoder(backbone, TokenSampler(sampler, seed=7))
         expected = tokens_of(run(plain, PROMPT, 24, backbone.new_cache()))
         decoder = drafted(drafter, TreeSpec.parse(tree), TokenSampler(sampler, seed=7))
-        steps = run(decoder, PROMPT, 24, cache := backbone.new_cache())
+        cache = backbone.new_cache()
+        after_steps: list[list[tuple[np.ndarray, np.ndarray]]] = []
+
+        def note(_: object, cache: KVCache = cache, rows: list[Any] = after_steps) -> None:
+            rows.append(committed_rows(cache))
+
+        steps = run(decoder, PROMPT, 24, cache, note)
         found = tokens_of(steps)
         assert found[:24] == expected[:24]
         fresh = backbone.new_cache()
         decoder.prefill((PROMPT + found)[: cache.length], fresh)
-        for ours, theirs in zip(committed_rows(cache), committed_rows(fresh), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+        wanted = committed_rows(fresh)
+        assert len(after_steps) == len(steps)
+        for rows in after_steps:
+            for ours, theirs in zip(rows, wanted, strict=True):
+                for mine, whole in zip(ours, theirs, strict=True):
+                    length = mine.shape[2]
+                    np.testing.assert_allclose(mine, whole[:, :, :length], atol=TOLERANCE)
     assert sum(step.accepted for step in steps) > 0 or tree not in ("9", "3^2")
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "draft model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_tokens_are_drawn_from_the_models_own_distribution(kind: str) -> None:
     backbone = backbone_of(vocab=6)
     drafter = random_drafter(kind, backbone)
@@ -215,7 +236,11 @@ def test_own_rows_follow_steps_edits_and_copies(kind: str, tree: str) -> None:
     decoder = drafted(drafter, TreeSpec.parse(tree))
     cache = backbone.new_cache()
     text = list(PROMPT)
-    text += tokens_of(run(decoder, text, 12, cache))
+
+    def check(steps: list[StepResult]) -> None:
+        assert_rows_are_fresh(drafter, cache, text + tokens_of(steps))
+
+    text += tokens_of(run(decoder, text, 12, cache, check))
     assert_rows_are_fresh(drafter, cache, text)
     for kept, said in ((15, [7, 0, 7]), (4, [2]), (1, [5, 5]), (0, [8, 3])):
         cache.rewind(kept)

@@ -15,7 +15,7 @@ from mlx_specstream.apps.serve import scheduler as scheduler_module
 from mlx_specstream.apps.serve.request import Failure, Request
 from mlx_specstream.apps.serve.scheduler import Scheduler
 from mlx_specstream.apps.serve.settings import Settings
-from mlx_specstream.config import CacheConfig, SamplingConfig
+from mlx_specstream.config import CacheConfig, DecodeConfig, SamplingConfig
 from mlx_specstream.errors import ModelError
 from tests.apps.serve.conftest import TREE
 from tests.support.engine import examples
@@ -30,9 +30,12 @@ KINDS = (
 )
 
 
+LOOK_UP = DecodeConfig.of_words("8", drafts="streams,lookup")
+
+
 def make_turns(model: StreamModel, **options: Any) -> Scheduler:
-    options = {"prompt_cache_bytes": 2**28, "prefill_step_size": 4, **options}
-    return Scheduler(model, byte_tokenizer(), config=TREE, **options)
+    options = {"prompt_cache_bytes": 2**28, "prefill_step_size": 4, "config": TREE, **options}
+    return Scheduler(model, byte_tokenizer(), **options)
 
 
 def make_work(prompt: list[int], settings: Settings) -> Request:
@@ -73,12 +76,15 @@ ARRIVALS = st.lists(
 
 
 @examples(15)
-@given(ARRIVALS, st.integers(1, 15))
+@given(ARRIVALS, st.integers(1, 15), st.sampled_from([TREE, LOOK_UP, None]))
 def test_company_changes_nothing(
-    tiny_stream_model: StreamModel, arrivals: list[tuple[int, list[int], int, bool]], leave: int
+    tiny_stream_model: StreamModel,
+    arrivals: list[tuple[int, list[int], int, bool]],
+    leave: int,
+    config: DecodeConfig | None,
 ) -> None:
     model = tiny_stream_model
-    scheduler = make_turns(model)
+    scheduler = make_turns(model, config=config)
     requests: dict[int, list[Request]] = {}
     leaving: dict[int, Request] = {}
     for at, prompt, kind, leaves in arrivals:
@@ -111,6 +117,35 @@ def test_answers_share_passes(
     monkeypatch.setattr(scheduler.batch, "step", counted)
     run(scheduler, {0: [make_work([n, 1], Settings(10)) for n in (1, 2, 3)]}, {})
     assert sizes.count(3) >= 5
+
+
+def test_answers_that_share_passes_are_looked_up_in_their_whole_texts(
+    tiny_stream_model: StreamModel,
+) -> None:
+    """A batch is given the last token alone: what precedes it is known all the same."""
+    model = StreamModel.plain(tiny_stream_model.model)
+    scheduler = make_turns(model, config=DecodeConfig.of_words("8", drafts="lookup"))
+    prompts = [[*range(40, 60), n, *range(40, 44)] for n in (1, 2, 3)]
+    works = [make_work(prompt, Settings(12)) for prompt in prompts]
+    for work in works:
+        scheduler.begin(work)
+    known: dict[int, list[int]] = {}
+    drafted = 0
+    while scheduler.requests:
+        for request, event in scheduler.step():
+            assert not isinstance(event, Failure)
+            drafted = max(drafted, event.stats.drafted)
+            request.over = event.finish_reason is not None
+        for sequence, answer in scheduler.sequences.items():
+            assert sequence.lookup is not None
+            known[works.index(answer.request)] = list(sequence.lookup.text.tokens)
+        for request in list(scheduler.requests):
+            if request.over:
+                scheduler.end(request)
+    assert len(known) >= 2
+    assert drafted > 0
+    for number, text in known.items():
+        assert text[: len(prompts[number])] == prompts[number]
 
 
 def test_a_model_that_cannot_be_batched_takes_turns(

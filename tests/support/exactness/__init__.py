@@ -14,6 +14,7 @@ that mlx-lm's holds; where rows do not depend on how a text was divided, those o
 | `models.py` | the tiny models and their streams, in float32, 16 bits or few |
 | `reference.py` | mlx-lm doing the same turns |
 | `play.py` | the turns both ways |
+| `together.py` | a turn in a batch, beside other requests |
 | `compare.py` | what counts as the same: tokens, rows, near-ties |
 | `tally.py` | what was found, by kind |
 """

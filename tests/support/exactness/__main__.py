@@ -32,6 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="lossless",
         help="of the streams; shared ones are compared with a token per pass (default: %(default)s)",
     )
+    parser.add_argument(
+        "--batches",
+        type=float,
+        default=0.35,
+        help="share of cases played in batches, of those that can be (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the counts, written as it goes")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     return parser
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> int:
         "first": arguments.first,
     }
     for number in range(arguments.first, arguments.first + arguments.cases):
-        case = draw_case(arguments.seed, number, families, arguments.mode)
+        case = draw_case(arguments.seed, number, families, arguments.mode, arguments.batches)
         try:
             tally.add(play(case))
         except NotComputedError:

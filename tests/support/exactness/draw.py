@@ -17,6 +17,7 @@ PRECISIONS = ("float32", "4-bit", "mxfp4", "bfloat16", "float16")
 TREES = ("chain", "chain1", "chain2", "1", "2", "5", "8", "13", "2^2", "3^2")
 CHOICES = ("likeliest", "drawn", "filtered", "penalised", "biased")
 CONTINUE = -1
+BATCHES = 0.35
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,28 @@ class Case:
 
     drafts: `streams` (random), `table` (often right), or `none`: no drafter but look-up, which
     `decode.drafts` may add to either; `auto` lets a random governor and look-up's planner choose. Or
-    a kind of another drafter, with random weights.
+    a kind of another drafter, with random weights. beside: how many other requests share the passes
+    of a batch, -1 for a request that is decoded alone.
     """
 
     number: int
     scene: Scene
     decode: DecodeConfig
     drafts: str
+    beside: int = -1
 
 
-def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "lossless") -> Case:
-    """Return case `number` of the run with this seed; in shared mode main sees its streams."""
+def draw_case(
+    seed: int,
+    number: int,
+    families: Sequence[str],
+    mode: Mode = "lossless",
+    batches: float = BATCHES,
+) -> Case:
+    """Return case `number` of the run with this seed; in shared mode main sees its streams.
+
+    batches: the share of cases that are played in batches, of those that can be.
+    """
     group = np.random.default_rng([seed, 1, number // GROUP])
     family = str(group.choice(list(families)))
     model_seed = int(group.integers(0, 3))
@@ -105,7 +117,10 @@ def draw_case(seed: int, number: int, families: Sequence[str], mode: Mode = "los
     others = np.random.default_rng([seed, 5, number])
     if mode == "lossless" and drafts in ("streams", "table") and others.random() < 0.3:
         drafts = str(others.choice(KINDS))
-    return Case(number, scene, decode, drafts)
+    company, beside = np.random.default_rng([seed, 6, number]), -1
+    if drafts not in KINDS and cache == "model" and company.random() < batches:
+        beside = int(company.integers(0, 4))
+    return Case(number, scene, decode, drafts, beside)
 
 
 def _cache_config(cache: str, draw: np.random.Generator) -> CacheConfig:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_specstream.apps.prefix import PrefixCache
 from mlx_specstream.config import CacheConfig, DecodeConfig, TreeSpec
 from mlx_specstream.errors import OptionError
-from mlx_specstream.model.cache import KVCache, from_mlx_lm
+from mlx_specstream.model.cache import KVCache, LayerKV, from_mlx_lm
 from mlx_specstream.model.cache.kinds import check_quantised
 from mlx_specstream.planner.adaptive import AutoDecoder
 from mlx_specstream.planner.lookup import LookUpPlanner
@@ -39,6 +39,7 @@ from tests.support.exactness.compare import Outcome, explain, rows_differ
 from tests.support.exactness.draw import CONTINUE, Case, Scene
 from tests.support.exactness.models import streams_for
 from tests.support.exactness.reference import Reference
+from tests.support.exactness.together import answer_together, can_be_batched
 from tests.support.random_streams import with_table
 
 
@@ -69,6 +70,10 @@ def play(case: Case) -> Outcome:
     scene = playable(case.scene)
     case = replace(case, scene=scene)
     streams, prefix = _streams(scene), _prefix(scene)
+    if case.beside >= 0 and not can_be_batched(streams):
+        case = replace(case, beside=-1)
+    if case.beside >= 0:
+        return _play_together(case, streams)
     tokens = accepted = 0
     for number, wanted in enumerate(reference_turns(scene)):
         rest = prefix.reuse(wanted.whole)
@@ -96,6 +101,39 @@ def play(case: Case) -> Outcome:
             return Outcome(case, verdict, tokens, accepted, where + told)
         if told := rows_differ(prefix.kv, wanted.rows, streams.backbone.dtype, wanted.ahead):
             return Outcome(case, "mismatch", tokens, accepted, where + told)
+    return Outcome(case, "identical", tokens, accepted)
+
+
+def _play_together(case: Case, streams: Streams) -> Outcome:
+    """Play a case's turns in batches, whose caches keep every row."""
+    scene, backbone = case.scene, streams.backbone
+    prefix = PrefixCache(KVCache(backbone.num_layers))
+    tokens = accepted = 0
+    for number, wanted in enumerate(reference_turns(scene)):
+        rest, length = prefix.reuse(wanted.whole), len(wanted.tokens)
+        answer, twin, kv = answer_together(
+            case, streams, number, wanted.whole, rest, prefix.kv, wanted.prompt, length
+        )
+        both = [("", answer), ("twin, ", twin)]
+        if (
+            scene.mode == "shared" and number
+        ):  # an answer's rows saw their streams, a prompt's do not
+            both.pop()
+        for name, one in both:
+            found = one.tokens[:length]
+            tokens, accepted = tokens + len(found), accepted + one.accepted
+            if found != wanted.tokens:
+                verdict, told = explain(
+                    found, wanted.tokens, wanted.log_probs, backbone.dtype, scene
+                )
+                return Outcome(case, verdict, tokens, accepted, f"turn {number}, {name}{told}")
+        kv.cut(len(wanted.whole) + length - 1)
+        prefix.kv = kv
+        prefix.settle(wanted.whole + wanted.tokens)
+        if all(type(layer) is LayerKV for layer in wanted.rows.layers):
+            told = rows_differ(kv, wanted.rows, backbone.dtype, wanted.ahead)
+            if told:
+                return Outcome(case, "mismatch", tokens, accepted, f"turn {number}, {told}")
     return Outcome(case, "identical", tokens, accepted)
 
 

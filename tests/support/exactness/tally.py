@@ -21,6 +21,7 @@ KINDS = (
     "schedule",
     "pruning",
     "turns",
+    "together",
 )
 
 
@@ -60,6 +61,7 @@ class Tally:
             "schedule": case.decode.schedule,
             "pruning": "yes" if case.decode.prune else "no",
             "turns": str(len(scene.turns)),
+            "together": "alone" if case.beside < 0 else f"with {case.beside + 1}",
         }
         for kind, value in values.items():
             self.counts[kind][value] += 1

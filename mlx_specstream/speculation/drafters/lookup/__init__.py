@@ -13,6 +13,13 @@
 from .continuations import Continuations
 from .files import FileIndex
 from .look_up import LookUp
-from .merge import looked_up_tree, merged_tree
+from .merge import MergedProposer, looked_up_tree, merged_tree
 
-__all__ = ["Continuations", "FileIndex", "LookUp", "looked_up_tree", "merged_tree"]
+__all__ = [
+    "Continuations",
+    "FileIndex",
+    "LookUp",
+    "MergedProposer",
+    "looked_up_tree",
+    "merged_tree",
+]

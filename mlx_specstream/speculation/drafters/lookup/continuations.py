@@ -34,6 +34,11 @@ class Continuations:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def none(cls) -> Continuations:
+        """Return no nodes."""
+        return cls([], [], [], [], [])
+
     def first(self, count: int) -> Continuations:
         """Return the `count` likeliest nodes."""
         return Continuations(
@@ -62,7 +67,7 @@ def continuations(
 
     chain: of every node's children the likeliest alone. least: the lowest probability of a node.
     """
-    found = Continuations([], [], [], [], [])
+    found = Continuations.none()
     # (-chance, order, token, parent, depth, chance given the parent, occurrences there)
     heap: list[tuple[float, int, int, int, int, float, list[Occurrence]]] = []
     order = 0

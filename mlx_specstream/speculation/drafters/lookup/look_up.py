@@ -37,7 +37,8 @@ class LookUp:
     known: Sequence[int] = ()
     text: TextIndex = field(default_factory=TextIndex)
     _found: list[Occurrence] | None = None
-    _unread: Sequence[int] = ()
+    _unread: Sequence[int] = ()  # of the prompt
+    _drawn: list[int] = field(default_factory=list)  # and of the answer
 
     @classmethod
     def of(
@@ -63,25 +64,42 @@ class LookUp:
             text = _texts[cache] = TextIndex(start)
         self.calibration.fade()
         self.text, self._found, self._unread = text, None, told[text.end - start :]
+        self._drawn = []
+
+    def keep_beside(self, cache: KVCache) -> None:
+        """Keep what is known of the text beside another cache of it, for who goes on from there."""
+        self.read()
+        _texts[cache] = self.text
+
+    def hear(self, tokens: Sequence[int]) -> None:
+        """Note tokens that were drawn, to be taken in by `read`."""
+        self._drawn += tokens
 
     def read(self) -> None:
-        """Index the prompt; a good moment is while the device is at work."""
-        self.text.extend(self._unread)
-        self._unread = ()
+        """Index what is not yet, and learn from each token drawn whether it could be looked up.
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Append tokens that were drawn, and learn from each whether it could be looked up."""
-        self.read()
-        for token in tokens:
+        A good moment is while the device is at work.
+        """
+        if self._unread:
+            self.text.extend(self._unread)
+            self._unread = ()
+        drawn, self._drawn = self._drawn, []
+        for token in drawn:
             self.calibration.learn(groups(self.occurrences), token)
             self.text.extend([token])
             self._found = None
 
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take in tokens that were drawn."""
+        self.hear(tokens)
+        self.read()
+
     @property
     def occurrences(self) -> list[Occurrence]:
         """Return the earlier places of the text's end."""
-        if self._found is None:
+        if self._unread or self._drawn:
             self.read()
+        if self._found is None:
             self._found = self.text.occurrences()
             if self.files is not None:
                 self._found += self.files.occurrences(self.text.tokens[-32:])

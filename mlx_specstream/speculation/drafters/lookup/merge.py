@@ -61,7 +61,7 @@ def merged_tree(
     spec: rows and width; a chain is as long as its continuations. levels: of the other drafter.
     propose, before: as for `tree.build`.
     """
-    merged = MergedProposer(propose, found)
+    merged = MergedProposer(propose, [found])
     tree, sizes = grow(root, spec, levels, merged, before)
     return best_rows(_with_tail(tree, sizes, merged, found), spec)
 
@@ -69,28 +69,39 @@ def merged_tree(
 class MergedProposer:
     """Candidates of another drafter with looked-up ones among them.
 
-    Tables have a row for the text's end, one for each continuation, and one for nodes that are
-    none; `rows` are of the parents of each call, `theirs` says of which continuations the other
-    drafter is surer.
+    found: what follows each text, one for every parent of the first call. Tables have a row for
+    each text's end, one for each continuation (the first text's from `first[0]` on, and so on), and
+    one for nodes that are none; `rows` are of the parents of each call, `theirs` says of which
+    continuations the other drafter is surer.
     """
 
-    def __init__(self, propose: Proposer, found: Continuations) -> None:
-        N = len(found)
-        self.propose, self.no_row = propose, N + 1
-        children: list[list[int]] = [[] for _ in range(N + 2)]
-        for node, parent in enumerate(found.parents):
-            children[parent + 1].append(node)
+    def __init__(self, propose: Proposer, found: Sequence[Continuations]) -> None:
+        R, N = len(found), sum(map(len, found))
+        self.propose, self.no_row = propose, R + N
+        self.first = [R]
+        children: list[list[int]] = [[] for _ in range(R + N + 1)]
+        for text, one in enumerate(found):
+            first = self.first[-1]
+            for node, parent in enumerate(one.parents):
+                children[text if parent < 0 else first + parent].append(first - R + node)
+            self.first.append(first + len(one))
         width = max(1, *(len(own) for own in children))
-        below = np.full((N + 2, width), N, np.int32)
+        below = np.full((R + N + 1, width), N, np.int32)
         for row, own in enumerate(children):
             below[row, : len(own)] = own
-        given = np.array([*found.given, 0.0], np.float32)[below]
+        given = np.array([*(p for one in found for p in one.given), 0.0], np.float32)[below]
         with np.errstate(divide="ignore"):
             self.log_odds = mx.array(np.log(given) - np.log(np.maximum(1 - given, 1e-6)))
-        self.below = mx.array(below + 1)
-        self.tokens = mx.array(np.array([*found.tokens, 0], np.int32)[below])
+        self.below = mx.array(below + R)
+        tokens = [*(token for one in found for token in one.tokens), 0]
+        self.tokens = mx.array(np.array(tokens, np.int32)[below])
         self.rows: list[mx.array] = []
-        self.theirs = mx.zeros((N + 2,), dtype=mx.bool_)
+        self.theirs = mx.zeros((R + N + 1,), dtype=mx.bool_)
+
+    def is_looked_up(self, rows: mx.array) -> mx.array:
+        """Tell which of these rows are continuations that look-up is surer of."""
+        continues = (rows >= self.first[0]) & (rows < self.no_row)
+        return continues & ~mx.take(self.theirs, rows)
 
     def descend(self, tokens: mx.array, places: mx.array) -> mx.array:
         """Return the rows of kept nodes (W,), which were proposed below `places` of the last call."""
@@ -104,8 +115,8 @@ class MergedProposer:
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, k + c) int32 and log-probabilities; -inf for what fills up."""
         ids, log_probs = self.propose(level, parents, before, places)
-        root = mx.zeros(parents.shape, dtype=mx.int32)
-        self.rows.append(root if level == 0 else self.descend(parents, places))
+        ends = mx.arange(parents.shape[0], dtype=mx.int32)
+        self.rows.append(ends if level == 0 else self.descend(parents, places))
         below, tokens, log_odds = (
             mx.take(table, self.rows[-1], axis=0)
             for table in (self.below, self.tokens, self.log_odds)
@@ -144,9 +155,7 @@ def _with_tail(
         places = tree.parents[level] - (T - sizes[-1] - sizes[-2])
         rows = merged.descend(tree.tokens[level], places)
     rows = mx.where(tree.scores[level] > _NEVER, rows, merged.no_row)
-    rows_of_all = mx.concatenate([*merged.rows, rows] if last else [rows])
-    looked_up = (rows_of_all > 0) & (rows_of_all < merged.no_row)
-    looked_up = looked_up & ~mx.take(merged.theirs, rows_of_all)
+    looked_up = merged.is_looked_up(mx.concatenate([*merged.rows, rows] if last else [rows]))
     tokens, parents, depths = tree.tokens, tree.parents, tree.depths
     scores, depth = tree.scores, tree.depth
     if deep:
