@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     if not arguments.dry_run:
         refuse_existing(target)  # now, not after minutes of reading and checking
     if arguments.upload_repo:
-        from .hub import check_repository
+        from ..weights.hub import check_repository
 
         check_repository(arguments.upload_repo)
     if arguments.to_pytorch:
@@ -207,7 +207,7 @@ def _convert(plan: ConversionPlan, target: Path, arguments: argparse.Namespace) 
     if proof:
         print(proof.report())
     if arguments.upload_repo:
-        from .hub import upload
+        from ..weights.hub import upload
 
         upload(target, arguments.upload_repo)
         _say(f"Uploaded to {arguments.upload_repo}.")

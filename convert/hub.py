@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, OptionError, brief, shown
+from ..errors import CheckpointError, OptionError, shown
 from ..loading.demo import DEMO_NAME, resolve_demo
 from ..weights.hub import fetch, refuse_revision
 
@@ -58,52 +58,3 @@ def _exists(path: Path) -> bool:
 
 def _fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     return fetch(name, "checkpoint", CheckpointError, patterns=patterns, revision=revision)
-
-
-def check_repository(name: str, what: str = "--upload-repo") -> None:
-    """Refuse what cannot be the id of a repository, before a long conversion.
-
-    Raises:
-        OptionError: not of the form `owner/name`.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise OptionError(f"{what} {shown(name)} is no repository: {brief(error)}.") from None
-
-
-def upload(
-    folder: Path,
-    repository: str,
-    *,
-    patterns: Sequence[str] | None = None,
-    private: bool | None = None,
-) -> None:
-    """Upload a finished folder to the hub, or its files of these patterns, making the repository.
-
-    Raises:
-        CheckpointError: the hub refuses or cannot be reached; the local folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True, private=private)
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            repo_type="model",
-            allow_patterns=None if patterns is None else list(patterns),
-        )
-    except Exception as error:  # its own, requests', httpx's and the system's errors alike
-        again = f"hf upload {repository} {folder}"
-        if patterns is not None:
-            again = f"specstream upload {folder} {repository}"
-        raise CheckpointError(
-            f"{folder} is complete but could not be uploaded to {repository} ({brief(error)}); "
-            "check the network, 'hf auth login' and your access, then upload the folder again: "
-            f"{again}."
-        ) from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..convert.hub import check_repository, upload
 from ..weights.checkpoint import load_streams
+from ..weights.hub import check_repository, upload
 from ..weights.shipped import STREAM_FILES
 from .adoption.card import CARD_FILE, adoption_card
 

@@ -11,5 +11,5 @@
 | `shipped.py` | which streams to use: named, made here, in the model's folder, or shipped |
 | `tensorfile/` | safetensors files, read strictly and written as a stream |
 | `files.py` | files and folders that appear whole or not at all |
-| `hub.py` | fetching from the Hugging Face hub, every failure in one sentence |
+| `hub.py` | fetching from and uploading to the Hugging Face hub, every failure in one sentence |
 """

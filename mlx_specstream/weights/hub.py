@@ -1,4 +1,4 @@
-"""Fetching from the Hugging Face hub, with every way it can fail told in one sentence.
+"""Fetching from the Hugging Face hub and uploading to it; every way to fail told in one sentence.
 
 `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the token of `hf auth login` do what they always
 do: the hub's own client reads them.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import OptionError, SpecStreamError, brief
+from ..errors import CheckpointError, OptionError, SpecStreamError, brief, shown
 
 _ID = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
@@ -89,6 +89,55 @@ def tagged(tag: str, limit: int, error: type[SpecStreamError]) -> list[tuple[str
             f"the Hugging Face hub cannot be searched ({brief(failure)}); check the network and "
             "whether HF_HUB_OFFLINE is set."
         ) from failure
+
+
+def check_repository(name: str, what: str = "--upload-repo") -> None:
+    """Refuse what cannot be the id of a repository, before a long conversion.
+
+    Raises:
+        OptionError: not of the form `owner/name`.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OptionError(f"{what} {shown(name)} is no repository: {brief(error)}.") from None
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    patterns: Sequence[str] | None = None,
+    private: bool | None = None,
+) -> None:
+    """Upload a finished folder to the hub, or its files of these patterns, making the repository.
+
+    Raises:
+        CheckpointError: the hub refuses or cannot be reached; the local folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True, private=private)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            repo_type="model",
+            allow_patterns=None if patterns is None else list(patterns),
+        )
+    except Exception as error:  # its own, requests', httpx's and the system's errors alike
+        again = f"hf upload {repository} {folder}"
+        if patterns is not None:
+            again = f"specstream upload {folder} {repository}"
+        raise CheckpointError(
+            f"{folder} is complete but could not be uploaded to {repository} ({brief(error)}); "
+            "check the network, 'hf auth login' and your access, then upload the folder again: "
+            f"{again}."
+        ) from None
 
 
 def _reason(name: str, what: str, revision: str | None, failure: Exception) -> str:
