@@ -44,8 +44,10 @@ streams of the accepted token continue from its state and leave none; such a cac
 a state is held (the rows of the last pass, the beginnings of the last few passes and of the
 current answer), and text between there and the wanted place is computed again.
 
-All of this was found on a CPU. On Metal mlx-lm runs such layers with other kernels for one row than for
-several, which no test here has run: `specstream verify` with your model tells, and says so.
+All of this was found on a CPU. On Metal mlx-lm computes such layers with kernels of its own, and one
+row with other ones than a draft: state-space layers (`granitemoehybrid`) have one for a single row,
+delta nets one for whole texts and one for rows that end apart. No test here has run them:
+`specstream verify` with your model tells, and says so.
 
 | family | result | drafts accepted | how it was tried, or why it is refused |
 |---|---|---:|---|

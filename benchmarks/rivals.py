@@ -1,11 +1,16 @@
-"""Drafters beside each other: how many tokens a pass they give on the model's own text.
+"""Ways of drafting beside each other, on one base, one text and one machine: docs/rivals.md.
 
-Every drafter decodes the same prompts greedily, as a chain and with trees of 8 and 16 rows. The
-text is the model's own whatever drafts, so all of them walk the same text; passes are counted, not
-timed. All share one base in memory.
+    python -m benchmarks.rivals_train --data own.jsonl --output rivals     Medusa, Hydra, EAGLE, a draft model
+    python -m mlx_specstream.convert.pytorch.train ...; specstream convert ...      rivals/streams, rivals/paper
+    python -m benchmarks.rivals --folder rivals --results rivals.json --count
+    python -m benchmarks.rivals --folder rivals --results rivals.json --cost       on a quiet machine
+    python -m benchmarks.rivals --folder rivals --results rivals.json --clock      the same
+    python -m benchmarks.rivals --folder rivals --results rivals.json --table docs/rivals.md
 
-    python -m benchmarks.rivals --model demo --drafter streams=demo-chat --drafter medusa=out/medusa \
-        --drafter eagle=out/eagle --prompts built-in -m 96
+`--count`: every drafter answers the same prompts greedily, as a chain and with trees of 8 and 16 rows.
+The text is the model's own whatever drafts, so all of them walk the same text; passes are counted, and
+each answer is compared with plain decoding as `specstream verify` does. Counting goes on where it was
+stopped, and processes may share the work by `--only`. Other drafters join by `--drafter NAME=FOLDER`.
 """
 
 from __future__ import annotations
@@ -13,134 +18,137 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx.utils import tree_flatten
-
+from benchmarks.rivals_field import TREES, Rival, entered, joined, training
+from benchmarks.rivals_report import table, write_section
+from benchmarks.rivals_results import VERDICTS, Cell, Results
+from benchmarks.rivals_timing import clock, costs
 from mlx_specstream.bench.cases import BUILT_IN, Case, chosen_cases
-from mlx_specstream.config import DecodeConfig, TreeSpec
 from mlx_specstream.exit_status import exit_status
-from mlx_specstream.generation.generate import stream_generate
-from mlx_specstream.loading.drafter import drafter_in, is_trained_drafter
-from mlx_specstream.loading.load import StreamModel, load
+from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.machine import keep_float32_exact
 from mlx_specstream.prompts import encode_prompt
-from mlx_specstream.speculation.streams import Streams
-from mlx_specstream.weights.drafter import load_drafter
-from mlx_specstream.weights.shipped import find_streams
+from mlx_specstream.verify import Replayed, compare, replay
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-TREES = ("chain", "8", "16")
-LOOK_UP = "lookup"  # as a drafter's name: the text alone; after a `+`, beside that drafter
+RAG = Path(__file__).with_name("rivals_rag.jsonl")
+TASKS = {
+    "summarize": "summarisation",
+    "translate": "translation",
+    "knowledge": "questions",
+    "math": "maths",
+    "sql": "SQL",
+    "rag": "RAG",
+    "chat": "chat",
+}
+"""Categories of the built-in prompts, and what the paper calls such a task."""
 
 
 @dataclass
-class Counted:
-    """Tokens and passes of one drafter with one tree, by category."""
+class Counter:
+    """Answers prompts plainly once, and with drafters; counts passes and compares."""
 
-    tokens: dict[str, int] = field(default_factory=dict)
-    passes: dict[str, int] = field(default_factory=dict)
+    base: StreamModel
+    tokenizer: TokenizerWrapper
+    max_tokens: int
+    plain: dict[str, Replayed] = field(default_factory=dict)
 
-    def add(self, category: str, tokens: int, passes: int) -> None:
-        """Add an answer."""
-        self.tokens[category] = self.tokens.get(category, 0) + tokens
-        self.passes[category] = self.passes.get(category, 0) + passes
+    def answer(self, rival: Rival, tree: str, case: Case) -> Cell:
+        """Return what one drafter with one tree gives on a prompt, and `verify`'s verdict of it."""
+        ids = encode_prompt(self.tokenizer, case.prompt)
+        if case.sha256 not in self.plain:
+            own = replay(self.base, self.tokenizer, ids, self.max_tokens, None)
+            self.plain[case.sha256] = own
+        plain = self.plain[case.sha256]
+        answer = replay(rival.model, self.tokenizer, ids, self.max_tokens, rival.config(tree))
+        stats, verdict = (
+            answer.stats,
+            compare(self.base, self.tokenizer, ids, plain, answer).verdict,
+        )
+        found = {"prompts": 1, "tokens": stats.tokens, "passes": stats.passes}
+        found |= {name: int(name == verdict) for name in VERDICTS}
+        return found
 
-    def rate(self, category: str | None = None) -> float:
-        """Return the tokens per pass of one category, or of all."""
-        if category is not None:
-            return self.tokens[category] / self.passes[category]
-        return sum(self.tokens.values()) / sum(self.passes.values())
+    def fill(self, results: Results, rivals: Sequence[Rival], cases: Sequence[Case]) -> None:
+        """Count what `results` lacks: every cell's first prompt, then every cell's second ...
 
-
-@dataclass(frozen=True)
-class Rival:
-    """A drafter joined to the model. parameters: those it adds."""
-
-    name: str
-    model: StreamModel
-    parameters: int
-    drafts: tuple[str, ...]
-
-
-def joined(name: str, words: Sequence[str]) -> tuple[list[Rival], TokenizerWrapper]:
-    """Load each NAME=FOLDER over one base; `+lookup` behind the folder adds look-up.
-
-    Raises:
-        SpecStreamError: a folder cannot be loaded.
-    """
-    base, tokenizer = load(name, streams=None)
-    rivals = []
-    for word in words:
-        called, _, rest = word.partition("=")
-        place, plus, _ = rest.partition("+")
-        drafts = ("streams", "lookup") if plus else ("streams",)
-        if place in ("", LOOK_UP):
-            rivals.append(Rival(called, base, 0, ("lookup",)))
-            continue
-        path = Path(place).expanduser()
-        if is_trained_drafter(path):
-            model = replace(base, drafter=drafter_in(path, base.model, base.backbone))
-            tensors = load_drafter(path).tensors
-        elif (path / "config.json").is_file():
-            model, _ = load(name, draft_model=path)
-            tensors = dict(tree_flatten(load(place, streams=None)[0].model.parameters()))
-        else:
-            weights = find_streams(place, base.model, Path())
-            assert weights is not None
-            streams = Streams(base.backbone, weights.config, weights.tensors)
-            model, tensors = replace(base, streams=streams), weights.tensors
-        size = sum(tensor.size for key, tensor in tensors.items() if key != "d2t")
-        rivals.append(Rival(called, model, size, drafts))
-    return rivals, tokenizer
+        cases: each task's in the same order whenever cells are filled.
+        """
+        places: dict[str, int] = {}
+        for case in cases:
+            task = TASKS.get(case.category, case.category)
+            place = places[task] = places.get(task, -1) + 1
+            for rival in rivals:
+                rates = []
+                for tree in TREES:
+                    where = ("cells", rival.name, tree, task)
+                    cell = results.get(*where) or {}
+                    if cell.get("prompts", 0) == place:
+                        one = self.answer(rival, tree, case)
+                        cell = {name: n + cell.get(name, 0) for name, n in one.items()}
+                        results.keep(*where, value=cell)
+                    rates.append(f"{cell['tokens'] / cell['passes']:.2f}")
+                print(f"{place + 1} {task:<14} {rival.name:<22} {'  '.join(rates)}", flush=True)
 
 
-def count(
-    rival: Rival, tokenizer: TokenizerWrapper, cases: Sequence[Case], tree: str, max_tokens: int
-) -> Counted:
-    """Decode all cases with one drafter and one tree."""
-    found = Counted()
-    config = DecodeConfig(TreeSpec.parse(tree), drafts=rival.drafts)
+def by_turns(cases: Sequence[Case], count: int) -> list[Case]:
+    """Return each category's first prompt, then each one's second, up to `count` of each."""
+    groups: dict[str, list[Case]] = {}
     for case in cases:
-        ids = encode_prompt(tokenizer, case.prompt)
-        *_, last = stream_generate(rival.model, tokenizer, ids, max_tokens, config=config)
-        found.add(case.category, last.stats.tokens, last.stats.passes)
-    return found
-
-
-def table(
-    rivals: Sequence[Rival], tokenizer: TokenizerWrapper, cases: Sequence[Case], max_tokens: int
-) -> list[str]:
-    """Return the table's lines: parameters, tokens a pass by tree, and by category with 8 rows."""
-    categories = list(dict.fromkeys(case.category for case in cases))
-    head = ["drafter", "parameters", *TREES, *categories]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for rival in rivals:
-        counted = {tree: count(rival, tokenizer, cases, tree, max_tokens) for tree in TREES}
-        rates = [f"{counted[tree].rate():.2f}" for tree in TREES]
-        by_category = [f"{counted['8'].rate(category):.2f}" for category in categories]
-        cells = [rival.name, f"{rival.parameters:,}", *rates, *by_category]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], file=sys.stderr, flush=True)
-    return lines
+        groups.setdefault(case.category, []).append(case)
+    rows = zip_longest(*(group[:count] for group in groups.values()))
+    return [case for row in rows for case in row if case is not None]
 
 
 def main() -> int:
-    """Count and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
+    """Count, time or write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rivals",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--drafter", action="append", required=True, metavar="NAME=FOLDER[+lookup]")
-    parser.add_argument("--prompts", default=BUILT_IN, help="as specstream bench takes them")
-    parser.add_argument("--categories", nargs="+", default=[])
-    parser.add_argument("--num-prompts", type=int, default=3, help="of each category")
-    parser.add_argument("-m", "--max-tokens", type=int, default=96)
+    parser.add_argument("--folder", help="of the field's drafters")
+    parser.add_argument("--drafter", action="append", default=[], metavar="NAME=FOLDER[+lookup]")
+    parser.add_argument("--only", nargs="+", default=[], help="names of those that take part")
+    parser.add_argument("--results", required=True, metavar="FILE", help="JSON, kept and filled")
+    parser.add_argument("--count", action="store_true", help="tokens per pass, verified")
+    parser.add_argument("--cost", action="store_true", help="a step's cost in plain tokens")
+    parser.add_argument("--clock", action="store_true", help="wall-clock of the five best")
+    parser.add_argument("--table", metavar="PAGE", help="write the section of this page")
+    parser.add_argument("--prompts", nargs="+", default=[BUILT_IN, str(RAG)])
+    parser.add_argument("--categories", nargs="+", default=list(TASKS))
+    parser.add_argument("--num-prompts", type=int, default=4, help="of each category")
+    parser.add_argument("-m", "--max-tokens", type=int, default=48)
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of --cost and --clock")
     arguments = parser.parse_args()
-    cases = chosen_cases([arguments.prompts], arguments.categories, arguments.num_prompts)
-    rivals, tokenizer = joined(arguments.model, arguments.drafter)
-    print("\n".join(table(rivals, tokenizer, cases, arguments.max_tokens)))
+    keep_float32_exact()
+    results = Results(Path(arguments.results).expanduser())
+    if arguments.table:
+        write_section(Path(arguments.table), table(results.read()))
+    if not (arguments.count or arguments.cost or arguments.clock):
+        return 0
+    words = entered(arguments.folder, arguments.drafter)
+    words = {name: word for name, word in words.items() if name in (arguments.only or words)}
+    rivals, base, tokenizer = joined(arguments.model, words)
+    for rival in rivals:
+        results.keep("parameters", rival.name, value=rival.parameters)
+        results.keep("training", rival.name, value=training(words[rival.name]))
+    cases = chosen_cases(arguments.prompts, arguments.categories)
+    cases = by_turns(cases, arguments.num_prompts)
+    if arguments.count:
+        Counter(base, tokenizer, arguments.max_tokens).fill(results, rivals, cases)
+    timed = (rivals, base, tokenizer, cases, arguments.max_tokens, 60 * arguments.minutes)
+    if arguments.cost:
+        costs(results, *timed)
+    if arguments.clock:
+        clock(results, *timed)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from ..weights.stream_tensors import shapes_by_names
 from ..weights.tensorfile import difference
 from .base import DTYPES, LoraPair
 from .configs import peft_adapter, stream_config
-from .reader import STREAMS, Checkpoint
+from .reader import ADAPTER_WEIGHTS, STREAMS, Checkpoint
 from .tensors import Tensor
 
 Merge = Literal["none", "lower", "all"]
@@ -46,7 +46,7 @@ def read_adapters(
         adapter = peft_adapter(checkpoint.adapter_fields, folder / "adapter_config.json")
         if merge == "lower":
             raise OptionError("--merge-lora lower is for shared streams; this is a plain adapter.")
-        return None, lora_deltas(named, adapter.scale)
+        return None, lora_deltas(named, adapter.rank, adapter.scale)
     if named:
         first = next(iter(named.values()))
         raise CheckpointError(
@@ -56,11 +56,11 @@ def read_adapters(
     return None, {}
 
 
-def lora_deltas(named: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair]:
+def lora_deltas(named: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, LoraPair]:
     """Pair A and B of every adapted module, under the name of the weight they change.
 
     Raises:
-        CheckpointError: a half has no other, or the tensor adapts no layer.
+        CheckpointError: a half has no other or is of another rank, or the tensor adapts no layer.
     """
     deltas = {}
     for name, each in named.items():
@@ -68,9 +68,24 @@ def lora_deltas(named: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair
         other = named.get(f"{name[:-1]}{'b' if name.endswith('a') else 'a'}")
         if not match or other is None:
             raise CheckpointError(f"the adapter tensor {shown(each.origin)} stands alone.")
+        if len(each.shape) != 2 or each.shape[match[3] == "a"] != rank:
+            raise CheckpointError(
+                f"the adapter tensor {shown(each.origin)} is not of rank {rank}, as its config says."
+            )
         if match[3] == "a":
             deltas[f"model.layers.{match[1]}.{match[2]}.weight"] = LoraPair(each, other, scale)
     return deltas
+
+
+def refuse_more_than_lora(own_base: Iterable[Tensor]) -> None:
+    """Refuse what an adapter has for embeddings or the head, or holds whole: no layer's LoRA."""
+    for tensor in own_base:
+        for path, name in tensor.sources:
+            if path.stem == ADAPTER_WEIGHTS or ".lora_" in name:
+                raise CheckpointError(
+                    f"the adapter tensor {shown(tensor.origin)} is not the LoRA of a layer's module; "
+                    "merge the adapter in PEFT (merge_and_unload) and convert the result."
+                )
 
 
 def stream_tensors(

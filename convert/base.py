@@ -53,15 +53,11 @@ class LoraPair(NamedTuple):
 
 @dataclass(frozen=True)
 class BasePlan:
-    """What will be written of the base: a config and its tensors, in order.
-
-    `sources`: each tensor by name before anything was merged, cast or quantised.
-    """
+    """What will be written of the base: a config and its tensors, in order."""
 
     model: nn.Module
     config: dict[str, Any]
     tensors: tuple[Tensor, ...]
-    sources: dict[str, Tensor]
 
     def dims(self) -> BaseDims:
         """The sizes that stream tensors depend on."""
@@ -109,7 +105,7 @@ def plan_base(
         CheckpointError: the model type is unknown, or a tensor is unknown, missing or misshapen.
         OptionError: a quantisation that mlx does not have.
     """
-    config = _with_tying(config, tensors)
+    config, tensors = _with_tying(config, tensors, path)
     model = build_model(config, path)
     wanted = {name: tuple(value.shape) for name, value in parameters(model).items()}
     fitted = fit_base(tensors, wanted)
@@ -118,6 +114,9 @@ def plan_base(
             f"{path}: the adapter changes {shown(unused[0])}, which the base lacks."
         )
     sources = _sanitised(model, fitted, path)
+    _check_types(sources, parameters(model), path)
+    _check_deltas(deltas or {}, sources, path)
+    wanted = {name: tuple(value.shape) for name, value in parameters(model).items()}  # as sanitised
     called = {name: tensor.sources[0][1] for name, tensor in sources.items() if tensor.sources}
     found = {name: tensor.shape for name, tensor in sources.items()}
     if odd := difference(found, wanted, called):
@@ -139,7 +138,39 @@ def plan_base(
         model, config = quantise(model, config, quantisation)
     if target is not None:
         config = {**config, "torch_dtype": target, "dtype": target}
-    return BasePlan(model, config, tuple(_written(model, plain, tensors)), sources)
+    return BasePlan(model, config, tuple(_written(model, plain, tensors)))
+
+
+def _check_types(
+    weights: Mapping[str, Tensor], parameters: Mapping[str, mx.array], path: Path
+) -> None:
+    """Make sure that floats stand where the model computes with floats, and packed words where with those."""
+    for name, tensor in weights.items():
+        wanted = parameters.get(name)
+        if wanted is not None and tensor.is_float != mx.issubdtype(wanted.dtype, mx.floating):
+            kind = "whole numbers" if tensor.is_float else "floats"
+            raise CheckpointError(
+                f"{path}: {shown(tensor.origin)} is {tensor.dtype}, expected {kind}; take the "
+                "model's weights in 16 or 32 bits."
+            )
+
+
+def _check_deltas(
+    deltas: Mapping[str, LoraPair], weights: Mapping[str, Tensor], path: Path
+) -> None:
+    """Make sure that every LoRA product has a weight of its shape to be added to."""
+    for name, (a, b, _) in deltas.items():
+        weight = weights.get(name)
+        if weight is None:
+            raise CheckpointError(
+                f"{path}: the adapter changes {shown(name)}, which mlx-lm keeps in another form; "
+                "merge the adapter in PEFT (merge_and_unload) and convert the result."
+            )
+        if weight.shape != (b.shape[1], a.shape[0]):
+            raise CheckpointError(
+                f"{path}: the adapter changes {shown(name)} by {(b.shape[1], a.shape[0])}, and the "
+                f"base's is {weight.shape}; give the base that the adapter was trained on."
+            )
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> str | None:
@@ -181,20 +212,41 @@ def build_model(config: dict[str, Any], path: Path) -> nn.Module:
     return model
 
 
-def _with_tying(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Say whether the head is tied where the config does not: mlx-lm would drop a head unasked."""
-    if "tie_word_embeddings" in config:
-        return config
-    head = next((t for name, t in tensors.items() if name.endswith("lm_head.weight")), None)
-    embedding = next(
-        (t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None
+def _with_tying(
+    config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Say whether the head is tied where the config does not: mlx-lm would drop a head unasked.
+
+    Of a tied head a copy is left out, which families without a head of their own would not know.
+
+    Raises:
+        CheckpointError: the config says so, and there is a head of other values.
+    """
+    stated = config.get("tie_word_embeddings")
+    if "tie_word_embeddings" in config and stated is not True:
+        return config, tensors
+    head, embedding = (
+        next((tensor for name, tensor in tensors.items() if name.endswith(f"{end}.weight")), None)
+        for end in ("lm_head", "embed_tokens")
     )
-    tied = head is None or (
-        embedding is not None
-        and head.shape == embedding.shape
-        and np.array_equal(head.read(), embedding.read())
-    )
-    return {**config, "tie_word_embeddings": tied}
+    tied = head is None or (embedding is not None and _same_values(head, embedding))
+    if stated and not tied:
+        raise CheckpointError(
+            f"{path}: config.json ties the head to the token embeddings, and lm_head.weight holds "
+            "other values; set tie_word_embeddings to false to use them, or drop them with --rules."
+        )
+    if tied:
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not head}
+    return {**config, "tie_word_embeddings": tied}, tensors
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    is_one = one.start is not None and one.start == other.start
+    if is_one and one.sources[0][0] == other.sources[0][0]:
+        return True
+    return np.array_equal(one.read(), other.read())
 
 
 def _sanitised(model: nn.Module, fitted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from ..errors import OptionError, printable
+from ..machine.describe import keep_float32_exact
 from ..weights.files import refuse_existing
 from .base import DTYPES
 from .plan import ConversionPlan, Options
@@ -95,6 +96,8 @@ def main(argv: list[str]) -> int:
     """Run the verb: 0 done, 1 the proof failed; errors of the user's raise SpecStreamError."""
     arguments = build_parser().parse_args(argv)
     target = Path(arguments.mlx_path).expanduser()
+    if arguments.check:
+        keep_float32_exact()  # the proof tells a mistake from float32's rounding
     if not arguments.dry_run:
         refuse_existing(target)  # now, not after minutes of reading and checking
     if arguments.upload_repo:

@@ -154,9 +154,10 @@ def peft_adapter(fields: Mapping[str, Any], path: Path) -> PeftAdapter:
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if (
         type(rank) is not int
-        or rank < 1
+        or not 1 <= rank <= MAX_SIZE
         or isinstance(alpha, bool)
         or not isinstance(alpha, int | float)
+        or not abs(alpha) < MAX_SIZE
     ):
         raise CheckpointError(f"{path}: r {shown(rank)} and lora_alpha {shown(alpha)} are no LoRA.")
     return PeftAdapter(rank, alpha / (rank**0.5 if fields.get("use_rslora") else rank))

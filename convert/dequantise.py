@@ -9,10 +9,20 @@ A row's numbers stand in its bytes one behind the other, lowest bit first, whate
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 _FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # sign apart: the highest bit
+
+
+def settings_of(quantization: Mapping[str, Any], module: str) -> tuple[int, str]:
+    """Return the bits and the mode of a module by a config's `quantization`."""
+    own = quantization.get(module)
+    settings = {**quantization, **(own if isinstance(own, dict) else {})}
+    return settings["bits"], settings.get("mode", "affine")
 
 
 def dequantised(

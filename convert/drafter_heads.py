@@ -44,9 +44,7 @@ def read_medusa(
     block = tensors.get("heads.0.blocks.0.weight")
     width = rows_of(block, path, "0.0.linear.weight")
     own = "heads.0.head.weight" in tensors
-    vocabulary = (
-        tensors["heads.0.head.weight"].shape[0] if own else size_of(fields, "vocab_size", path)
-    )
+    vocabulary = _vocabulary(tensors, fields, path)
     config = DrafterConfig(
         "medusa", width, vocabulary, num_heads=max(blocks) + 1, num_blocks=max(blocks.values()),
         own_head=own,
@@ -95,9 +93,7 @@ def read_hydra(
         tensors.get("heads.0.residual.weight"), path, "hydra_mlp.0.0.res_connection.weight"
     )
     own = "heads.0.head.weight" in tensors
-    vocabulary = (
-        tensors["heads.0.head.weight"].shape[0] if own else size_of(fields, "vocab_size", path)
-    )
+    vocabulary = _vocabulary(tensors, fields, path)
     layer = None
     if "norm.weight" in tensors:
         if base is None:
@@ -112,3 +108,11 @@ def read_hydra(
         bias="heads.0.head.bias" in tensors, layer=layer,
     )  # fmt: skip
     return config, tensors
+
+
+def _vocabulary(tensors: Mapping[str, Tensor], fields: dict[str, Any], path: Path) -> int:
+    """Return the tokens that heads predict: the rows of their own, else what the config says."""
+    head = tensors.get("heads.0.head.weight")
+    if head is None:
+        return size_of(fields, "vocab_size", path)
+    return rows_of(head, path, head.sources[0][1])

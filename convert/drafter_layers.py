@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import DrafterConfig
 from ..errors import CheckpointError, shown
-from .drafter_parts import BUFFERS, Base, Read, layer_config, size_of, unknown_tensor
+from .drafter_parts import BUFFERS, Base, Read, layer_config, rows_of, size_of, unknown_tensor
 from .tensors import Tensor
 
 _NAMES_LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -58,6 +60,7 @@ def read_eagle3(
         elif not BUFFERS.fullmatch(name):
             raise unknown_tensor(path, name, "EAGLE-3")
     layer = layer_config(fields, tensors, "layer", path)
+    rows_of(tensors["fc.weight"], path, "fc.weight")
     features = tensors["fc.weight"].shape[-1]
     if features % 3:
         raise CheckpointError(
@@ -65,7 +68,7 @@ def read_eagle3(
         )
     h, V = features // 3, size_of(fields, "vocab_size", path)
     own = "head.weight" in tensors
-    drafted = tensors["head.weight"].shape[0] if own else V
+    drafted = rows_of(tensors["head.weight"], path, "lm_head.weight") if own else V
     own_embedding = layer.hidden_size != h
     if not own_embedding:
         tensors.pop("embed_tokens.weight", None)
@@ -73,18 +76,37 @@ def read_eagle3(
         raise CheckpointError(
             f"{path}: the head drafts {drafted} of {V} tokens, and no d2t says which."
         )
-    if drafted == V:
-        tensors.pop("d2t", None)
-    elif tensors["d2t"].dtype not in ("I64", "I32"):
-        raise CheckpointError(f"{path}: d2t is {tensors['d2t'].dtype}, expected integers.")
-    else:
-        tensors["d2t"] = tensors["d2t"].offsets_to_ids()
+    table = tensors.pop("d2t", None)
+    if drafted != V and table is not None:
+        tensors["d2t"] = _token_table(table, named.get("t2d"), path)
     config = DrafterConfig(
         "eagle3", h, V, own_head=own, bias="fc.bias" in tensors, layer=layer,
         draft_vocab_size=drafted, feature_layers=_feature_layers(fields, base, path),
         own_embedding=own_embedding,
     )  # fmt: skip
     return config, tensors
+
+
+def _token_table(table: Tensor, drafted: Tensor | None, path: Path) -> Tensor:
+    """Return the table of token ids that EAGLE-3's offsets mean.
+
+    drafted: whether each of the base's tokens is in it, if the file says.
+
+    Raises:
+        CheckpointError: no offsets, or of other tokens than `drafted` says.
+    """
+    if table.dtype not in ("I64", "I32") or len(table.shape) != 1:
+        raise CheckpointError(
+            f"{path}: d2t is {table.dtype} {table.shape}, expected integers (n,)."
+        )
+    ids = table.offsets_to_ids()
+    if drafted is not None and not np.array_equal(
+        np.sort(ids.read()), np.flatnonzero(drafted.read())
+    ):
+        raise CheckpointError(
+            f"{path.parent}: d2t and t2d name different tokens; get the file again."
+        )
+    return ids
 
 
 def _feature_layers(fields: Mapping[str, Any], base: Base | None, path: Path) -> tuple[int, ...]:

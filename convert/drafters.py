@@ -83,11 +83,7 @@ def plan_drafter(
     called = {name: tensor.sources[0][1] for name, tensor in renamed.items()}
     if odd := difference(found, drafter_shapes(config), called):
         raise CheckpointError(f"{checkpoint.path}: {odd}; check that config.json belongs to it.")
-    if base is not None and base.dims.hidden_size != config.hidden_size:
-        raise CheckpointError(
-            f"{checkpoint.path} is a drafter for a model of width {config.hidden_size}, and the base "
-            f"has {base.dims.hidden_size}; give the base it was trained on."
-        )
+    _check_fits(config, base, checkpoint.path)
     tensors = []
     for name, tensor in sorted(renamed.items()):
         tensor = tensor.renamed(name)
@@ -99,6 +95,29 @@ def plan_drafter(
             tensor = tensor.cast(DTYPES[dtype]) if dtype else tensor
         tensors.append(tensor)
     return DrafterPlan(config, tuple(tensors))
+
+
+def _check_fits(config: DrafterConfig, base: Base | None, path: Path) -> None:
+    """Make sure that a base, if it is at hand, has what the drafter builds on."""
+    if base is None:
+        return
+    vocabulary = base.config.get("vocab_size")
+    last = max(config.feature_layers, default=0)
+    for what, wanted, has, fits in (
+        (
+            "of width",
+            config.hidden_size,
+            (width := base.dims.hidden_size),
+            config.hidden_size == width,
+        ),
+        ("of layers up to", last, base.dims.num_layers - 1, last < base.dims.num_layers),
+        ("of tokens", config.vocab_size, vocabulary, config.vocab_size <= (vocabulary or 1 << 31)),
+    ):
+        if not fits:
+            raise CheckpointError(
+                f"{path} is a drafter for a model {what} {wanted}, and the base has {has}; give the "
+                "base it was trained on."
+            )
 
 
 _READERS: dict[str, Callable[[Mapping[str, Tensor], dict[str, Any], Base | None, Path], Read]] = {

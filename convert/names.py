@@ -42,7 +42,7 @@ def _rules(*rows: tuple[str, str] | tuple[str, str, bool]) -> tuple[Rule, ...]:
 LAYOUTS: dict[str, tuple[Rule, ...]] = {
     # What wrappers around a model add to its names; applied until nothing changes.
     "wrappers": _rules(
-        (r"(?:module\.|base_model\.model\.|model\.(?=base_model\.model\.))(.+)", r"\1"),
+        (r"(?:module\.|base_model\.model\.|model\.(?=base_model\.model\.|module\.))(.+)", r"\1"),
         (r"(.*\.)?(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(.+)", r"\1\2"),
         (r"(.+)\.base_layer\.(weight|bias)", r"\1.\2"),
         (r"(.+)\.modules_to_save\.[^.]+\.(.+)", r"\1.\2"),

@@ -19,24 +19,24 @@ MAX_EXPANDED = 1 << 26
 """Values of a tensor that repeats its storage's; others have no more values than their storage."""
 
 STORAGES = {
-    "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "torch.FloatStorage": "F32", "torch.DoubleStorage": "F64", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GlobalName:
-    """A name that the program mentions (never what the name stands for)."""
+    """A name that the program mentions (never what the name stands for); one object per name."""
 
-    module: str
-    name: str
+    full: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return self.full
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageInfo:
     """A run of elements in the file that tensors are views of."""
 
@@ -45,7 +45,7 @@ class StorageInfo:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as the program describes it: a strided view of a storage, perhaps negated."""
 
@@ -56,7 +56,7 @@ class TensorInfo:
     negated: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Placeholder:
     """Something beside the weights that is not needed: only what it was is kept."""
 
@@ -80,14 +80,14 @@ def storage_info(identity: object) -> StorageInfo:
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         raise Refused(f"it refers to {shown(kind_of(identity))} outside of itself")
     kind, key, numel = identity[1], identity[2], identity[4]
-    if not isinstance(kind, GlobalName) or kind.module != "torch" or kind.name not in STORAGES:
+    dtype = STORAGES.get(str(kind)) if isinstance(kind, GlobalName) else None
+    if dtype is None:
         raise Refused(
             f"it holds a storage of the kind {shown(kind_of(kind))}, which is not supported"
         )
-    plain = isinstance(key, str | int) and len(str(key)) <= MAX_NAME
-    if not plain or not is_size(numel) or identity[5:] not in ((), (None,)):
+    if not is_storage_key(key) or not is_size(numel) or identity[5:] not in ((), (None,)):
         raise Refused("a storage is described in a way that torch.save does not use")
-    return StorageInfo(str(key), STORAGES[kind.name], numel)
+    return StorageInfo(str(key), dtype, numel)
 
 
 def _tensor(arguments: tuple[object, ...]) -> TensorInfo:
@@ -174,15 +174,32 @@ APPLIED: dict[str, Callable[[tuple[object, ...]], object]] = {
 }
 """Every name that means something, and what is made of it. Nothing here runs code of the file."""
 
+FOREIGN_TENSORS = {
+    "torch._utils._rebuild_tensor_v3": "a tensor of 8-bit floats or another type that is not read; save "
+    "it in 16 or 32 bits",
+    "torch._utils._rebuild_qtensor": "a quantised tensor; save tensor.dequantize()",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor; save tensor.to_dense()",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor; save its parts one by one",
+    "torch.nested._internal.nested_tensor._rebuild_njt": "a nested tensor; save its parts one by one",
+    "torch.ComplexFloatStorage": "complex numbers; save torch.view_as_real(tensor)",
+    "torch.ComplexDoubleStorage": "complex numbers; save torch.view_as_real(tensor)",
+    "torch.storage.UntypedStorage": "a storage without a type; save tensors of it",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values; save the model loaded",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own; save a plain one",
+    "torch.distributed.tensor.DTensor": "a tensor divided over machines; save tensor.full_tensor()",
+}
+"""Tensors that are not read, and what to save instead."""
+
 BESIDE = re.compile(
     r"numpy(\.\w+)*\.(scalar|dtype|ndarray|_reconstruct|_frombuffer|\w+DType|u?int\d+|float\d+|bool_?)"
     r"|torch\.(device|dtype|Tensor|nn\.parameter\.Parameter|layout|strided|Generator|serialization\._get_layout)"
     r"|torch\.(b?float|u?int|complex|double|half|long|short|bool)\d*"
-    r"|builtins\.(set|frozenset|list|dict|tuple|int|float|bool|str|bytes|bytearray|complex|slice|range|object)"
-    r"|__builtin__\.(set|frozenset|list|dict|tuple|int|float|bool|str|long|bytearray|complex|slice|object)"
+    r"|builtins\.(set|frozenset|list|dict|tuple|int|float|bool|str|bytes|bytearray|complex|slice|range|object|Ellipsis|NotImplemented)"
+    r"|__builtin__\.(set|frozenset|list|dict|tuple|int|float|bool|str|long|bytearray|complex|slice|xrange|object|Ellipsis|NotImplemented)"
     r"|_codecs\.encode|copyreg\._reconstructor|copy_reg\._reconstructor|collections\.deque"
     r"|(argparse|types)\.\w*Namespace|pathlib\.\w*Path|pathlib\._local\.\w*Path"
     r"|datetime\.\w+|enum\.\w+|typing\.\w+|decimal\.Decimal|fractions\.Fraction|uuid\.UUID"
+    r"|torch\.torch_version\.TorchVersion"
     r"|(omegaconf|lightning|pytorch_lightning|lightning_fabric|transformers|accelerate)(\.\w+)+"
     r"|(__main__|__mp_main__)\.\w+"
 )
@@ -191,9 +208,17 @@ ARRAYS = ("_reconstruct", "_frombuffer", "ndarray", "Tensor", "Parameter")
 
 
 def dictionary_key(key: object) -> object:
-    """Return a dictionary key if it is a plain scalar: nested tuples could hash for ever."""
-    plain = key is None or isinstance(key, str | int | float | bytes)
-    return key if plain else Placeholder(kind_of(key))
+    """Return a dictionary key if it is text, else a placeholder.
+
+    Nested tuples could hash for ever, and unlike texts' the hashes of numbers are known: 100,000 of
+    one hash are compared with each other for minutes.
+    """
+    return key if isinstance(key, str) else Placeholder(kind_of(key))
+
+
+def is_storage_key(key: object) -> TypeGuard[str | int]:
+    """Say whether a value can be the key of a storage: made text again and again, it must be short."""
+    return is_size(key) or (isinstance(key, str) and len(key) <= MAX_NAME)
 
 
 def is_size(value: object) -> TypeGuard[int]:

@@ -24,6 +24,7 @@ from ..errors import brief, shown
 from .pickled import (
     APPLIED,
     BESIDE,
+    FOREIGN_TENSORS,
     MAX_NAME,
     STORAGES,
     GlobalName,
@@ -35,6 +36,7 @@ from .pickled import (
 )
 
 MAX_PROGRAM_BYTES = 64 << 20
+MAX_ARGUMENTS = 32
 MAX_ITEMS = 2_000_000
 """Instructions and items of containers: about 40 per tensor, so 50,000 tensors; a few seconds and
 some 150 MB where a program is made to waste them."""
@@ -78,6 +80,7 @@ class _Machine:
         self.find_storage = find_storage
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
+        self.names: dict[tuple[str, str], GlobalName] = {}
         self.result: object = None
         self.items = 0
 
@@ -177,19 +180,35 @@ class _Machine:
             raise Refused("its pickle mentions a name that is not text")
         if len(module) + len(name) > MAX_NAME:
             raise Refused(f"it mentions a name of more than {MAX_NAME:,} characters")
-        found = GlobalName(module, name)
-        is_storage = module == "torch" and name in STORAGES
-        if str(found) not in APPLIED and not is_storage and not BESIDE.fullmatch(str(found)):
-            raise Refused(
-                f"it mentions {shown(str(found))}, and only tensors in plain containers are read; "
-                "save the model's state_dict() alone"
-            )
+        found = self.names.get((module, name))
+        if found is None:
+            found = self.names[module, name] = _known(f"{module}.{name}")
         self.stack.append(found)
 
     def _apply(self, function: object, arguments: object) -> object:
         """Make what a call describes; containers are copied, so their items count again."""
         if not isinstance(function, GlobalName) or not isinstance(arguments, tuple):
             raise Refused(f"its pickle applies {shown(kind_of(function))}, which is not a tensor")
+        if len(arguments) > MAX_ARGUMENTS:
+            raise Refused(
+                f"its pickle calls {shown(str(function))} with {len(arguments)} arguments"
+            )
         self._spend(sum(len(each) for each in arguments if isinstance(each, list | tuple | dict)))
         make = APPLIED.get(str(function))
         return make(arguments) if make else Placeholder(str(function))
+
+
+def _known(name: str) -> GlobalName:
+    """Return a name that may be mentioned.
+
+    Raises:
+        Refused: any other.
+    """
+    if advice := FOREIGN_TENSORS.get(name):
+        raise Refused(f"it mentions {shown(name)}, {advice}")
+    if name not in APPLIED and name not in STORAGES and not BESIDE.fullmatch(name):
+        raise Refused(
+            f"it mentions {shown(name)}, and only tensors in plain containers are read; "
+            "save the model's state_dict() alone"
+        )
+    return GlobalName(name)

@@ -23,6 +23,7 @@ from .adapters import (
     Merge,
     lora_deltas,
     read_adapters,
+    refuse_more_than_lora,
     stream_tensors,
 )
 from .base import BasePlan, LoraPair, plan_base
@@ -32,7 +33,7 @@ from .drafters import DrafterPlan, drafter_kind, plan_drafter
 from .hub import locate
 from .names import read_rules, sort_names
 from .quantise import Quantisation
-from .reader import CONFIG, Checkpoint, open_checkpoint
+from .reader import CONFIG, Checkpoint, open_checkpoint, unread_weights
 from .tensors import Tensor
 from .tokenizers import tokenizer_files
 
@@ -68,7 +69,7 @@ class Source:
 
     checkpoint: where the base comes from. weights: its tensors, in Hugging Face names.
     deltas: LoRA products to merge, by weight, and the adapter_config.json they come from.
-    streams: as trained, in MLX names, nothing merged.
+    streams: as trained, in MLX names, nothing merged, and the fields that describe them.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +77,7 @@ class Source:
     deltas: Mapping[str, LoraPair]
     adapter: Mapping[str, Any] | None
     streams: tuple[StreamConfig, dict[str, Tensor]] | None = None
+    stream_fields: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def make_plan(options: Options) -> ConversionPlan:
     config, deltas = read_adapters(checkpoint, named, options.merge_lora)
     if options.adapter_only and (config is None or deltas):
         raise OptionError("--adapter-only needs streams, and adapters that are not merged.")
+    refuse_more_than_lora(own_base.values())
     name = base_name(checkpoint.stream_fields, checkpoint.adapter_fields)
     base_checkpoint = _find_base(checkpoint, own_base, options.base or name, options)
     if base_checkpoint is None:
@@ -144,7 +147,14 @@ def make_plan(options: Options) -> ConversionPlan:
     base = _plan_base(base_checkpoint, tensors, deltas, options)
     streams = None
     trained = (config, named) if config is not None else None
-    source = Source(base_checkpoint, tensors, deltas, checkpoint.adapter_fields, trained)
+    source = Source(
+        base_checkpoint,
+        tensors,
+        deltas,
+        checkpoint.adapter_fields,
+        trained,
+        checkpoint.stream_fields,
+    )
     if config is not None:
         config, named, base = _merge_shared(config, named, base, base_checkpoint, tensors, options)
         streams = StreamPlan(
@@ -208,7 +218,8 @@ def _find_base(
         if options.adapter_only:
             return None
         raise CheckpointError(
-            f"{checkpoint.path} holds no base weights and names no base model; give --base."
+            f"{checkpoint.path} holds no base weights and names no base model; "
+            f"{unread_weights(checkpoint.folder) or 'give --base'}."
         )
     try:
         return open_checkpoint(locate(name, beside=checkpoint.folder))
@@ -232,7 +243,8 @@ def _plan_base(
         raise CheckpointError(f"{path} is missing; put the base model's config.json there.")
     if not tensors:
         raise CheckpointError(
-            f"{checkpoint.path} holds no weights; expected safetensors, .bin, .pt, .pth, .ckpt or .gguf."
+            f"{checkpoint.path} holds no weights; "
+            f"{unread_weights(checkpoint.folder) or 'expected safetensors, .bin, .pt, .pth, .ckpt or .gguf'}."
         )
     config = base_config(checkpoint.config, path)
     if deltas and "quantization" in config:
@@ -269,7 +281,9 @@ def _merge_shared(
         if (match := LAYER.fullmatch(name))
         and (options.merge_lora == "all" or int(match[1]) < start)
     }
-    base = _plan_base(checkpoint, tensors, lora_deltas(merged, config.lora_scale), options)
+    base = _plan_base(
+        checkpoint, tensors, lora_deltas(merged, config.lora_rank, config.lora_scale), options
+    )
     if options.merge_lora == "all":
         config = dataclasses.replace(config, lora_rank=0, lora_alpha=0.0, target_modules=())
     return config, {name: each for name, each in named.items() if name not in merged}, base

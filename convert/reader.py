@@ -28,10 +28,27 @@ from .torchfile import read_torch_file
 MAX_JSON_BYTES = 64 << 20
 CONFIG, STREAMS, ADAPTER = "config.json", "speculative_streaming.json", "adapter_config.json"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_SIDE_FILES = ("stream_model", "conditioner", "adapter_model")
+ADAPTER_WEIGHTS = "adapter_model"
+_SIDE_FILES = ("stream_model", "conditioner", ADAPTER_WEIGHTS)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILE_NAME = re.compile(r"[\w.\- ]{1,200}")
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "streams")
+_NOT_WEIGHTS = (
+    "training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler", "sampler",
+    "streams", "consolidated",
+)  # fmt: skip
+_SHARDED = (
+    "a part of a sharded checkpoint: join its parts with "
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+)
+_UNREAD = {
+    "*.distcp": _SHARDED,
+    "*/*.distcp": _SHARDED,
+    "*/*_model_states.pt": "DeepSpeed's: join its parts with the zero_to_fp32.py beside it",
+    "*.msgpack": "Flax's: save it with PyTorch",
+    "*.h5": "TensorFlow's: save it with PyTorch",
+    "*.nemo": "NeMo's: export it to Hugging Face's form",
+}
+"""Files of other writers, and how they become what is read."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
@@ -225,6 +242,14 @@ def _only_gguf(folder: Path) -> Path | None:
         raise CheckpointError(f"{folder} holds {len(found)} GGUF files; name the one to convert.")
     _check_inside(found[0], folder)
     return found[0]
+
+
+def unread_weights(folder: Path) -> str | None:
+    """Return what to do with weights in a form that is not read, if a folder has some; one clause."""
+    for pattern, advice in _UNREAD.items():
+        if found := next(folder.glob(pattern), None):
+            return f"{found.relative_to(folder)} is {advice}"
+    return None
 
 
 def _open_gguf(file: Path, path: Path, stream_fields: dict[str, Any] | None) -> Checkpoint:

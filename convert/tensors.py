@@ -13,6 +13,7 @@ memory converts. What is computed is checked to be finite, once, where it leaves
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from ..weights.tensorfile import (
     to_bits,
     to_mlx,
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,9 @@ class Tensor(TensorSpec):
         return self._after(f"{own} to {dtype}", lambda: cast_bits(read(), own, dtype), dtype=dtype)
 
     def offsets_to_ids(self) -> Tensor:
-        """Return offsets d (n,), integers, as the ids i + d of their places i, I32."""
+        """Return offsets d (n,), integers, as the ids i + d of their places i, I32; -1 beyond its range."""
         read, size = self.read, self.shape[0]
-        ids = lambda: (read() + np.arange(size)).astype(np.int32)  # noqa: E731
+        ids = lambda: _in_range(read() + np.arange(size))  # noqa: E731
         return self._after("offsets to ids", ids, dtype="I32")
 
     def merged(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -180,6 +183,11 @@ class Tensor(TensorSpec):
         )
 
 
+def _in_range(ids: np.ndarray) -> np.ndarray:
+    """Return ids as int32, those that it does not have as -1."""
+    return np.where((ids < 0) | (ids >= 1 << 31), -1, ids).astype(np.int32)
+
+
 def joined(name: str, tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors of one dtype and width as one, rows below rows."""
     first = tensors[0]
@@ -197,6 +205,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and error.filename and Path(error.filename) != path:
+            raise
+        if getattr(error, "errno", None) in _NO_ROOM:  # it was copied to a place without
             raise
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(

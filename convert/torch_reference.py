@@ -5,15 +5,15 @@
                MLX has quantised are worked out here (`dequantise.py`)
     streams    the PyTorch reference (`pytorch/model.py`) with the tensors as they are in their files
 
-Only where a tensor is (file and name in it) comes from the conversion: no value, no split, no
-transposition and no LoRA scale does. Needs the extra `torch`.
+Only which tensors there are, by file and name in it, comes from the conversion: no value, no layer,
+no split, no transposition and no LoRA scale does; what a tensor is, is worked out from its name in
+the file once more (`_plain`), unless a user's rules renamed it. Needs the extra `torch`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +22,14 @@ from ..errors import CheckpointError, OptionError, brief, shown
 from .plan import ConversionPlan, Source
 from .reverse import pytorch_name
 from .tensors import Tensor
+from .torch_source import TorchFiles
 
 if TYPE_CHECKING:
     import torch
 
-    from .check import Findings, Trace
+    from ..config import StreamConfig
+    from .check import Findings
+    from .check_runs import Trace
     from .pytorch.backbone import TorchBackbone
     from .pytorch.model import SpeculativeModel
 
@@ -54,10 +57,16 @@ class TorchReference:
 
         assert plan.source is not None
         self.torch = torch
+        self.streams: dict[str, torch.Tensor] = {}
+        self.model = None
+        by_file = plan.options.rules is None
         try:
-            model = _base_model(plan.source)
-            self.backbone = TorchBackbone(model.float().eval().requires_grad_(False))
-            self.model = _stream_model(self.backbone, plan.source)
+            self.base = _base_model(plan.source, by_file).float().eval().requires_grad_(False)
+            if plan.source.streams is not None:
+                config, named = plan.source.streams
+                self.backbone = TorchBackbone(self.base)
+                self.streams = _stream_tensors(named, by_file)
+                self.model = _stream_model(self.backbone, config, dict(self.streams))
         except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
             if isinstance(error, OptionError):
                 raise
@@ -71,7 +80,7 @@ class TorchReference:
         ids = torch.tensor([[*prompt, *ours.tokens[:-1]]])
         with torch.no_grad():
             if self.model is None:
-                logits = self.backbone.model(ids).logits[0]
+                logits = self.base(ids).logits[0]
                 findings.error("main logits", ours.main, _numpy(logits[P - 1]))
             else:
                 at = torch.arange(P - 1, P + n - 1)
@@ -119,63 +128,25 @@ class TorchReference:
             path = [*path, draft]
 
 
-class TorchFiles:
-    """The tensors of files, read by PyTorch or safetensors, one file in memory at a time."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._tensors: Mapping[str, torch.Tensor] = {}
-
-    def read(self, tensor: Tensor) -> torch.Tensor:
-        """Return the tensor that is in a file, float32, before anything is done to it."""
-        return self.raw(tensor).float()
-
-    def raw(self, tensor: Tensor) -> torch.Tensor:
-        """Return the tensor that is in a file, in its own type."""
-        import torch
-
-        path, name = tensor.sources[0]
-        if path.suffix == ".gguf":
-            return torch.from_numpy(np.ascontiguousarray(tensor.read()))
-        if path != self._path:
-            self._path, self._tensors = path, _load(path)
-        names = [name, name.removeprefix("conditioner."), f"conditioner.{name}"]
-        for each in names if path.stem == "conditioner" else names[:1]:
-            if each in self._tensors:
-                return self._tensors[each].detach()
-        raise CheckpointError(f"--check: PyTorch finds no tensor {shown(name)} in {path}.")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
+    r"|base_model|modules_to_save|default|language_model)\.(?=.)"
+)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a file by name; of a name that comes twice in a trainer's file, none."""
-    import torch
-    from safetensors.torch import load_file
-
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    if is_safetensors:
-        return load_file(str(path))
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's, zipfile's and torch's own
-        raise CheckpointError(
-            f"--check: torch.load refuses {path} ({brief(error)}); save the model's state_dict() alone."
-        ) from None
-    found: dict[str, torch.Tensor] = {}
-    twice: set[str] = set()
-    pending = [loaded]
-    while pending:
-        for name, value in pending.pop().items():
-            if isinstance(value, dict):
-                pending.append(value)
-            elif isinstance(value, torch.Tensor) and isinstance(name, str):
-                if name in found and not torch.equal(found[name], value):
-                    twice.add(name)
-                found[name] = value
-    return {name: value for name, value in found.items() if name not in twice}
+def _plain(name: str) -> str:
+    """Return a tensor's name without what wrappers add: `layers.3.mlp.up_proj.weight`."""
+    name = re.sub(r"^(?:model\.)+", "", _WRAPPERS.sub("", name))
+    return re.sub(r"\.gamma$", ".weight", name)
 
 
-def _base_model(source: Source) -> Any:
+def _own_name(tensor: Tensor, ours: str, by_file: bool) -> str:
+    """Return the plain name of a tensor by its file; by ours where a user's rules or GGUF renamed it."""
+    path, name = tensor.sources[0]
+    return _plain(name if by_file and path.suffix != ".gguf" else ours)
+
+
+def _base_model(source: Source, by_file: bool) -> Any:
     """Return transformers' model of the base, LoRA merged where the conversion is to merge it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -189,88 +160,98 @@ def _base_model(source: Source) -> Any:
     config = AutoConfig.for_model(**fields)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     files = TorchFiles()
-    given = _weights(source.weights, quantization, files)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    given = _weights(source.weights, quantization, files, by_file)
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
         parameter.data.copy_(_found(name, given, shapes))
     if source.deltas:
         adapter = source.adapter or {}
-        rank, parameters = adapter["r"], dict(model.named_parameters())
+        rank = adapter["r"]
         scale = adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank)
-        for name, (a, b, _) in source.deltas.items():
+        for ours, (a, b, _) in source.deltas.items():
+            halves = [
+                _own_name(each, ours, by_file).replace(f".lora_{half}", "")
+                for each, half in ((a, "A"), (b, "B"))
+            ]
+            name = halves[0] if halves[0].endswith(".weight") else f"{halves[0]}.weight"
+            if halves[0] != halves[1]:
+                raise CheckpointError(
+                    f"--check: {shown(a.origin)} and {shown(b.origin)} are no pair."
+                )
             parameters[name].data += scale * torch.matmul(files.read(b), files.read(a))
     return model
 
 
 def _weights(
-    weights: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, files: TorchFiles
+    weights: Mapping[str, Tensor],
+    quantization: Mapping[str, Any] | None,
+    files: TorchFiles,
+    by_file: bool,
 ) -> dict[str, torch.Tensor]:
-    """Return a base's tensors, float32; those with scales beside them are dequantised."""
-    if quantization is None:
-        return {name: files.read(tensor) for name, tensor in weights.items()}
-    from .dequantise import dequantised
-
+    """Return a base's tensors by plain name, float32; those with scales beside them are dequantised."""
     found = {}
-    for name, tensor in weights.items():
-        module, _, part = name.rpartition(".")
-        if f"{module}.scales" not in weights:
+    for ours, tensor in weights.items():
+        module, _, part = ours.rpartition(".")
+        name = _own_name(tensor, ours, by_file)
+        if quantization is None or f"{module}.scales" not in weights:
             found[name] = files.read(tensor)
         elif part == "weight":
-            own = quantization.get(module)
-            settings = {**quantization, **(own if isinstance(own, dict) else {})}
+            from .dequantise import dequantised, settings_of
+
+            bits, mode = settings_of(quantization, module)
             scales = files.raw(weights[f"{module}.scales"])
             biases = weights.get(f"{module}.biases")
-            found[name] = dequantised(
-                files.raw(tensor),
-                scales,
-                None if biases is None else files.raw(biases),
-                settings["bits"],
-                settings.get("mode", "affine"),
-            )
+            bias = None if biases is None else files.raw(biases)
+            found[name] = dequantised(files.raw(tensor), scales, bias, bits, mode)
         elif part not in ("scales", "biases"):  # a bias of the layer's own
             found[name] = files.read(tensor)
     return found
 
 
 def _found(name: str, given: Mapping[str, torch.Tensor], shapes: Mapping[str, Any]) -> torch.Tensor:
-    """Return the weight `name` of transformers' model: by its name, joined, or cut out of a fused one."""
+    """Return the weight of this plain name: as it is, joined, or cut out of a fused one."""
     import torch
 
-    bare = name.removeprefix("model.")
-    for own in (
-        name,
-        bare,
-        f"model.{name}",
-        f"language_model.{name}",
-        f"model.language_model.{bare}",
-    ):
-        if own in given:
-            return given[own]
-        for fused, parts in _FUSED.items():
-            pieces = [own.replace(f".{fused}.", f".{part}.") for part in parts]
-            if own not in pieces and all(piece in given for piece in pieces):
-                return torch.cat([given[piece] for piece in pieces])
-            for index, part in enumerate(parts):
-                whole = own.replace(f".{part}.", f".{fused}.")
-                if whole != own and whole in given:
-                    sizes = [shapes[name.replace(f".{part}.", f".{each}.")][0] for each in parts]
-                    return torch.split(given[whole], sizes)[index]
+    if name in given:
+        return given[name]
+    for fused, parts in _FUSED.items():
+        pieces = [name.replace(f".{fused}.", f".{part}.") for part in parts]
+        if name not in pieces and all(piece in given for piece in pieces):
+            return torch.cat([given[piece] for piece in pieces])
+        for index, part in enumerate(parts):
+            whole = name.replace(f".{part}.", f".{fused}.")
+            if whole != name and whole in given:
+                sizes = [shapes[name.replace(f".{part}.", f".{each}.")][0] for each in parts]
+                return torch.split(given[whole], sizes)[index]
     raise CheckpointError(f"--check: PyTorch's model has a weight {name} that the source lacks.")
 
 
-def _stream_model(backbone: TorchBackbone, source: Source) -> SpeculativeModel | None:
-    """Return the PyTorch reference with the streams as trained; None without streams."""
+def _stream_tensors(named: Mapping[str, Tensor], by_file: bool) -> dict[str, torch.Tensor]:
+    """Return the stream tensors, float32, under the names of schema 1."""
+    files, found = TorchFiles(), {}
+    for ours, tensor in named.items():
+        wanted = pytorch_name(ours)[0]
+        name = _own_name(tensor, wanted, by_file).removesuffix(".weight")
+        if tensor.sources[0][0].stem == "conditioner" and not name.startswith("conditioner."):
+            name = f"conditioner.{name}"
+        name = re.sub(r"\.self_attn\.stream_gate$", ".stream_gate", name)
+        if name.startswith("layers."):
+            name = f"base_model.model.model.{name}"
+        found[name if name.endswith(".stream_gate") else f"{name}.weight"] = files.read(tensor)
+    return found
+
+
+def _stream_model(
+    backbone: TorchBackbone, config: StreamConfig, given: dict[str, torch.Tensor]
+) -> SpeculativeModel:
+    """Return the PyTorch reference with the streams as trained, `given` by names of schema 1."""
     import torch
 
     from .pytorch.adapters import StreamAdapters
     from .pytorch.checkpoint import checkpoint_name, fill
     from .pytorch.model import SpeculativeModel
 
-    if source.streams is None:
-        return None
-    config, named = source.streams
-    files = TorchFiles()
-    given = {pytorch_name(name)[0]: files.read(tensor) for name, tensor in named.items()}
     gates = {
         int(match[1]): given.pop(name)
         for name in list(given)

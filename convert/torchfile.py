@@ -22,8 +22,15 @@ import numpy as np
 
 from ..errors import CheckpointError, shown
 from ..weights.tensorfile import NUMPY_TYPES, open_file, read_exactly
-from .pickled import Placeholder, Refused, StorageInfo, TensorInfo, kind_of, storage_info
+from .pickled import (
+    Refused,
+    StorageInfo,
+    TensorInfo,
+    is_storage_key,
+    storage_info,
+)
 from .pickles import MAX_PROGRAM_BYTES, unpickle
+from .state_dicts import state_dict
 from .tensors import Tensor
 
 MAX_ZIP_MEMBERS = 200_000
@@ -32,6 +39,7 @@ _HEADER_PROGRAM_BYTES = 1 << 16
 _DIRECTORY_BYTES = 5  # its place in zipfile's own record of a zip file's end
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_TAR_MAGIC_AT = 257
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -49,7 +57,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             is_zip = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             value, places = _read_zip(file) if is_zip else _read_legacy(file)
-            tensors = _state_dict(value)
+            tensors = state_dict(value)
             return {name: _locate(name, each, places, path) for name, each in tensors.items()}
     except Refused as reason:
         raise CheckpointError(f"{path} is refused: {reason}.") from None
@@ -171,6 +179,11 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
     """Return the program's result and where each storage's bytes start in the file."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
+    if _slice(file, _TAR_MAGIC_AT, 5) == b"ustar":
+        raise Refused(
+            "it is a tar file, as torch wrote before 2017; load it there and save it again"
+        )
+    file.seek(0)
     if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_MAGIC:
         raise Refused("it is not a file that torch.save wrote")
     if unpickle(file, _no_storage, _HEADER_PROGRAM_BYTES) != _LEGACY_VERSION:
@@ -189,7 +202,7 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
     value = unpickle(file, find)
     keys = unpickle(file, _no_storage)
     keys = keys if isinstance(keys, list) else []
-    is_plain = all(isinstance(key, str | int) for key in keys)
+    is_plain = len(keys) == len(storages) and all(map(is_storage_key, keys))
     if not is_plain or sorted(map(str, keys)) != sorted(storages):
         raise Refused("its list of storages does not match its tensors")
     places = {}
@@ -207,63 +220,3 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
 
 def _no_storage(_: object) -> StorageInfo:
     raise Refused("a storage appears where none may be")
-
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
-_DEEPEST = 4
-
-
-def _state_dict(value: object) -> dict[str, TensorInfo]:
-    """Return name -> tensor of a state dict, possibly inside a trainer's wrapper."""
-    if not isinstance(value, dict):
-        raise Refused(f"it holds {shown(kind_of(value))}, not a state dict")
-    found = _unwrapped(value, _DEEPEST)
-    if found is None:
-        raise Refused("it holds no tensors by name; save the model's state_dict()")
-    tensors: dict[str, TensorInfo] = {}
-    for name, each in found.items():
-        if isinstance(each, dict | list | tuple) and _any_tensor(each):
-            raise Refused(f"the entry {shown(name)} holds tensors in a container; save them flat")
-        if isinstance(each, Placeholder) and each.is_array:
-            raise Refused(
-                f"the entry {shown(name)} is made by {shown(each.kind)} and is no tensor; save "
-                "torch.from_numpy(...) of it, or leave it out"
-            )
-        if isinstance(each, TensorInfo):
-            if not isinstance(name, str):
-                raise Refused(f"a tensor has the name {shown(name)}, which is not text")
-            tensors[name] = each
-    return tensors
-
-
-def _unwrapped(value: dict[object, object], depth: int) -> dict[object, object] | None:
-    """Return the state dict that a dict is or wraps, whatever tensors a trainer keeps beside it."""
-    inner = {
-        name: found
-        for name in _WRAPPERS
-        if depth and isinstance(each := value.get(name), dict)
-        for found in [_unwrapped(each, depth - 1)]
-        if found is not None
-    }
-    first, *others = map(_tensors, inner.values()) if inner else [{}]
-    if any(each != first for each in others):
-        names = " and ".join(map(repr, inner))
-        raise Refused(f"it holds different weights under {names}; save the ones to convert alone")
-    if inner:
-        return next(iter(inner.values()))
-    return value if any(_is_array(each) for each in value.values()) else None
-
-
-def _tensors(value: dict[object, object]) -> dict[object, TensorInfo]:
-    """Return the tensors alone; to compare what else there is could take for ever."""
-    return {name: each for name, each in value.items() if isinstance(each, TensorInfo)}
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, TensorInfo) or (isinstance(value, Placeholder) and value.is_array)
-
-
-def _any_tensor(value: dict[object, object] | list[object] | tuple[object, ...]) -> bool:
-    """Look one level into a container; deeper ones are optimiser states and the like."""
-    items = value.values() if isinstance(value, dict) else value
-    return any(isinstance(item, TensorInfo) for item in items)

@@ -24,11 +24,10 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
     except SpecStreamError as error:
         return _complain(name, str(error), EXIT_USER_ERROR)
     except RuntimeError as error:
-        if not ranks.is_launched() or not str(error).startswith("["):  # of a back end, by name
+        if not ranks.is_loss(error):
             ranks.speak_again()
             raise
-        message = f"another process was lost ({error}); start all of them again."
-        return _complain(name, message, EXIT_USER_ERROR)
+        return _complain(name, _lost(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _complain(name, "interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -43,6 +42,21 @@ def exit_status(work: Callable[[], int], name: str = "specstream") -> int:
     except BaseException:  # a fault of ours, which must be seen
         ranks.speak_again()
         raise
+
+
+def end_if_lost(error: BaseException, name: str = "specstream") -> None:
+    """End the process, with a sentence, if the error is the loss of another one.
+
+    For whoever lives on after errors: a message that is sent after a loss is waited for forever.
+    """
+    if ranks.is_loss(error):
+        status = _complain(name, _lost(error), EXIT_USER_ERROR)
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _lost(error: BaseException) -> str:
+    return f"another process was lost ({error}); start all of them again."
 
 
 def _complain(name: str, message: str, status: int) -> int:

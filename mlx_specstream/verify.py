@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ FLOAT32_BOUND = 1e-3
 _EPSILON = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 _TF32_EPSILON = 2.0**-10
 _STEPS = 4
+FEWEST = 16  # tokens of an answer that its time cuts short
 
 
 def rounding_bound(dtype: mx.Dtype, largest_logit: float) -> float:
@@ -128,8 +130,12 @@ def replay(
     max_tokens: int,
     config: DecodeConfig | None,
     on_token: OnToken = lambda _: None,
+    until: float = inf,
 ) -> Replayed:
-    """Answer a prompt greedily: speculatively with `config`, plainly if it is None."""
+    """Answer a prompt greedily: speculatively with `config`, plainly if it is None.
+
+    until: the time of `time.perf_counter` after which the answer ends, though not before `FEWEST` tokens.
+    """
     tokens: list[int] = []
     pieces: list[str] = []
     stats = SpeculationStats()
@@ -148,6 +154,8 @@ def replay(
         pieces.append(response.text)
         stats = response.stats
         on_token(response.text)
+        if len(tokens) >= FEWEST and time.perf_counter() > until:
+            break
     return Replayed(tokens, "".join(pieces), stats, time.perf_counter() - first)
 
 

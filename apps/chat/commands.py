@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from ...config.sampling import GREEDY_BELOW
 from ...errors import OptionError
 from ..conversation import Conversation
 from .chat import Chat
 from .drafts import drawing
 from .listing import Listing
 from .reports import settings_table, stats_table, token_pieces, tokens_table, why_no_drafts
+from .session import ChatSession
 from .settings import SETTINGS, canonical
 
 
@@ -114,11 +116,30 @@ def _set(chat: Chat, argument: str) -> Outcome:
         chat.view.show(settings_table(session.settings, name))
         return None
     session.use(session.settings.changed(name, value))
-    if name == "thinking" and session.marks is None:
-        chat.view.note("(set, but this model does not think before it answers)")
+    if but := _in_vain(session, name):
+        chat.view.note(f"(set, but {but})")
     else:
         chat.view.note(f"({chat.described()})" if name in ("mode", "tree") else "(set)")
     return None
+
+
+def _in_vain(session: ChatSession, name: str) -> str:
+    """Return why a setting as it is changes nothing, "" if it may change something."""
+    settings = session.settings
+    if name == "thinking":
+        if session.marks is None:
+            return "this model does not think before it answers"
+        if settings.thinking == "off" and not session.may_not_think:
+            return "this model's chat template has no way to ask for no thoughts; hidden folds them"
+    if name in _OF_DRAWING and settings.sampling.temp < GREEDY_BELOW:
+        return "at temperature 0 the likeliest token is taken; /set temperature 0.7"
+    if name in _OF_DRAFTS and settings.mode == "plain":
+        return "nothing is drafted; /set mode speculative"
+    return ""
+
+
+_OF_DRAWING = ("top-p", "top-k", "min-p", "xtc-probability", "xtc-threshold", "seed")
+_OF_DRAFTS = ("tree", "drafts", "prune", "schedule", "conditioning", "lossy-typical")
 
 
 def _stats(chat: Chat, argument: str) -> Outcome:

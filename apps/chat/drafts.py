@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...speculation.result import LOOK_UP
-from ..tokens import TokenTexts
+from ..tokens import TokenBytes, TokenTexts
 from .session import DraftStep
 from .text import on_one_line
 
@@ -35,10 +35,10 @@ class DraftView:
     """Draws the steps of one answer in turn; `coloured` tells what the terminal can do."""
 
     def __init__(self, tokenizer: TokenizerWrapper, *, coloured: bool) -> None:
-        self.tokenizer = tokenizer
+        self.tokens = TokenBytes(tokenizer)
         self.coloured = coloured
         self.number = 0
-        self.texts = TokenTexts(tokenizer)
+        self.texts = TokenTexts(self.tokens)
 
     def legend(self, num_streams: int) -> Text:
         """Return the line that explains the marks."""
@@ -79,7 +79,7 @@ class DraftView:
             text.append(" " if text else "")
             text.append(mark(stream), style=style_of(stream))
             words = [
-                _word(TokenTexts(self.tokenizer).next(draft.tokens[node]))
+                _word(TokenTexts(self.tokens).next(draft.tokens[node]))
                 for node in sorted(nodes)
                 if by[node] == stream
             ]

@@ -6,7 +6,7 @@ import mlx.core as mx
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..tokens import TokenTexts
+from ..tokens import TokenBytes, TokenTexts
 from .listing import Listing
 from .session import ChatSession
 from .settings import Settings
@@ -85,7 +85,8 @@ def tokens_table(session: ChatSession) -> RenderableType:
 def token_pieces(session: ChatSession, text: str) -> RenderableType:
     """Return a text cut into its tokens."""
     ids = session.tokenizer.encode(text, add_special_tokens=False)
-    line, texts = Text(f"{len(ids)}: ", style="bold"), TokenTexts(session.tokenizer)
+    texts = TokenTexts(TokenBytes(session.tokenizer))
+    line = Text(f"{len(ids)}: ", style="bold")
     for place, token in enumerate(ids):
         line.append("|" if place else "", style="dim")
         line.append(on_one_line(texts.next(token)), style="not bold")

@@ -148,8 +148,17 @@ class ChatSession:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of messages in the model's chat template."""
-        thinks = {"enable_thinking": False} if self.settings.thinking == "off" else None
-        return encode_prompt(self.tokenizer, Prompt(tuple(messages)), template_options=thinks)
+        return self._encode(messages, thinks=self.settings.thinking != "off")
+
+    @property
+    def may_not_think(self) -> bool:
+        """Tell whether the chat template heeds a wish for no thoughts."""
+        messages = [{"role": "user", "content": "Hi"}]
+        return self._encode(messages, thinks=False) != self._encode(messages, thinks=True)
+
+    def _encode(self, messages: Sequence[Message], *, thinks: bool) -> list[int]:
+        options = None if thinks else {"enable_thinking": False}
+        return encode_prompt(self.tokenizer, Prompt(tuple(messages)), template_options=options)
 
     def answer(
         self,

@@ -59,6 +59,10 @@ class Endpoints:
         if request.method == "DELETE":
             self.stored.delete(name)
             return JSONResponse({"id": name, "object": "response", "deleted": True})
+        if request.query_params.get("stream", "false") != "false":
+            raise invalid(
+                "stream: a response that is over is not streamed; leave it out.", "stream"
+            )
         return JSONResponse(self.stored.get(name))
 
     async def messages(self, request: Request) -> Any:

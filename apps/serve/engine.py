@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
+from ...exit_status import end_if_lost
 from .errors import ApiError, invalid
 from .request import Decoding, Event, Failure, Progress, Request
 
@@ -171,6 +172,7 @@ class Engine:
         try:
             events = decoding.step()
         except Exception as error:
+            end_if_lost(error)
             # Which answer it was is not known, and no state can be trusted.
             for request in list(decoding.requests):
                 self._fail(decoding, request, error)
@@ -217,6 +219,7 @@ class Engine:
             try:
                 decoding.begin(first)
             except Exception as error:
+                end_if_lost(error)
                 with self._changed:
                     self.active -= 1
                 self._deliver(first, Failure.of(error))

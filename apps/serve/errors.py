@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
+NO_THREADS = "thread_unsupported_request"  # Anthropic's clients then send the whole conversation
 ANTHROPIC = "/v1/messages"  # what lies there has Anthropic's errors
 # Their words for what went wrong, by status.
 _TYPES = {
@@ -47,7 +48,10 @@ class ApiError(Exception):
                 self.code == CONTEXT_EXCEEDED
             )  # clients that shorten by themselves look for this:
             message = f"prompt is too long: {self.message}" if long else self.message
-            return {"type": "error", "error": {"type": kind, "message": message}}
+            error: dict[str, object] = {"type": kind, "message": message}
+            if self.code == NO_THREADS:
+                error["details"] = {"error_code": NO_THREADS}
+            return {"type": "error", "error": error}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {

@@ -18,6 +18,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ...config import SamplingConfig
+from ...exit_status import end_if_lost
 from ...generation.grammar import Grammar
 from ...machine import ranks
 from ..thinking import ThoughtMarks
@@ -86,7 +87,8 @@ def follow(scheduler: Scheduler) -> None:
                 scheduler.end(requests.pop(number))
             else:
                 scheduler.step()
-        except Exception:  # it has failed for the leader too, which tells its client
+        except Exception as error:  # it has failed for the leader too, which tells its client
+            end_if_lost(error)
             log.debug("failed in process %d", ranks.rank(), exc_info=True)
 
 

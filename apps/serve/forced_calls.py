@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # mlx-lm's parsers whose calls are marks around a name and JSON.
 JSON_TOOLS, MISTRAL = "json_tools", "mistral"
+_BLANK = "/ {0,2}/"  # one SentencePiece puts before a text and behind every control token
 _ARGS = "[ARGS]"  # of Mistral's newer tokenizers: name[ARGS]{...}; older ones write a list
 
 
@@ -75,21 +76,25 @@ def _lark(
     """
     if form is None:
         raise invalid(
-            "tool_choice: mlx-lm knows no format in which this model calls tools; leave it out.",
+            "tool_choice: mlx-lm knows no format in which this model calls tools; leave it out, or "
+            "ask for an answer that fits a JSON schema.",
             "tool_choice",
         )
     kind = form.parse.__module__.rpartition(".")[2]
     headed = kind == MISTRAL and _ARGS in tokenizer.get_vocab()
     start = lark_mark(tokenizer, form.start, vocab_size)
     if kind == JSON_TOOLS:
-        again = r'("\n" call)*' if several else ""
+        again = rf'({_BLANK} "\n" call)*' if several else ""
         end = lark_mark(tokenizer, form.end, vocab_size)
-        rules = [f"answer: call {again}", rf'call: {start} "\n"? body "\n"? {end}']
+        rules = [
+            f"answer: {_BLANK} call {again}",
+            rf'call: {start} {_BLANK} "\n"? body "\n"? {end}',
+        ]
     elif headed:
         rules = [f"answer: call{'+' if several else ''}", f"call: {start} body"]
     elif kind == MISTRAL:
         again = '(", " body)*' if several else ""
-        rules = [f'answer: {start} " "? "[" body {again} "]"']
+        rules = [f'answer: {_BLANK} {start} {_BLANK} "[" body {again} "]"']
     else:
         raise invalid(
             "tool_choice: calls can be forced only for models that write arguments as JSON (as "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
-from ...generation.grammar import Grammar
+from ...generation.grammar import Grammar, tokenizer_text
 from .timed import FailedError, OutOfTimeError, TimedProcess
 
 if TYPE_CHECKING:
@@ -69,11 +68,8 @@ class GrammarStore:
 
 def _vocabulary(tokenizer: TokenizerWrapper, vocab_size: int) -> dict[str, Any] | None:
     """Return what llguidance needs of a tokenizer, None of one that is not a fast one."""
-    backend: Any = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    text = tokenizer_text(tokenizer)
+    if text is None:
         return None
-    backend = copy.copy(backend)
-    backend.no_padding()
-    backend.no_truncation()
     ends = sorted(int(token) for token in tokenizer.eos_token_ids)
-    return {"tokenizer": backend.to_str(), "vocab_size": vocab_size, "ends": ends}
+    return {"tokenizer": text, "vocab_size": vocab_size, "ends": ends}

@@ -48,6 +48,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
+        if "expect" in headers:
+            receive, send = _closing_unread(receive, send)
         try:
             _check_framing(scope, headers)
             host = self._host(headers)
@@ -149,6 +151,27 @@ def _wrong_origin(where: str) -> ApiError:
         "if they are meant.",
         code="origin_not_allowed",
     )
+
+
+def _closing_unread(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Close behind an answer that did not wait for the body.
+
+    A client that asked whether to send it (`Expect: 100-continue`) may leave it out now, and what it
+    sends next would be taken for it.
+    """
+    read = False
+
+    async def receiving() -> Message:
+        nonlocal read
+        read = True
+        return await receive()
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and not read:
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await send(message)
+
+    return receiving, sending
 
 
 def _allow(headers: MutableHeaders, origin: str) -> None:

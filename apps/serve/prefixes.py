@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ... import KVCache
+from ...machine import ranks
 from ..prefix import PrefixCache, common_prefix
 
 
@@ -55,8 +56,19 @@ class PrefixStore:
             if common == len(entry.tokens):
                 self.entries.remove(entry)
         self.entries.append(cache)
-        while self.entries and self.nbytes > self.max_bytes:
-            self.entries.pop(0)
+        del self.entries[: self._excess()]
+
+    def _excess(self) -> int:
+        """Return how many of the oldest must go; among processes, as many as the leader must.
+
+        Those hold layers of their own, of which some take more bytes than others.
+        """
+        total, excess = self.nbytes, 0
+        for entry in self.entries:
+            if total <= self.max_bytes:
+                break
+            total, excess = total - entry.kv.nbytes, excess + 1
+        return int(ranks.told(str(excess).encode()))
 
     def clear(self) -> None:
         """Forget everything."""

@@ -6,6 +6,7 @@ chat and completion, differ in how a choice looks; all else they share.
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -61,9 +62,14 @@ class Choice:
     reasoning_tokens: int = 0
     calls: list[Call] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # in the text, of the tokens that are told
     runs: list[Run] = field(default_factory=list)
     finish_reason: str | None = None
     last: Progress | None = None
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+    told: int = 0  # characters of those tokens
 
     def take(self, progress: Progress) -> Delta:
         """Take in a pass and return what it added."""
@@ -80,6 +86,10 @@ class Choice:
         self.reasoning += reasoning
         self.calls += calls
         self.pieces += progress.pieces
+        for piece in progress.pieces:
+            if piece.drawn is not None:
+                self.places.append(self.told)
+                self.told += len(self.decoder.decode(piece.drawn.data))
         self.runs += runs
         self.finish_reason, self.last = finish, progress
         return Delta(text, calls, progress.pieces, finish, reasoning, tuple(runs))
@@ -282,20 +292,16 @@ class CompletionReply(Reply):
 
     def _completion_logprobs(self, choice: Choice, delta: Delta) -> Json:
         drawn = [(piece, piece.drawn) for piece in delta.pieces if piece.drawn is not None]
-        before = choice.pieces[: len(choice.pieces) - len(delta.pieces)]
-        # As OpenAI counts: from the prompt's beginning, though the prompt is not repeated.
-        offset, offsets = choice.prompt_length + sum(len(piece.text) for piece in before), []
-        for piece, _ in drawn:
-            offsets.append(offset)
-            offset += len(piece.text)
+        places = choice.places[len(choice.places) - len(drawn) :]
         return {
-            "tokens": [one.text for _, one in drawn],
+            "tokens": [_spelled(one) for _, one in drawn],
             "token_logprobs": [_finite(one.logprob) for _, one in drawn],
             "top_logprobs": [
-                {one.text: _finite(one.logprob) for one in reversed(piece.alternatives)}
+                {_spelled(one): _finite(one.logprob) for one in reversed(piece.alternatives)}
                 for piece, _ in drawn
             ],
-            "text_offset": offsets,
+            # As OpenAI counts: from the prompt's beginning, though the prompt is not repeated.
+            "text_offset": [choice.prompt_length + place for place in places],
         }
 
 
@@ -330,13 +336,12 @@ def _call(call: Call) -> Json:
 
 
 def _ranked(one: Alternative) -> Json:
-    # Half a character has no text of its own.
-    whole = "\N{REPLACEMENT CHARACTER}" not in one.text
-    return {
-        "token": one.text,
-        "logprob": _finite(one.logprob),
-        "bytes": list(one.text.encode()) if whole else None,
-    }
+    return {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.data)}
+
+
+def _spelled(one: Alternative) -> str:
+    """Return a token as OpenAI's older API names it: marked where it is part of a character."""
+    return f"bytes:{one.text}" if one.is_part else one.text
 
 
 def _finite(logprob: float) -> float:

@@ -19,11 +19,21 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token the model could have drawn, its own text, and its log-probability."""
+    """A token the model could have drawn, its bytes, and its log-probability."""
 
     token: int
-    text: str
+    data: bytes
     logprob: float
+
+    @property
+    def text(self) -> str:
+        r"""Return the token's text, bytes that are part of a character as \xc3."""
+        return self.data.decode("utf-8", "backslashreplace")
+
+    @property
+    def is_part(self) -> bool:
+        """Tell whether the token's bytes are no text of their own."""
+        return self.data.decode("utf-8", "ignore").encode() != self.data
 
 
 @dataclass(frozen=True)

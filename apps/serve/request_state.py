@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -18,11 +18,8 @@ from ...generation.text import TextAssembler, detokenizer_for
 from ...speculation.result import StepResult, to_ints
 from ...speculation.sampling import TokenSampler, TreeProcessor
 from ..prefix import PrefixCache
-from ..tokens import decoded
+from ..tokens import TokenBytes
 from .request import Alternative, Piece, Progress, Request
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 class RequestState(GenerationRun):
@@ -35,11 +32,11 @@ class RequestState(GenerationRun):
         self,
         request: Request,
         model: StreamModel,
-        tokenizer: TokenizerWrapper,
+        tokens: TokenBytes,
         cache: PrefixCache,
         chunk: int,
     ) -> None:
-        settings = request.settings
+        settings, tokenizer = request.settings, tokens.tokenizer
         # To the sampler the text begins with the prompt's last token, whatever came from a cache.
         token_sampler = TokenSampler(
             settings.sampler(model.backbone.vocab_size, tokenizer),
@@ -59,7 +56,8 @@ class RequestState(GenerationRun):
         )
         super().__init__(text, request.prompt, cache.kv, token_sampler)
         self.request = request
-        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.end_tokens = settings.ends(tokenizer.eos_token_ids)
         self.cached_tokens = cache.kv.length
         self.reading: Iterator[int] = model.prefill(
             request.prompt[self.cached_tokens : -1], cache.kv, chunk
@@ -104,7 +102,7 @@ class RequestState(GenerationRun):
             drawn: Alternative | None = None
             alternatives: tuple[Alternative, ...] = ()
             # The tokens listed for a continued text are that text: what ends it is no part of it.
-            ends = settings.continues and piece.token in self.tokenizer.eos_token_ids
+            ends = settings.continues and piece.token in self.end_tokens
             if settings.logprobs is not None and not ends:
                 drawn, alternatives = self._ranked(result.logits[index], piece.token)
             made.append(Piece(piece.token, piece.text, piece.origin, drawn, alternatives))
@@ -128,8 +126,7 @@ class RequestState(GenerationRun):
         count = self.request.settings.logprobs or 0
         own, found = ranked(rows[0], token, count)
         drawn, *alternatives = (
-            Alternative(one, decoded(self.tokenizer, [one]), value)
-            for one, value in [(token, own), *found]
+            Alternative(one, self.tokens.of(one), value) for one, value in [(token, own), *found]
         )
         return drawn, tuple(alternatives)
 

@@ -25,11 +25,13 @@ from ...batch import BatchDecoder, BatchSequence
 from ...batch.governor import governor_for
 from ...config import CacheConfig
 from ...errors import SpecStreamError
+from ...exit_status import end_if_lost
 from ...generation.generate import decoder_for
 from ...speculation.result import MaxTokens, StepResult
 from ...speculation.sampling import TokenSampler
 from ..learning import Learner
 from ..prefix import PrefixCache
+from ..tokens import TokenBytes
 from .prefixes import PrefixStore
 from .request import Event, Failure, Request
 from .request_state import RequestState
@@ -57,6 +59,7 @@ class Scheduler:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.tokens = TokenBytes(tokenizer)
         self.config = config
         self.speculative = speculative
         self.caching = caching
@@ -85,7 +88,7 @@ class Scheduler:
         """Take an answer on; its prompt is read after those that came before."""
         cache = self.prefixes.take(request.prompt)
         self.reading.append(
-            RequestState(request, self.model, self.tokenizer, cache, self.prefill_step_size)
+            RequestState(request, self.model, self.tokens, cache, self.prefill_step_size)
         )
 
     def end(self, request: Request) -> None:
@@ -192,6 +195,7 @@ class Scheduler:
                 answer.cache = self.batch.remove(sequence)
 
     def _failed(self, answer: RequestState, error: Exception) -> tuple[Request, Event]:
+        end_if_lost(error)
         answer.failed = True
         return answer.request, Failure.of(error)
 

@@ -94,7 +94,11 @@ class Sampling(Strict):
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name, (harmless, instead) in _UNSUPPORTED.items():
+            best_of = (values.get("n", 1),)  # the best n of n are all of them
+            for name, (harmless, instead) in {
+                **_UNSUPPORTED,
+                "best_of": (best_of, "use n"),
+            }.items():
                 if values.get(name) not in (None, "", [], {}, False, *harmless):
                     raise ValueError(f"{name} is not supported by this server; {instead}.")
         return values
@@ -109,7 +113,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "allowed_token_ids": ((), "use logit_bias"),
     "audio": ((), _LEAVE),
     "bad_words": ((), "use logit_bias"),
-    "best_of": ((1,), "use n"),
     "dry_multiplier": ((0,), _LEAVE),
     "dynatemp_range": ((0,), _LEAVE),
     "echo": ((), _LEAVE),
@@ -183,6 +186,28 @@ class ChatRequest(Sampling):
         made = {"type": "json_schema", "json_schema": {"schema": schema}}
         return {**values, "response_format": made}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_allowed_tools(cls, values: Any) -> Any:
+        """Take OpenAI's choice among some of the tools as a choice among no others."""
+        choice = values.get("tool_choice") if isinstance(values, dict) else None
+        if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+            return values
+        allowed = choice.get("allowed_tools")
+        mode, tools = (
+            (allowed.get("mode", "auto"), allowed.get("tools"))
+            if isinstance(allowed, dict)
+            else (None, None)
+        )
+        if mode not in ("auto", "required") or not isinstance(tools, list):
+            raise ValueError(
+                "tool_choice: allowed_tools needs a list of tools and the mode 'auto' or 'required'."
+            )
+        names, given = [_name_of(tool) for tool in tools], values.get("tools")
+        if isinstance(given, list):
+            values = {**values, "tools": [tool for tool in given if _name_of(tool) in names]}
+        return {**values, "tool_choice": mode}
+
     @property
     def alternatives(self) -> int | None:
         """Return how many alternatives to report with every token, None for no log-probabilities.
@@ -220,6 +245,12 @@ class ChatRequest(Sampling):
             if self.reasoning_effort == "none":
                 options.setdefault("enable_thinking", False)
         return {**options, **(self.chat_template_kwargs or {})}
+
+
+def _name_of(tool: Any) -> Any:
+    """Return the name of a tool's function, None if it has none."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 class CompletionRequest(Sampling):

@@ -207,13 +207,11 @@ def decoding(
     model, tokenizer = load()
     backbone = model.backbone
     check_quantised(backbone.forward, backbone.windows, caching or CacheConfig())
-    # Processes with some of the layers each would not agree on which caches fit.
-    whole = len(backbone.stages.own) == backbone.num_layers
     with wired_limit(model.model):
         scheduler = Scheduler(
             model,
             tokenizer,
-            prompt_cache_bytes=limits.prompt_cache_bytes if whole else 0,
+            prompt_cache_bytes=limits.prompt_cache_bytes,
             config=config,
             speculative=speculative,
             prefill_step_size=limits.prefill_step_size,

@@ -4,7 +4,8 @@
 
 What stands between the model's marks is a call; everything else is the answer's text. What cannot
 be read as a call of a named function with a JSON object stays text: nothing a model wrote is
-dropped, and every call that is sent out is accepted when a client sends it back.
+dropped but blanks next to calls, and every call that is sent out is accepted when a client sends it
+back.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class CallReader:
         self._mark = StopStrings([form.start])
         self._inside: str | None = None
         self._searched = 0  # characters of it in which the end mark does not begin
+        # Blanks at the beginning or behind a call: if a call comes next, they are no text.
+        self._blank: str | None = ""
 
     @property
     def is_slow(self) -> bool:
@@ -98,7 +101,7 @@ class CallReader:
         while True:
             if self._inside is None:
                 before, behind = self._mark.cut(text)
-                plain += before
+                plain += self._text(before)
                 if behind is None:
                     break
                 self._inside, self._searched, text = "", 0, behind
@@ -110,16 +113,28 @@ class CallReader:
             inner, text = self._inside[:end], self._inside[end + len(self.form.end) :]
             self._inside = None
             left, parsed = self._parsed(inner, self.form.end)
-            plain += left
+            plain += self._text(left)
             calls += parsed
         if over:
-            plain += self._mark.flush()
+            plain += self._text(self._mark.flush())
             if self._inside is not None:
                 left, parsed = self._parsed(self._inside, "")
-                plain += left
+                plain += self._text(left)
                 calls += parsed
                 self._inside = None
+            if self._blank and not self.found:
+                plain += self._blank
         return plain, calls
+
+    def _text(self, text: str) -> str:
+        """Return what is text for certain."""
+        if self._blank is None:
+            return text
+        self._blank += text
+        if not self._blank.strip():
+            return ""
+        text, self._blank = self._blank, None
+        return text
 
     def _parsed(self, inner: str, end: str) -> tuple[str, list[Call]]:
         """Return ("", calls), or the text as it was written if it is none."""
@@ -135,6 +150,7 @@ class CallReader:
             log.info("what looks like a tool call is none (%s)", type(error).__name__)
             return f"{self.form.start}{inner}{end}", []
         self.found += len(calls)
+        self._blank = ""
         for place, call in enumerate(calls):
             if call.id in self._ids:
                 calls[place] = replace(call, id=_new_id())

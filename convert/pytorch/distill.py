@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ...errors import OptionError
 from ...exit_status import exit_status
 from ...prompts import prompt_of
 from ...prompts.lines import json_lines
@@ -65,6 +66,11 @@ def distill(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     backbone = TorchBackbone.load(args.model, getattr(torch, args.dtype))
+    if args.states and not 1 <= args.num_msa_layers <= len(backbone.layers):
+        raise OptionError(
+            f"--num-msa-layers is {args.num_msa_layers}, and the model has {len(backbone.layers)} "
+            "layers; name at least 1 and at most as many."
+        )
     output = Path(args.output)
     done = answered(output)
     writer = None

@@ -69,7 +69,7 @@ class TorchTrainer(TrainingLoop):
         self.since = self.last_save = self.last_validation = self.now()
 
     def now(self) -> float:
-        return workers.first_s(time.monotonic())
+        return workers.first_s(super().now())
 
     def say(self, line: str) -> None:
         if self.writes:

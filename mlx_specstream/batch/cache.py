@@ -93,8 +93,13 @@ class BatchKVCache:
     @property
     def nbytes(self) -> int:
         """Return the bytes of all buffers."""
-        buffers = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
-        return sum(buffer.nbytes for buffer in buffers)
+        return self.bytes_of(range(len(self.layers)))
+
+    def bytes_of(self, layers: range) -> int:
+        """Return the bytes of these layers' buffers."""
+        held = (self.layers[index] for index in layers)
+        pairs = ((layer.keys, layer.values) for layer in held)
+        return sum(buffer.nbytes for pair in pairs for buffer in pair if buffer is not None)
 
     def reserve(self, scratch: int) -> None:
         """Make room for `scratch` columns behind every sequence; give back what is far too much."""

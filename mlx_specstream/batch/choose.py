@@ -19,7 +19,7 @@ from .chains import Chains
 
 @dataclass(frozen=True)
 class Drawn:
-    """tokens: (B, T) int32. finite: (B,) bool. errors: what token_samplers raised, by row."""
+    """tokens: (B, T) int32. finite: (B, T) bool, no logit is NaN. errors: what token_samplers raised, by row."""
 
     tokens: mx.array
     finite: mx.array
@@ -32,8 +32,9 @@ def draw(token_samplers: Sequence[TokenSampler], logits: mx.array, chains: Chain
     What fills a chain up no token_sampler sees.
     """
     T = chains.tokens.shape[1]
-    likeliest = mx.argmax(logits, axis=-1).astype(mx.int32)
-    finite = ~mx.any(mx.isnan(mx.max(logits, axis=-1)), axis=-1)
+    likeliest = mx.argmax(logits, axis=-1).view(mx.int32)
+    highest = mx.max(logits, axis=-1)
+    finite = highest == highest
     if all(_takes_likeliest(token_sampler) for token_sampler in token_samplers):
         return Drawn(likeliest, finite, {})
     rows, flags, errors = [], [], {}
@@ -50,9 +51,10 @@ def draw(token_samplers: Sequence[TokenSampler], logits: mx.array, chains: Chain
                 errors[row] = error
             else:
                 drawn = mx.pad(own, (0, T - nodes))
+                flag = mx.pad(flag, (0, T - nodes), constant_values=mx.array(True))
         rows.append(drawn)
-        flags.append(flag.reshape(1))
-    return Drawn(mx.stack(rows), mx.concatenate(flags), errors)
+        flags.append(flag)
+    return Drawn(mx.stack(rows), mx.stack(flags), errors)
 
 
 def _takes_likeliest(token_sampler: TokenSampler) -> bool:

@@ -31,6 +31,7 @@ from ..config import DecodeConfig
 from ..config.bounds import whole
 from ..errors import OptionError
 from ..loading.load import StreamModel
+from ..machine import ranks
 from ..model.cache import KVCache
 from ..speculation.decode import not_a_number
 from ..speculation.drafters.lookup import FileIndex
@@ -201,7 +202,7 @@ class BatchDecoder:
         if self._pending is None:
             return []
         pending = self._pending
-        verdicts = pending.step.report.read()
+        verdicts = pending.step.read()
         self._pending = None
         undisturbed, self._undisturbed = self._undisturbed, True
         events = [
@@ -276,9 +277,10 @@ class BatchDecoder:
             )
             if part:
                 left -= len(part)
-                forward(mx.array(part, dtype=mx.int32), sequence.cache)
+                hidden = forward(mx.array(part, dtype=mx.int32), sequence.cache)
                 sequence.cache.advance(len(part))
-                mx.async_eval(sequence.cache.arrays)
+                # Among processes the hidden states are messages, which all must see through.
+                mx.async_eval(sequence.cache.arrays, hidden if ranks.group() else [])
             self.waiting.popleft()
             if len(sequence.pending_prompt) == 1:
                 self._join(sequence)

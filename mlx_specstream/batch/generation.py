@@ -122,6 +122,7 @@ def batch_generate(
     prefill_step_size: int = PREFILL_BUDGET,
     return_prompt_caches: bool = False,
     on_answer: Callable[[int, BatchAnswer], None] | None = None,
+    is_over: Callable[[int], bool] | None = None,
 ) -> BatchResponse:
     """Answer several prompts, up to `completion_batch_size` of them at a time in one pass.
 
@@ -142,6 +143,9 @@ def batch_generate(
         prefill_step_size: prompt tokens computed between two steps.
         return_prompt_caches: keep every answer's KV cache: prompt and answer but its last token.
         on_answer: told (index of the prompt, answer) as answers end.
+        is_over: asked before every pass, told how many tokens there are; once it says yes, answers
+            under way are cut where they are, and prompts that still wait get empty ones, of which
+            `on_answer` is not told.
 
     Raises:
         OptionError: an argument that cannot be used. DataError: a look-up file cannot be read.
@@ -154,8 +158,9 @@ def batch_generate(
     completion_batch_size = whole(
         completion_batch_size, 1, None, "completion_batch_size must be at least 1"
     )
-    if on_answer is not None:
-        refuse_uncallable("on_answer", on_answer)
+    for name, function in (("on_answer", on_answer), ("is_over", is_over)):
+        if function is not None:
+            refuse_uncallable(name, function)
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
         raise OptionError(
             f"prompts must be a list of texts or of lists of token ids, got {shown(prompts)}; put a "
@@ -210,7 +215,14 @@ def batch_generate(
     ]
     begun = time.perf_counter()
     with wired_limit(model.model):
-        steps = _run(decoder, requests, completion_batch_size, on_answer or (lambda _, __: None))
+        steps = _run(
+            decoder,
+            requests,
+            completion_batch_size,
+            on_answer or (lambda _, __: None),
+            is_over or (lambda _: False),
+            return_prompt_caches,
+        )
     answers = [request.ended() for request in requests]
     stats = BatchStats(
         prompt_tokens=sum(map(len, ids)),
@@ -260,6 +272,10 @@ class _Request:
         self.stats = self.stats.after([piece.origin for piece in pieces], result.drafted)
         return self.answer.finish_reason is None
 
+    def cut(self) -> None:
+        """End the answer where it is."""
+        self.pieces.append(self.answer.cut())
+
     def ended(self) -> BatchAnswer:
         """Return the answer once it is over."""
         assert self.answer.finish_reason is not None
@@ -272,11 +288,22 @@ def _run(
     requests: Sequence[_Request],
     batch_size: int,
     on_answer: Callable[[int, BatchAnswer], None],
+    is_over: Callable[[int], bool],
+    keep_caches: bool,
 ) -> int:
-    """Decode all requests, `batch_size` at a time, and return the number of steps."""
+    """Decode all requests, `batch_size` at a time, until it is over; return the number of steps."""
     queue, under_way = list(reversed(requests)), dict[BatchSequence, _Request]()
-    steps = 0
-    while queue or decoder.busy:
+    steps = tokens = 0
+
+    def end(sequence: BatchSequence, request: _Request) -> None:
+        cache = decoder.remove(sequence)
+        if keep_caches:
+            # A step may emit tokens behind the answer's end.
+            cache.rewind(len(request.prompt) + len(request.tokens) - 1)
+            request.cache = cache
+        on_answer(request.index, request.ended())
+
+    while (queue or decoder.busy) and not is_over(tokens):
         while queue and len(under_way) < batch_size:
             request = queue.pop()
             sequence = decoder.add(
@@ -285,13 +312,16 @@ def _run(
             under_way[sequence] = request
         events = decoder.step()
         steps += bool(events)
-        for sequence, _, error in events:
+        for sequence, result, error in events:
             if error is not None:
                 raise error
+            assert result is not None
+            tokens += len(result.tokens)
             if sequence.state == "finished":
-                request = under_way.pop(sequence)
-                request.cache = decoder.remove(sequence)
-                # A step may emit tokens behind the answer's end.
-                request.cache.rewind(len(request.prompt) + len(request.tokens) - 1)
-                on_answer(request.index, request.ended())
+                end(sequence, under_way.pop(sequence))
+    for request in (*under_way.values(), *queue):
+        request.cut()
+    for sequence, request in under_way.items():
+        if request.tokens:
+            end(sequence, request)
     return steps

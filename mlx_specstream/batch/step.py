@@ -24,8 +24,9 @@ from ..speculation.condition import Conditioner
 from ..speculation.drafters import StreamDrafter
 from ..speculation.drafters.lookup import Continuations
 from ..speculation.drafting import StreamDecoder
-from ..speculation.result import StepReport
+from ..speculation.result import StepReport, Verdict
 from ..speculation.sampling import TokenSampler
+from ..speculation.step import REWRITTEN_AT_ONCE
 from ..speculation.streams import Streams
 from .cache import BatchKVCache
 from .chains import ChainCandidates, Chains, looked_up_chains, merged_chains
@@ -40,7 +41,8 @@ class BatchStep:
 
     logits: (B, T, V). next_tokens: (B, 1 + D) int32, the next roots and their drafts.
     errors: what token_samplers raised, by row. before: (B,) int32, the tokens before the next roots.
-    candidates: what the drafts were taken from, None where the step drafts nothing.
+    candidates: what the drafts were taken from, None where the step drafts nothing. drafts_late: see
+    `Step`.
     """
 
     report: StepReport
@@ -49,11 +51,20 @@ class BatchStep:
     errors: dict[int, Exception]
     before: mx.array
     candidates: ChainCandidates | None = None
+    drafts_late: bool = False
 
     def schedule(self) -> None:
         """Start computing the step, then what the next one builds on, as `Step.schedule` does."""
         mx.async_eval(self.report.packed, self.logits)
-        mx.async_eval(self.next_tokens)
+        if not self.drafts_late:
+            mx.async_eval(self.next_tokens)
+
+    def read(self) -> list[Verdict]:
+        """Wait for the device and return what the step decided, per sequence."""
+        verdicts = self.report.read()
+        if self.drafts_late:
+            mx.async_eval(self.next_tokens)
+        return verdicts
 
     @property
     def num_drafts(self) -> int:
@@ -120,7 +131,6 @@ class BatchStepper:
         drawn = draw(token_samplers, logits, chains)
         accepted = accept(chains, drawn.tokens)
         root = mx.take_along_axis(drawn.tokens, accepted[:, None], axis=1)
-        finite = drawn.finite & ~mx.any(mx.isnan(last), axis=(1, 2))
         before = mx.take_along_axis(tokens, accepted[:, None], axis=1)[:, 0]
         following, candidates = root, None
         if self.depth:
@@ -130,12 +140,15 @@ class BatchStepper:
             following = mx.concatenate([root, drafts], axis=1)
         report = StepReport.of(
             accepted=accepted,
-            finite=finite,
+            finite=drawn.finite,
             tokens=drawn.tokens,
             looked_up=chains.looked_up,
             chain=tokens,
         )
-        return BatchStep(report, logits, following, drawn.errors, before, candidates)
+        deferred = self.streams is not None and self.depth > 0 and not self.inline
+        layers = self.streams.upper if deferred and self.streams is not None else range(0)
+        late = cache.bytes_of(layers) > REWRITTEN_AT_ONCE
+        return BatchStep(report, logits, following, drawn.errors, before, candidates, late)
 
     def verify(
         self, tokens: mx.array, cache: BatchKVCache

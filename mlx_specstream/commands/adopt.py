@@ -20,13 +20,14 @@ from ..errors import OptionError, StreamsError
 from ..loading.model_cache import cache_folder
 from ..machine import keep_float32_exact
 from ..weights.adopted import adopted_folder, place_of
+from ..weights.fingerprint import weights_digest
 from .adoption.state import STATE_FILE, AdoptionState, AdoptSettings, alone, clear, is_further
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import StreamWeights
     from .adoption.stages import Adoption
 
-PLAN = "plan"
+PLAN, INSTALLATION = "plan", "installation"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,11 +115,13 @@ def main(argv: list[str]) -> int:
         target = Path(settings.output).expanduser()
     with alone(work):
         state = AdoptionState.open(work, settings, arguments.restart)
+        _check_target(target, state)
         if state.plan is None and not arguments.yes and not sys.stdin.isatty():
             raise OptionError(
                 "adopt asks before it starts, and there is no terminal to ask on; add --yes."
             )
-        model, tokenizer = load(str(folder), adapter_path=adapter, streams=None)
+        model, tokenizer = load(settings.model, adapter_path=adapter, streams=None)
+        state.check_model(weights_digest(model.model))
         from .adoption.stages import Adoption
 
         name = Path(settings.model).name if Path(settings.model).exists() else settings.model
@@ -178,7 +181,7 @@ def _agree(adoption: Adoption, *, ask: bool) -> None:
     print(f"Trying out what it takes for {state.settings.model} here ...", flush=True)
     with state.stage(PLAN):
         plan = adoption.make_plan()
-    print("\n".join(plan.lines(state.settings.minutes)), flush=True)
+    print("\n".join(plan.lines()), flush=True)
     if ask and input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         clear(state.folder)
         raise OptionError("nothing was started.")
@@ -197,15 +200,35 @@ def _run(adoption: Adoption) -> None:
     measures.benchmark(adoption)
 
 
+def _check_target(target: Path, state: AdoptionState) -> None:
+    """Make sure, before any work is done, that the streams can be put where they are to be.
+
+    Raises:
+        OutputError: something else is there, or nothing can be written there.
+    """
+    from ..weights.files import refuse_existing, writable_parent
+
+    if INSTALLATION not in state.done:
+        # What adopt put in its own place before is replaced; a folder that a user names never is.
+        refuse_existing(target, files_only=state.settings.output is None)
+    writable_parent(target)
+
+
 def _install(adoption: Adoption, target: Path) -> None:
     """Put the streams with their card where they are found, whole or not at all."""
     from ..weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_streams, save_streams
-    from ..weights.files import atomic_folder
+    from ..weights.files import atomic_folder, refuse_existing
     from .adoption.card import CARD_FILE, CHAIN_KEY, adoption_card
 
-    figures, made = adoption.state.figures, adoption.made
+    state, made = adoption.state, adoption.made
+    figures = state.figures
     weights = load_streams(made)
     base = weights.base
+    if INSTALLATION not in state.done:
+        if state.settings.output is not None:
+            refuse_existing(target)
+        state.done.append(INSTALLATION)  # first: a kill may come right after it
+        state.save()
     with atomic_folder(target, if_exists="replace") as partial:
         save_streams(
             partial,

@@ -92,10 +92,13 @@ def answer_prompts(
     sampling: SamplingConfig | None = None,
     seed: int = 0,
     on_record: Callable[[dict[str, Any]], None] = lambda _: None,
+    is_over: Callable[[int], bool] | None = None,
 ) -> None:
-    """Append the model's answers to a file as they end, prompts of like length side by side.
+    """Append the model's answers to a file as they end.
 
-    on_record: told of every record written; what it raises ends the work.
+    on_record: told of every record written; what it raises ends the work. is_over: asked before
+    every pass, told how many tokens there are; once it says yes, answers under way are written as far
+    as they are.
 
     Raises:
         OutputError: the file cannot be written; what was finished is kept.
@@ -123,6 +126,7 @@ def answer_prompts(
                 speculative=False,
                 completion_batch_size=batch_size,
                 on_answer=write,
+                is_over=is_over,
             )
     except OSError as error:
         raise OutputError(

@@ -227,6 +227,11 @@ def _stored_cache(path: str, name: str, model: StreamModel, config: CacheConfig)
     from ..model.cache.files import check_model, load_prompt_cache
     from ..model.cache.kinds import quantization
 
+    if ranks.group() is not None and model.backbone.stages.group is None:
+        raise OptionError(
+            "a prompt cache holds all heads, of which every process here has a part; leave out "
+            "--prompt-cache-file, or divide the model by layers with --pipeline."
+        )
     cache, metadata = load_prompt_cache(path, model.backbone.windows, quantization(config))
     check_model(metadata, [name, str(model_folder(name))], path)
     return cache

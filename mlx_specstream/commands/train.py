@@ -126,6 +126,10 @@ def main(argv: list[str]) -> int:
         print(f"{folder} holds a finished run; nothing is left to do.")
         return 0
     world = mx.distributed.init()
+    if args.drafter and world.size() > 1:
+        raise OptionError(
+            "--drafter is trained by one process; start it without mlx.launch, which is for streams."
+        )
     model, tokenizer = load(args.model, streams=None)
     train, valid = read_data(args.data, tokenizer, model, options, world.rank() == 0)
     if args.drafter:

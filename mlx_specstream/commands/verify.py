@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import TYPE_CHECKING, TextIO
 
 from ..config import DecodeConfig, TreeSpec
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ..verify import Comparison
 
 DEFAULT_MAX_TOKENS = 64
+QUICK_LIMIT_S = 105.0
+QUICK_PROMPTS = 4  # that --quick shortens answers for, where the machine is slow
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_TOKENS,
         help="most tokens per answer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="be done within two minutes: with as many prompts as fit, and shorter answers on a "
+        "slow machine",
+    )
     add_decode_options(parser, tree=TreeSpec(), several_trees=True, lossy=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -66,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Replay the prompts and print what was found."""
+    began = time.perf_counter()
     arguments = build_parser().parse_args(argv)
     if arguments.num_prompts is not None and arguments.num_prompts < 1:
         raise OptionError(f"--num-prompts must be at least 1, got {arguments.num_prompts}.")
@@ -99,8 +110,10 @@ def main(argv: list[str]) -> int:
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     titles = [prompt.title for prompt in prompts]
     found: list[list[Comparison]] = []
+    interrupted = False
+    until = began + QUICK_LIMIT_S if arguments.quick else inf
     try:
-        for comparisons in _compared(model, tokenizer, ids, arguments.max_tokens, configs):
+        for comparisons in _compared(model, tokenizer, ids, arguments.max_tokens, configs, until):
             found.append(comparisons)
             if not arguments.json:
                 place = f"[{len(found)}/{len(ids)}] {_cut(titles[len(found) - 1])}"
@@ -109,15 +122,17 @@ def main(argv: list[str]) -> int:
         # An hour's comparing is not lost to a key: what is known is reported, and is not a pass.
         if not found:
             raise
+        interrupted = True
         _say(f"interrupted after {len(found)} of {len(ids)} prompts", sys.stderr)
     if arguments.json:
         print(json.dumps(_record(model, configs, found, len(ids)), ensure_ascii=False))
     else:
-        print("\n".join(_sums(configs, found)))
+        late = arguments.quick and not interrupted
+        print("\n".join(_sums(configs, found, len(ids), ": the time was up" if late else "")))
     mismatch = any(c.verdict == "mismatch" for comparisons in found for c in comparisons)
     if mismatch:
         return 1
-    return 0 if len(found) == len(ids) else 130
+    return 130 if interrupted else 0
 
 
 def _compared(
@@ -126,8 +141,13 @@ def _compared(
     prompts: list[list[int]],
     max_tokens: int,
     configs: list[DecodeConfig],
+    until: float = inf,
 ) -> Iterator[list[Comparison]]:
-    """Answer each prompt plainly, then with every config; yield its comparisons with the first."""
+    """Answer each prompt plainly, then with every config; yield its comparisons with the first.
+
+    until: the time of `time.perf_counter` to be done by: prompts that do not fit are left out, but for
+    the first, and answers are cut so that `QUICK_PROMPTS` of them fit.
+    """
     from tqdm import tqdm
 
     from ..verify import compare, replay
@@ -135,14 +155,22 @@ def _compared(
     # In a pipe the lines of text alone tell how far it is: a bar would run into them.
     total = len(prompts) * (1 + len(configs))
     with tqdm(total=total, unit="answer", dynamic_ncols=True, disable=None) as bar:
-        for prompt in prompts:
-            plain = replay(model, tokenizer, prompt, max_tokens, None)
+        longest = 0.0
+        for number, prompt in enumerate(prompts):
+            start = time.perf_counter()
+            if number and start + longest > until:
+                return
+            ways = max(1, QUICK_PROMPTS - number) * (1 + len(configs))
+            share = start + (until - start) / ways
+            plain = replay(model, tokenizer, prompt, max_tokens, None, until=share)
             bar.update()
+            cut = len(plain.tokens) if time.perf_counter() > share else max_tokens
             comparisons = []
             for config in configs:
-                speculative = replay(model, tokenizer, prompt, max_tokens, config)
+                speculative = replay(model, tokenizer, prompt, cut, config)
                 comparisons.append(compare(model, tokenizer, prompt, plain, speculative))
                 bar.update()
+            longest = max(longest, time.perf_counter() - start)
             yield comparisons
 
 
@@ -159,8 +187,8 @@ def conditions(model: StreamModel) -> list[str]:
         ]
     if model.backbone.is_recurrent and Machine.read().backend == "metal":
         lines.append(
-            "layers that keep a state run other Metal kernels for one row than for several, which "
-            "no test on a CPU has run: this comparison is the test"
+            "layers that keep a state take other Metal kernels for a draft than for one row, which no "
+            "test on a CPU has run: this comparison is the test"
         )
     return lines
 
@@ -185,11 +213,16 @@ def _lines(configs: list[DecodeConfig], comparisons: list[Comparison]) -> list[s
     return lines
 
 
-def _sums(configs: list[DecodeConfig], found: list[list[Comparison]]) -> list[str]:
-    """Return a line per config: the verdicts of all prompts and their figures."""
+def _sums(
+    configs: list[DecodeConfig], found: list[list[Comparison]], asked: int, why: str
+) -> list[str]:
+    """Return a line per config: the verdicts of all prompts and their figures; why: there are fewer."""
     from ..speculation.statistics import SpeculationStats
 
-    lines = [f"all {len(found)} prompts"]
+    longest = max(len(c.plain.tokens) for comparisons in found for c in comparisons)
+    whole = len(found) == asked
+    count = "all" if whole else f"{len(found)} of"
+    lines = [f"{count} {asked} prompts, answers of up to {longest} tokens{'' if whole else why}"]
     for config, comparisons in zip(configs, zip(*found, strict=True), strict=True):
         total = sum((c.speculative.stats for c in comparisons), SpeculationStats())
         counts = ", ".join(f"{count} {name}" for name, count in counted(comparisons).items())

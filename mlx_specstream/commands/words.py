@@ -15,6 +15,9 @@ from ..machine import ranks
 TOGETHER = ("generate", "chat", "serve", "verify", "bench")
 """Verbs that several processes can run as one, started by `mlx.launch`."""
 
+EACH = ("train",)
+"""Verbs of which every process takes a share and computes it with the whole model."""
+
 _THEIRS = "use mlx_lm.{} itself; what it makes loads here"
 MLX_LM_VERBS = {
     "lora": "mlx_lm.lora fine-tunes a model, whose adapters every verb takes with --adapter-path; "
@@ -123,9 +126,11 @@ def join_the_others(verb: str) -> None:
     """
     if not ranks.is_launched():
         return
-    if verb not in TOGETHER:
+    if verb in EACH:
+        ranks.work_apart()
+    elif verb not in TOGETHER:
         raise OptionError(
             f"specstream {verb} runs in one process: start it without mlx.launch, which is for "
-            f"{', '.join(TOGETHER)}."
+            f"{', '.join((*TOGETHER, *EACH))}."
         )
     ranks.leave_talking_to_leader()

@@ -9,5 +9,6 @@
 | `expected.py` | what speculation should gain with a model that is not here yet |
 | `chips.py` | `doctor --chips`: predictions for Apple's chips, and those held against measurements |
 | `report.py` | `doctor --report`: one file with doctor, verify, bench and predictions, for an issue |
+| `part.py` | a part of it: one command, watched, bounded and stopped politely |
 | `families.py` | `doctor --families`: mlx-lm's model families, and which are refused |
 """

@@ -8,6 +8,7 @@ from ..machine import Machine
 from .finding import Finding, advice, fact, older, problem, version
 
 WIRED = "https://github.com/ml-explore/mlx-lm#large-models"
+RESIDENT = "https://github.com/ml-explore/mlx/blob/main/mlx/backend/metal/resident.cpp"
 
 
 def system(m: Machine) -> Iterator[Finding]:
@@ -36,6 +37,13 @@ def system(m: Machine) -> Iterator[Finding]:
             "install the wheel: pip install --force-reinstall mlx mlx-metal",
             "https://github.com/ml-explore/mlx-examples/issues/1306",
         )
+    elif m.backend == "metal" and not m.gpu_generation:
+        yield fact(
+            f"the GPU is none of Apple's known ones ({m.gpu or 'it has no name'}), as in a virtual machine",
+            "a virtual Metal device computes the same with kernels that MLX picks as for an unknown chip",
+            "figures taken here say nothing about a Mac; answers may be compared (verify)",
+            "https://github.com/rajveer43/VeloxQuant-MLX/issues/395",
+        )
     if older(m.os_version, "14.0"):
         yield problem(
             f"macOS {m.os_version} is older than 14",
@@ -63,14 +71,15 @@ def versions(m: Machine) -> Iterator[Finding]:
     gen = m.gpu_generation
     if not gen or m.backend != "metal":
         return
-    if gen >= 17 and version(m.os_version)[:1] == (26,) and older(m.os_version, "26.2"):
+    new = m.has_neural_accelerators
+    if new and version(m.os_version)[:1] == (26,) and older(m.os_version, "26.2"):
         yield problem(
             f"macOS {m.os_version} on an M5 has no neural accelerators for MLX, which assumes them",
             "the wheel for macOS 26 is built for 26.2 and picks kernels this system does not have",
             "update to macOS 26.2 or newer",
             "https://github.com/ml-explore/mlx/issues/4525",
         )
-    elif gen >= 17 and older(m.os_version, "26.2"):
+    elif new and older(m.os_version, "26.2"):
         yield advice(
             "the M5's neural accelerators are not used",
             "MLX needs macOS 26.2 for them; reading prompts is slower without",
@@ -98,6 +107,7 @@ def rows(m: Machine) -> Iterator[Finding]:
     gen, ultra = m.gpu_generation, m.gpu.endswith("d")
     if not gen or m.backend != "metal":
         return
+    alone = 11 if ultra else 6 if m.gpu == "applegpu_g13s" else 5  # M1 Pro and Max: 6
     if gen >= 15:
         yield fact(
             "16-bit models gain most: up to 5 rows cost about as much as one, 15 at most twice",
@@ -109,7 +119,7 @@ def rows(m: Machine) -> Iterator[Finding]:
         yield fact(
             "models in 4 and 8 bits (affine) gain little: each of a few rows reads all weights again",
             f"M1 and M2 lack the kernel that shares a reading; large matrices are read anew for each of "
-            f"up to {'11' if ultra else '5'} rows, small ones for more. mxfp4 and nvfp4 weights share "
+            f"up to {alone} rows, small ones for more. mxfp4 and nvfp4 weights share "
             "it from MLX 0.32.0 on",
             "leave the tree to --tree auto, which decodes plainly where nothing is gained; "
             "16-bit models with wide trees gain most",
@@ -131,8 +141,8 @@ def rows(m: Machine) -> Iterator[Finding]:
         "attention is fused for up to 8 rows, fewer with many query heads per key head",
         "rows x group must be at most 32: 8 rows for groups up to 4 (Llama 3, Qwen3-4B), 4 for "
         "groups of 7 and 8 (Qwen2.5-7B, Qwen3-32B). More than 8 rows go to another kernel, which "
-        "walks a long context once per head and takes heads of up to 128 channels; heads of 256 "
-        "(Gemma) are fused up to 8 rows alone",
+        "walks a long context once per head and takes heads of 64 to 128 channels; heads of 256 "
+        "(Gemma) are fused up to 8 rows alone, heads of 512 (Gemma 4's global layers) for one row",
         "nothing: what falls off is attended in pieces that do not, and --tree auto leaves it out",
         "https://github.com/ml-explore/mlx/pull/3838",
     )
@@ -151,8 +161,9 @@ def memory(m: Machine) -> Iterator[Finding]:
         return
     if m.memory_bytes and m.memory_bytes <= 17 << 30:
         yield fact(
-            "mlx-lm keeps two thirds of the memory wired while it generates, however small the model",
-            "with 16 GB and Apple Intelligence switched on, other programs may stall",
-            "close large programs while generating",
-            "https://github.com/exo-explore/exo/pull/1672",
+            "what MLX holds while it generates cannot be paged out, up to two thirds of the memory",
+            "weights, KV cache and buffers kept for reuse are wired from macOS 15 on; with 16 GB or "
+            "less and a model near that limit, other programs may stall",
+            "take a model that leaves room (the table below), or close large programs meanwhile",
+            RESIDENT,
         )

@@ -17,6 +17,7 @@ llguidance is an extra: `pip install "mlx-specstream[grammar]"`.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 from ..errors import DataError, OptionError, brief
+from ..loading.tokenizer import spelling_of
 from ..speculation.result import to_ints
 from ..speculation.sampling import NodeProcessor
 from ..speculation.tree import DraftTree
@@ -119,7 +121,32 @@ def schema_text(schema: Mapping[str, Any] | bool | str) -> str:
     options = own if isinstance(own, Mapping) else {}
     if not {"whitespace_pattern", "whitespace_flexible"} & set(options):
         options = {**_ONE_LINE, **options}
-    return json.dumps({**schema, "x-guidance": options})
+    return json.dumps({**_known(schema), "x-guidance": options})
+
+
+# Keywords whose values are schemas by name, or lists of schemas; the others' objects are schemas.
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "example", "examples", "required", "x-guidance")
+
+
+def _known(schema: Any) -> Any:
+    """Return a schema without what llguidance does not know and what says nothing.
+
+    Names of properties are texts, which zod's records say all the same.
+    """
+    if isinstance(schema, list):
+        return [_known(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "propertyNames" and value in (True, {}, {"type": "string"}):
+            continue
+        if key in _BY_NAME and isinstance(value, Mapping):
+            found[key] = {name: _known(one) for name, one in value.items()}
+        else:
+            found[key] = value if key in _VALUES else _known(value)
+    return found
 
 
 def lark_mark(tokenizer: TokenizerWrapper, mark: str, vocab_size: int) -> str:
@@ -270,14 +297,18 @@ def _vocabulary(tokenizer: TokenizerWrapper, vocab_size: int) -> Any:
     Raises:
         OptionError: it is no fast tokenizer, or the model has fewer logits than it has tokens.
     """
-    fast = tokenizer._tokenizer
-    made = _vocabularies.setdefault(fast, {})
+    made = _vocabularies.setdefault(tokenizer._tokenizer, {})
     ends = sorted(int(token) for token in tokenizer.eos_token_ids)
     key = (vocab_size, *ends)
     if key not in made:
-        from_tokenizer: Callable[..., Any] = _llguidance("llguidance.hf").from_tokenizer
+        make: Callable[..., Any] = _llguidance().LLTokenizer
+        text = tokenizer_text(tokenizer)
+        if text is None:
+            raise OptionError(
+                "the model's tokenizer cannot be used with a grammar: it is no fast tokenizer."
+            )
         try:
-            made[key] = from_tokenizer(fast, n_vocab=vocab_size, eos_token=ends)
+            made[key] = make(text, n_vocab=vocab_size, eos_token=ends)
         except Exception as error:  # llguidance raises what its parts raise
             raise OptionError(
                 f"the model's tokenizer cannot be used with a grammar: {brief(error)}."
@@ -285,8 +316,28 @@ def _vocabulary(tokenizer: TokenizerWrapper, vocab_size: int) -> Any:
     return made[key]
 
 
-def _llguidance(name: str = "llguidance") -> Any:
-    """Return a module of llguidance.
+def tokenizer_text(tokenizer: TokenizerWrapper) -> str | None:
+    """Return a tokenizer as llguidance reads it, None of one that is not a fast one.
+
+    Of SentencePiece's decoders llguidance knows one alone; others would keep ▁ for a blank.
+    """
+    from tokenizers import decoders
+
+    backend: Any = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend = copy.copy(backend)
+    backend.no_padding()
+    backend.no_truncation()
+    if spelling_of(tokenizer) == "sentencepiece":
+        known = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
+        backend.decoder = decoders.Sequence(list(known))
+    text: str = backend.to_str()
+    return text
+
+
+def _llguidance() -> Any:
+    """Return llguidance.
 
     Raises:
         OptionError: it is not installed.
@@ -294,7 +345,7 @@ def _llguidance(name: str = "llguidance") -> Any:
     import importlib
 
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("llguidance")
     except ImportError:
         raise OptionError(
             "answers by a grammar need the package llguidance, which is not installed; "

@@ -77,44 +77,55 @@ class GenerationRun:
         prompt_tps = 0.0
         with wired_limit(module):
             try:
-                progress(0, total)
-                steps = decode(
-                    decoder, self.prompt, self.cache, self, lambda n, _: progress(n, total), chunk
-                )
-                for result in steps:
-                    if last is None:
-                        progress(total, total)
-                        prompt_tps = total / (time.perf_counter() - started)
-                        started = time.perf_counter()
-                    for index, piece in enumerate(self.pieces):
-                        processed = self._processing(len(self.given))
-                        self.given.append(piece.token)
-                        response = GenerationResponse(
-                            text=piece.text,
-                            token=piece.token,
-                            origin=piece.origin,
-                            prompt_tokens=total,
-                            prompt_tps=prompt_tps,
-                            generation_tokens=len(self.given),
-                            generation_tps=len(self.given) / (time.perf_counter() - started),
-                            peak_memory=mx.get_peak_memory() / 1e9,
-                            finish_reason=piece.finish_reason,
-                            stats=self.stats,
-                            draft=result.draft,
-                            logits=result.logits[index],
-                            processed=processed,
-                        )
-                        # In one line: an interrupt cannot fall between counting and handing out.
-                        yield (last := response)
-                        if len(self.given) % CLEAR_EVERY == 0:
-                            mx.clear_cache()
-            finally:
-                del self.given[0 if last is None else last.generation_tokens :]
                 try:
-                    self._settle(begin, decoder, lent)
-                except KeyboardInterrupt:  # a second Ctrl-C, or one at the answer's very end
-                    self._settle(begin, decoder, lent)
-                    raise
+                    progress(0, total)
+                    steps = decode(
+                        decoder,
+                        self.prompt,
+                        self.cache,
+                        self,
+                        lambda n, _: progress(n, total),
+                        chunk,
+                    )
+                    for result in steps:
+                        if last is None:
+                            progress(total, total)
+                            prompt_tps = total / (time.perf_counter() - started)
+                            started = time.perf_counter()
+                        for index, piece in enumerate(self.pieces):
+                            seconds = time.perf_counter() - started
+                            response = self._response(result, index, piece, prompt_tps, seconds)
+                            # In one line: an interrupt cannot fall between counting and handing out.
+                            yield (last := response)
+                            if len(self.given) % CLEAR_EVERY == 0:
+                                mx.clear_cache()
+                finally:
+                    self._settle(begin, decoder, lent, last)
+            except KeyboardInterrupt:  # which may have fallen into settling
+                self._settle(begin, decoder, lent, last)
+                raise
+
+    def _response(
+        self, result: StepResult, index: int, piece: TextPiece, prompt_tps: float, seconds: float
+    ) -> GenerationResponse:
+        """Return the response with a piece of a step's text; `seconds`: since the prompt was read."""
+        processed = self._processing(len(self.given))
+        self.given.append(piece.token)
+        return GenerationResponse(
+            text=piece.text,
+            token=piece.token,
+            origin=piece.origin,
+            prompt_tokens=len(self.prompt),
+            prompt_tps=prompt_tps,
+            generation_tokens=len(self.given),
+            generation_tps=len(self.given) / seconds,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=piece.finish_reason,
+            stats=self.stats,
+            draft=result.draft,
+            logits=result.logits[index],
+            processed=processed,
+        )
 
     def _processing(self, before: int) -> Callable[[mx.array], mx.array]:
         """Return what makes logits those that the token after `before` given ones was drawn from."""
@@ -131,12 +142,19 @@ class GenerationRun:
 
         return processed
 
-    def _settle(self, begin: int, decoder: Decoder, lent: list[Any] | None) -> None:
-        """Leave in the cache what was handed out: all of it but the last token.
+    def _settle(
+        self,
+        begin: int,
+        decoder: Decoder,
+        lent: list[Any] | None,
+        last: GenerationResponse | None,
+    ) -> None:
+        """Leave in the cache what was handed out, up to `last`: all of it but the last token.
 
-        Also after an error or an interrupt at any point. Layers of mlx-lm's get the last token
-        too, as mlx-lm leaves them, so that a next turn's prompt continues from there.
+        Also after an error or an interrupt at any point, and after one of this. Layers of mlx-lm's get
+        the last token too, as mlx-lm leaves them, so that a next turn's prompt continues from there.
         """
+        del self.given[0 if last is None else last.generation_tokens :]
         kept = begin + len(self.prompt) + len(self.given) - 1
         end = min(self.cache.length, kept)
         if self.cache.can_rewind(end):
@@ -170,7 +188,10 @@ def claim(prompt_cache: KVCache | list[Any] | None) -> None:
             is no prompt cache.
     """
     layers = [] if prompt_cache is None or isinstance(prompt_cache, KVCache) else prompt_cache
-    if not isinstance(layers, list | tuple) or not all(hasattr(each, "state") for each in layers):
+    if not isinstance(layers, list | tuple) or not all(
+        hasattr(type(each), "state")  # asked of itself, an empty one of mlx-lm 0.31 fails
+        for each in layers
+    ):
         raise OptionError(
             f"prompt_cache must be a KVCache or mlx-lm's list of a cache per layer, got {shown(layers)}."
         )

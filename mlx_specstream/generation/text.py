@@ -98,6 +98,11 @@ class TextAssembler:
                 break
         return pieces
 
+    def cut(self) -> str:
+        """End the answer here, as if its budget were spent; return the text that was held back."""
+        self.finish_reason = "length"
+        return self._rest()
+
     def _text_of(self, token: int) -> str:
         """Return the text that `token` completes, and set the reason if it is the last one."""
         self.num_tokens += 1

@@ -28,7 +28,7 @@ from ..weights.shipped import AUTO, find_streams
 from .demo import DEMO_NAME
 from .drafter import drafter_in, drafter_of_model, is_trained_drafter
 from .folders import adapter_folder, model_folder
-from .parallel import divided, own_arrays
+from .parallel import check_same_model, divided, own_arrays, refuse_undivided
 from .tokenizer import check_tokenizer_files, decode_by_vocabulary
 
 if TYPE_CHECKING:
@@ -181,16 +181,16 @@ def load(
     """
     if draft_model is not None and streams not in (AUTO, None):
         raise OptionError("streams and a draft model cannot both draft; name one of them.")
+    if draft_model is None and streams is not None and is_trained_drafter(streams):
+        draft_model = streams
+    together = ranks.group()
+    if together is not None:
+        refuse_undivided(adapter_path, draft_model)
     if adapter_path is not None:
         adapter_path = str(adapter_folder(adapter_path))
     folder = model_folder(path_or_hf_repo, revision)
     check_tokenizer_files(folder, path_or_hf_repo)
-    together = ranks.group()
-    if together is not None and adapter_path is not None:
-        raise ModelError(
-            "adapters of mlx-lm cannot be divided among several processes; merge them into the "
-            "model first, with mlx_lm.fuse."
-        )
+    check_same_model(folder)
     share_seed()
     model, tokenizer, config = _load_mlx_lm(
         folder,
@@ -208,13 +208,7 @@ def load(
             mx.eval(own_arrays(backbone))
         if len(backbone.stages.own) == backbone.num_layers:
             check_backbone(backbone)
-    if draft_model is None and streams is not None and is_trained_drafter(streams):
-        draft_model = streams
     if draft_model is not None:
-        if together is not None:
-            raise ModelError(
-                "several processes draft with streams or look-up alone; leave the draft model out."
-            )
         drafter = _drafter(str(draft_model), model, backbone, tokenizer)
         result = StreamModel(
             model, backbone, None, path_or_hf_repo, str(draft_model), drafter=drafter

@@ -8,6 +8,7 @@ process, and computes bit for bit what one process would.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -19,7 +20,21 @@ from ..machine import ranks
 from ..model.backbone import Backbone
 from ..model.stages import Stages
 from ..speculation.randomness import seeded
+from ..weights.files import sketch
 
+# What decides the tokens and what they mean.
+_SAME = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+)
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
@@ -43,6 +58,36 @@ def divided(model: nn.Module, *, pipeline: bool = False) -> Backbone:
     return backbone
 
 
+def refuse_undivided(adapter_path: str | None, draft_model: str | Path | None) -> None:
+    """Refuse what several processes cannot load.
+
+    Raises:
+        ModelError: adapters of mlx-lm, or a drafter that is not streams.
+    """
+    if adapter_path is not None:
+        raise ModelError(
+            "adapters of mlx-lm cannot be divided among several processes; merge them into the "
+            "model first, with mlx_lm.fuse."
+        )
+    if draft_model is not None:
+        raise ModelError(
+            "several processes draft with streams or look-up alone; leave the draft model out."
+        )
+
+
+def check_same_model(folder: Path) -> None:
+    """Make sure that all processes load the same model and tokenizer.
+
+    Raises:
+        ModelError: files differ.
+    """
+    ranks.check_same(
+        lambda: sketch(folder, _SAME),
+        "{odd} has other files of this model than process 0; copy the model's folder from one "
+        "machine to all the others.",
+    )
+
+
 def own_arrays(backbone: Backbone) -> list[mx.array]:
     """Return the weights this process computes with; those of other layers are never read."""
     elsewhere = set(range(backbone.num_layers)) - set(backbone.stages.own)
@@ -51,8 +96,9 @@ def own_arrays(backbone: Backbone) -> list[mx.array]:
 
 
 def _arrays(module: nn.Module) -> list[mx.array]:
-    named = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
-    return [array for _, array in named]
+    """Return all that a module holds: also what is no parameter, as a table of rotations is not."""
+    named = cast(list[tuple[str, object]], tree_flatten(module))
+    return [array for _, array in named if isinstance(array, mx.array)]
 
 
 def _shards(model: nn.Module, processes: int) -> bool:

@@ -105,9 +105,14 @@ class Machine:
 
     @property
     def gpu_generation(self) -> int:
-        """Return Apple's GPU generation: 13 for M1 up to 17 for M5; 0 if it is none of Apple's."""
+        """Return Apple's GPU generation: 13 for M1 up to 17 for M5; 0 for others and virtual ones."""
         match = re.fullmatch(r"applegpu_g(\d+)[a-z]?", self.gpu)
         return int(match[1]) if match else 0
+
+    @property
+    def has_neural_accelerators(self) -> bool:
+        """Tell whether the GPU has matrix units: from M5 on; of the phones' chips from A19 on."""
+        return self.gpu_generation >= (18 if self.gpu.endswith("p") else 17)
 
     @property
     def rounds_float32(self) -> bool:
@@ -117,7 +122,7 @@ class Machine:
         product of one row stays exact. So plain and verifying passes differ, though not by a fault.
         """
         release = tuple(int(part) for part in re.findall(r"\d+", self.os_version)[:2])
-        apple = self.backend == "metal" and self.gpu_generation >= 17 and release >= (26, 2)
+        apple = self.backend == "metal" and self.has_neural_accelerators and release >= (26, 2)
         return self.tf32 and (apple or self.backend == "cuda")
 
     @property

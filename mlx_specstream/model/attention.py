@@ -25,19 +25,25 @@ from .families.replace import override_methods
 FEW_ROWS = 8
 """Rows up to which MLX on Metal uses its attention for short queries, if it takes them at all."""
 MOST_ROWS = 32  # of a pass in pieces: more than a tree has; a prompt's chunks stay whole
-_FEW_ROWS_DIMS = (64, 96, 128, 256)
-_MANY_ROWS_DIMS = (64, 72, 80, 96, 128)
+# Channels of queries and keys, and of values. 512 is left out: it is fused for one row alone.
+_BOTH = {(64, 64), (96, 96), (128, 128), (96, 64)}
+_FEW_ROWS_DIMS = _BOTH | {(256, 256), (192, 128)}
+_MANY_ROWS_DIMS = _BOTH | {(72, 72), (80, 80)}
 _NAME = "scaled_dot_product_attention"
 _attention = base.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Which passes MLX's fused attention on Metal takes, for a model with such heads."""
+    """Which passes MLX's fused attention on Metal takes, for a model with such heads.
+
+    head_dim: channels of queries and keys. value_dim: of values, 0 for as many.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int = 0
 
     @property
     def group(self) -> int:
@@ -46,9 +52,10 @@ class FusedAttention:
 
     def takes(self, rows: int) -> bool:
         """Tell whether a pass of `rows` rows is fused."""
+        dims = self.head_dim, self.value_dim or self.head_dim
         if rows > FEW_ROWS:
-            return self.head_dim in _MANY_ROWS_DIMS
-        return self.head_dim in _FEW_ROWS_DIMS and rows * self.group <= 32
+            return dims in _MANY_ROWS_DIMS
+        return dims in _FEW_ROWS_DIMS and rows * self.group <= 32
 
     def loses(self, rows: int) -> bool:
         """Tell whether a pass falls off the fused attention that plain decoding is on."""
@@ -91,7 +98,7 @@ def attend(
     R = queries.shape[2]
     if R == 1 or not isinstance(keys, mx.array) or not on_metal():
         return part(0, R)
-    heads = FusedAttention(queries.shape[1], keys.shape[1], queries.shape[3])
+    heads = FusedAttention(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3])
     parts, first = [], 0
     for rows in heads.pieces(R):
         parts.append(part(first, first + rows))

@@ -8,6 +8,7 @@
 | `choose.py` | which setting pays best: expected tokens over seconds, plain decoding included |
 | `costs.py` | `step_costs`: what steps cost here, measured once and kept; `planner_for` a model |
 | `measure.py` | measuring them: real steps, in turn with plain decoding |
+| `messages.py` | what a message between processes costs, and whether costs still hold |
 | `timing.py` | the samples measuring takes |
 | `curve.py` | seconds per step for each setting |
 | `identity.py` | what costs hold for: machine, software, model, streams |

@@ -35,6 +35,7 @@ from .choose import forecasts
 from .curve import BUDGET_S, CostCurve
 from .identity import identity, this_machine, weight_bits
 from .measure import measure
+from .messages import has_changed, message_s, messages_per_pass
 from .planner import Planner
 from .prior import ModelSize, chip_of, prior_curve
 from .settings import StepSetting, candidates
@@ -76,7 +77,7 @@ def planner_for(model: StreamModel, config: DecodeConfig | None = None) -> Plann
     known = _planners.setdefault(streams, {})
     key = (config.schedule, config.use_conditioner)
     if key not in known:
-        curve = step_costs(model) if _budget(BUDGET_S) else published_costs(model)
+        curve = step_costs(model) if _budget(BUDGET_S) else _told(published_costs(model))
         if curve is None:
             return None
         allowed = set(model_plans(model, config))
@@ -96,7 +97,7 @@ def is_planned(config: DecodeConfig | None) -> bool:
     alike, and their times differ.
     """
     asked = config is None or config.tree.kind == "auto"
-    return asked and _budget(BUDGET_S) > 0 and ranks.group() is None
+    return ranks.group() is None and asked and _budget(BUDGET_S) > 0
 
 
 def acceptance(model: StreamModel) -> AcceptanceProfile:
@@ -126,7 +127,10 @@ def model_plans(model: StreamModel, config: DecodeConfig | None = None) -> list[
     if (prior := published_costs(model, plans)) is not None:
         promising = forecasts(prior, acceptance(model))[:PROMISING]
         first = [*(f.name for f in promising), *first]
-    return sorted(plans, key=lambda p: first.index(p.name) if p.name in first else len(first))
+    plans.sort(key=lambda p: first.index(p.name) if p.name in first else len(first))
+    # Chips of different kinds would each have their own order.
+    names = ranks.told(json.dumps([plan.name for plan in plans]).encode())
+    return [StepSetting.parse(name) for name in json.loads(names)]
 
 
 def published_costs(
@@ -137,6 +141,7 @@ def published_costs(
     They are of dense models: experts are read by as many rows as ask for them.
     """
     assert model.streams is not None
+    plans = model_plans(model) if plans is None else plans
     machine = this_machine()
     chip = chip_of(machine) if machine.backend == "metal" else None
     if chip is None or has_experts(model.model):
@@ -149,7 +154,6 @@ def published_costs(
         float(backbone.vocab_size * backbone.hidden_size),
         trained.num_msa_layers,
     )
-    plans = model_plans(model) if plans is None else plans
     return prior_curve(chip, weight_bits(model.model), size, trained.num_streams, plans)
 
 
@@ -177,12 +181,17 @@ def step_costs(
     key = identity(model)
     path = cached_at(key)
     earlier = None if refresh else read_curve(path, key)
-    again = earlier is not None and earlier.busy and _may_be_measured_again(path)
+    message = message_s(model.backbone)
+    again = ""  # why, if earlier costs do not hold
+    if earlier is not None and has_changed(earlier, message, messages_per_pass(model.backbone)):
+        again = "with faster or slower messages"
+    elif earlier is not None and earlier.busy and _may_be_measured_again(path):
+        again = "while other programs ran"
     known = _told(None if again and budget_s > 0 else earlier)
     if known is not None or budget_s <= 0:
         return known
     profile = acceptance(model)
-    (announce or log.warning)(f"note: {_why(_called(model), earlier, path, key, budget_s)}")
+    (announce or log.warning)(f"note: {_why(_called(model), again, path, key, budget_s)}")
     watch = Watch()
     from mlx_lm.generate import wired_limit
 
@@ -197,7 +206,7 @@ def step_costs(
         )
     if curve is None:
         return None
-    curve = replace(curve, key=key, busy=watch.is_busy)
+    curve = replace(curve, key=key, busy=watch.is_busy, message_s=message)
     if curve.busy:
         (announce or log.warning)(
             f"note: {watch.sentence().rstrip('.')}; these costs are used, and measured again when it "
@@ -222,16 +231,11 @@ def _called(model: StreamModel) -> str:
     return without_folders(model.name) + (f" with {streams}" if streams else "")
 
 
-def _why(
-    name: str, known: CostCurve | None, path: Path, key: dict[str, object], budget_s: float
-) -> str:
+def _why(name: str, again: str, path: Path, key: dict[str, object], budget_s: float) -> str:
     """Return the sentence that says what is measured now, and why if that was done before."""
     limit = f"for up to {budget_s:g} seconds"
-    if known is not None:
-        return (
-            f"what decoding steps of {name} cost was measured while other programs ran; it is "
-            f"measured again, {limit}."
-        )
+    if again:
+        return f"what decoding steps of {name} cost was measured {again}; it is measured again, {limit}."
     if (other := _known_otherwise(path, key)) is not None:
         return (
             f"what decoding steps of {name} cost is known with {_computes(other)}, and kept; "
@@ -293,6 +297,8 @@ def write_curve(path: Path, curve: CostCurve) -> None:
 
 def _budget(otherwise: float) -> float:
     text = os.environ.get(BUDGET)
+    if ranks.group() is not None:  # other machines may not know the variable
+        text = ranks.told((text or "").encode()).decode() or None
     if text is None:
         return otherwise
     try:

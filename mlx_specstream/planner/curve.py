@@ -69,7 +69,8 @@ class CostCurve:
     context: committed tokens at which it holds. growth: what further ones cost. restart_s: seconds
     of a step of the root alone, which drafts anew; 0 if not measured. source: `measured`, or where
     the figures come from. key: what they hold for (`identity.py`). complete: False if time was up
-    before every plan that matters was begun. busy: other programs ran meanwhile.
+    before every plan that matters was begun. busy: other programs ran meanwhile. message_s: what a
+    message between processes took then, 0 for one process.
     """
 
     num_streams: int
@@ -82,6 +83,7 @@ class CostCurve:
     key: Mapping[str, object] = field(default_factory=dict)
     complete: bool = True
     busy: bool = False
+    message_s: float = 0.0
 
     def seconds(self, plan: StepSetting | None, context: int | None = None) -> float:
         """Return the seconds of a step (None: of one token of plain decoding) at a context."""
@@ -136,6 +138,7 @@ class CostCurve:
             "key": dict(self.key),
             "complete": self.complete,
             "busy": self.busy,
+            "message_s": round(self.message_s, 7),
             "plain": _cost(self.plain),
             "growth": asdict(self.growth),
             "restart_s": self.restart_s,
@@ -163,6 +166,7 @@ class CostCurve:
             key=key,
             complete=values.get("complete", True) is True,
             busy=values.get("busy", False) is True,
+            message_s=_number(values.get("message_s", 0.0)),
         )
 
 

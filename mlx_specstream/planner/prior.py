@@ -89,7 +89,7 @@ class Chip:
             return _ROWS_8BIT_M3
         if ultra:
             return _ROWS_4BIT_ULTRA
-        return _ROWS_4BIT_M5 if self.generation >= 17 else _ROWS_4BIT_M3
+        return _ROWS_4BIT_M5 if Machine(gpu=self.arch).has_neural_accelerators else _ROWS_4BIT_M3
 
 
 CHIPS = (
@@ -106,6 +106,7 @@ CHIPS = (
     Chip("M3 Max", "applegpu_g15s", 400e9),
     Chip("M3 Max 14-core", "applegpu_g15s", 300e9, cores=14),
     Chip("M3 Ultra", "applegpu_g15d", 819e9),
+    Chip("A18 Pro", "applegpu_g17p", 60e9),  # of the MacBook Neo; M4's kind of GPU
     Chip("M4", "applegpu_g16g", 120e9),
     Chip("M4 Pro", "applegpu_g16s", 273e9),
     Chip("M4 Max", "applegpu_g16s", 546e9),

@@ -59,10 +59,10 @@ def accept(tree: DraftTree, ancestor_mask: mx.array, drawn: mx.array) -> Accepte
     right = right | (tree.depths == 0)
     # A node is accepted when it and all its ancestors are right.
     accepted = mx.all(mx.where(ancestor_mask, right, True), axis=1)
-    node = mx.argmax(mx.where(accepted, tree.depths, -1)).astype(mx.int32)
+    node = mx.argmax(mx.where(accepted, tree.depths, -1)).view(mx.int32)
     on_path = mx.take(ancestor_mask, node, axis=0)
-    nodes = mx.argsort(mx.where(on_path, tree.depths, tree.depth + 1))[: tree.depth + 1]
-    nodes = nodes.astype(mx.int32)
+    nodes = mx.argsort(mx.where(on_path, tree.depths, tree.depth + 1)).view(mx.int32)
+    nodes = nodes[: tree.depth + 1]
     return AcceptedPath(node, mx.take(tree.depths, node), nodes, mx.take(drawn, nodes))
 
 
@@ -74,7 +74,7 @@ def _accept_chain(tree: DraftTree, drawn: mx.array) -> AcceptedPath:
     right = drawn[:-1] == tree.tokens[1:]
     if tree.alive is not None:
         right = right & tree.alive[1:]
-    length = mx.sum(mx.cumprod(right.astype(mx.int32)))
+    length = mx.min(mx.where(right, tree.depth, nodes[:-1]))  # the first that is not
     return AcceptedPath(length, length, nodes, drawn)
 
 

@@ -26,12 +26,11 @@ NUM_CANDIDATES = 32  # of a stream's best, the ones that are re-ranked
 GROUP = 64  # neighbouring ids whose maximum is looked at first
 NUM_GROUPS = 128  # at least NUM_CANDIDATES, the widest TreeSpec.branching
 _EPSILON = 1e-6
-_WITHIN_GROUP = mx.array(list(range(GROUP)))
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best candidates of each stream, without regard to a parent, best first.
+    """The best candidates of each stream, without regard to a parent.
 
     ids: (γ, C) int32. log_probs: (γ, C) float32. hidden: (γ, h), the final normed states.
     """
@@ -41,8 +40,10 @@ class Candidates:
     hidden: mx.array
 
 
-def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates:
-    """Return the `count` best candidates of each stream from logits (γ, V).
+def top_candidates(
+    logits: mx.array, hidden: mx.array, count: int, *, in_order: bool = True
+) -> Candidates:
+    """Return the `count` best candidates of each stream from logits (γ, V), best first if `in_order`.
 
     In two rounds: the best `count` all lie in the `count` groups of neighbouring ids with the
     highest maxima, so only the best groups are looked into. Partitioning and normalising whole
@@ -51,28 +52,29 @@ def top_candidates(logits: mx.array, hidden: mx.array, count: int) -> Candidates
     """
     R, V = logits.shape
     count = min(count, V)
-    logits = logits.astype(mx.float32)
+    groups: mx.array | None = None
     if V > 2 * GROUP * NUM_GROUPS:
         if missing := -V % GROUP:
             logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-mx.inf)
-        groups = logits.reshape(R, -1, GROUP)
-        best = mx.argpartition(-groups.max(axis=-1), kth=NUM_GROUPS - 1, axis=-1)
-        best = best[:, :NUM_GROUPS, None]
-        logits = mx.take_along_axis(groups, best, axis=1).reshape(R, -1)
-        # Only streams that overflowed to NaN rank behind the padding: any token will do then.
-        ids = mx.minimum(best * GROUP + _WITHIN_GROUP, V - 1).reshape(R, -1)
-    else:
-        ids = mx.broadcast_to(mx.arange(V), (R, V))
+        by_group = logits.reshape(R, -1, GROUP)
+        groups = mx.argpartition(by_group.max(axis=-1), kth=-NUM_GROUPS, axis=-1)[:, -NUM_GROUPS:]
+        logits = mx.take_along_axis(by_group, groups[:, :, None], axis=1).reshape(R, -1)
+    logits = logits.astype(mx.float32)
     if count == 1:
         top = mx.argmax(logits, axis=-1, keepdims=True)
     else:
-        top = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
+        top = mx.argpartition(logits, kth=-count, axis=-1)[:, -count:]
     values = mx.take_along_axis(logits, top, axis=-1)
-    order = mx.argsort(-values, axis=-1)
-    values = mx.take_along_axis(values, order, axis=-1)
-    ids = mx.take_along_axis(ids, mx.take_along_axis(top, order, axis=-1), axis=-1)
+    if in_order and count > 1:
+        order = mx.argsort(-values, axis=-1)
+        values, top = (mx.take_along_axis(a, order, axis=-1) for a in (values, top))
+    ids = top
+    if groups is not None:
+        # Only streams that overflowed to NaN choose padding: any token will do then.
+        ids = _id_in_group(mx.take_along_axis(groups, top // GROUP, axis=-1), top)
+        ids = mx.minimum(ids, V - 1) if V % GROUP else ids
     log_probs = values - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return Candidates(ids.astype(mx.int32), log_probs, hidden)
+    return Candidates(ids.view(mx.int32), log_probs, hidden)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ class Conditioner:
     @cached_property
     def by_source(self) -> BySource:
         """Return the weights by what they are multiplied with, laid out once for all steps."""
-        h = self.mlp_out.shape[0]
+        h, r = self.lora_a.shape
         parts = [self.mlp_in[:, i * h : (i + 1) * h].T for i in range(1 + self.num_tokens)]
+        nothing = mx.zeros((h, r), dtype=self.lora_a.dtype)
+        of_token = [parts[0], self.lora_a, *(x for part in parts[2:] for x in (part, nothing))]
         return BySource(
-            mx.concatenate([parts[0], self.lora_a], axis=1),
-            mx.contiguous(parts[1]),
-            mx.contiguous(parts[2]) if self.num_tokens > 1 else None,
+            mx.concatenate(of_token, axis=1),
+            mx.concatenate([parts[1], nothing], axis=1),
             mx.concatenate([self.mlp_out, self.lora_b.T], axis=1),
+            mx.array(
+                [column < self.mlp_out.shape[1] for column in range(self.mlp_out.shape[1] + r)]
+            ),
         )
 
     def correction(
@@ -119,95 +125,117 @@ class Conditioner:
 
 @dataclass(frozen=True)
 class BySource:
-    """W1 and A by what they read, and what candidates' head rows are multiplied with.
+    """W1 with A, and W2 with B, by what they are multiplied with; n = m + r columns each.
 
-    from_parent: (h, m + r). from_stream, from_grandparent: (h, m). out: (h, m + r).
+    of_token: (h, n), for a parent; behind them n more for a grandparent, if the weights see one.
+    of_stream: (h, n). Where W1's part has no A beside it, there are zeros. out: (h, n), for the head
+    rows of candidates. of_mlp: (n,) bool, which columns are W1's.
     """
 
-    from_parent: mx.array
-    from_stream: mx.array
-    from_grandparent: mx.array | None
+    of_token: mx.array
+    of_stream: mx.array
     out: mx.array
+    of_mlp: mx.array
 
     @property
     def arrays(self) -> list[mx.array]:
         """Return all of them, for evaluation."""
-        parts = (self.from_parent, self.from_stream, self.from_grandparent, self.out)
-        return [array for array in parts if array is not None]
+        return [self.of_token, self.of_stream, self.out, self.of_mlp]
 
 
 class ConditionedProposer:
     """Candidates of each level given their parents, as `tree.build` asks for them.
 
     What does not depend on the parent is computed once for all levels: the stream's half of W1,
-    and E_c·W2 and E_c·B of every candidate, so that a level costs a few small products.
+    and E_c·W2 and E_c·B of every candidate, so that a level costs a few small products. A level's
+    grandparents were the parents of the level above, and their products are those made there.
     """
 
     def __init__(self, conditioner: Conditioner, backbone: Backbone, marginal: Candidates) -> None:
         self.backbone = backbone
         self.marginal = marginal
         self.weights = conditioner.by_source
-        self.of_stream = unit(marginal.hidden) @ self.weights.from_stream  # (γ, m)
+        self.of_stream = unit(marginal.hidden) @ self.weights.of_stream  # (γ, n)
         rows = backbone.head_rows(marginal.ids.reshape(-1))
-        keys = (rows @ self.weights.out).reshape(*marginal.ids.shape, -1)  # (γ, C, m + r)
-        m = self.weights.from_stream.shape[1]
-        self.keys = keys[..., :m], keys[..., m:]
+        self.keys = (rows @ self.weights.out).reshape(*marginal.ids.shape, -1)  # (γ, C, n)
         # The candidates' mass is the same for every parent.
         self.mass = mx.logsumexp(marginal.log_probs, axis=-1)
+        self.above: mx.array | None = None  # the products of the level above, (W, 2n)
 
     def _state(
-        self, of_stream: mx.array, parents: mx.array, grandparents: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Return what the candidates' `keys` are multiplied by, (W, m) and (W, r)."""
-        weights = self.weights
-        e = unit(self.backbone.embedding_rows(parents)) @ weights.from_parent
-        m = weights.from_stream.shape[1]
-        if weights.from_grandparent is not None:
-            rows = unit(self.backbone.embedding_rows(grandparents))
-            of_stream = mx.addmm(of_stream, rows, weights.from_grandparent)
-        return _silu_of_sum(e[:, :m], of_stream), e[:, m:]
+        self,
+        of_stream: mx.array,
+        parents: mx.array,
+        grandparents: mx.array,
+        places: mx.array | None,
+    ) -> mx.array:
+        """Return what the candidates' `keys` are multiplied by, (W, n), after the level above.
+
+        places: where in it each parent's own parent is, None for the same places; at the first level
+        there is none above, and `grandparents` are looked up.
+        """
+        weights, n = self.weights, self.weights.out.shape[1]
+        W, above = parents.shape[0], self.above
+        of_mlp, of_stream = (mx.broadcast_to(a, (W, n)) for a in (weights.of_mlp, of_stream))
+        if weights.of_token.shape[1] == n:
+            return _activated(of_mlp, self._products(parents), of_stream)
+        if above is None:
+            both = self._products(mx.concatenate([grandparents, parents]))
+            above, products, places = both[:-W], both[-W:], None
+        else:
+            products = self._products(parents)
+        self.above = products
+        above = above[:, n:]
+        if places is not None and above.shape[0] > 1:
+            above = mx.take(above, places, axis=0)
+        return _activated(of_mlp, products[:, :n], of_stream, mx.broadcast_to(above, (W, n)))
+
+    def _products(self, tokens: mx.array) -> mx.array:
+        """Return what W1 and A make of tokens (W,), (W, n) or (W, 2n)."""
+        return unit(self.backbone.embedding_rows(tokens)) @ self.weights.of_token
 
     def __call__(
         self, level: int, parents: mx.array, grandparents: mx.array, places: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
-        del places
-        state, of_adapter = self._state(at(self.of_stream, level), parents, grandparents)
-        keys, adapter_keys = (at(part, level).T for part in self.keys)
-        gain = mx.addmm(of_adapter @ adapter_keys, state, keys).astype(mx.float32)
-        scores = at(self.marginal.log_probs, level) + gain
+        if level == 0:  # a tree may be grown twice
+            self.above = None
+        state = self._state(at(self.of_stream, level), parents, grandparents, places)
+        gain = state @ at(self.keys, level).T
+        scores = _raised(mx.broadcast_to(at(self.marginal.log_probs, level), gain.shape), gain)
         total = mx.logsumexp(scores, axis=-1, keepdims=True)
         log_probs = _normalised(scores, at(self.mass, level), total)
         return mx.broadcast_to(at(self.marginal.ids, level), scores.shape), log_probs
 
-    def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
+    def best(
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
+    ) -> mx.array:
         """Return the best candidate (W,) int32 of each parent (W,); `rows` as in `ranked`."""
-        ids, scores = self._scores(rows, parents, grandparents)
+        ids, scores = self._scores(level, rows, parents, grandparents)
         best = mx.argmax(scores, axis=-1, keepdims=True)
         return mx.take_along_axis(ids, best, axis=-1)[:, 0]
 
     def ranked(
-        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities of each parent at a stream of its own.
 
         rows: (W,) int32, which row of the marginals each parent asks; chains of a batch have a
-        row per sequence and stream.
+        row per sequence and stream. Called level by level: the parents' parents are those of the
+        call before, and `grandparents` are looked up in the first.
         """
-        ids, scores = self._scores(rows, parents, grandparents)
+        ids, scores = self._scores(level, rows, parents, grandparents)
         total = mx.logsumexp(scores, axis=-1, keepdims=True)
         return ids, _normalised(scores, mx.take(self.mass, rows)[:, None], total)
 
     def _scores(
-        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
     ) -> tuple[mx.array, mx.array]:
-        states = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents)
-        parts = [
-            mx.take(keys, rows, axis=0) @ state[:, :, None]
-            for keys, state in zip(self.keys, states, strict=True)
-        ]
-        gain = (parts[0] + parts[1]).squeeze(-1).astype(mx.float32)
-        scores = mx.take(self.marginal.log_probs, rows, axis=0) + gain
+        if level == 0:  # chains may be drafted twice
+            self.above = None
+        state = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents, None)
+        gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None]).squeeze(-1)
+        scores = _raised(mx.take(self.marginal.log_probs, rows, axis=0), gain)
         return mx.take(self.marginal.ids, rows, axis=0), scores
 
 
@@ -228,8 +256,20 @@ class MarginalProposer:
 
 
 @partial(mx.compile, shapeless=True)
-def _silu_of_sum(x: mx.array, y: mx.array) -> mx.array:
-    return nn.silu(x + y)
+def _activated(of_mlp: mx.array, *parts: mx.array) -> mx.array:
+    """Return the sum of `parts`, through silu where `of_mlp` says so."""
+    total = sum(parts[1:], parts[0])
+    return mx.where(of_mlp, nn.silu(total), total)
+
+
+@partial(mx.compile, shapeless=True)
+def _raised(log_probs: mx.array, gain: mx.array) -> mx.array:
+    return log_probs + gain.astype(mx.float32)
+
+
+@partial(mx.compile, shapeless=True)
+def _id_in_group(group: mx.array, within: mx.array) -> mx.array:
+    return group * GROUP + within % GROUP
 
 
 @partial(mx.compile, shapeless=True)

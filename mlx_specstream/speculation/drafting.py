@@ -95,7 +95,7 @@ class DraftDecoder(Decoder):
     def _read(self, step: Step, cache: KVCache) -> Verdict:
         """Wait for a step and return what it decided."""
         del cache
-        return step.report.read()[0]
+        return step.read()
 
 
 def drafter_decoder(

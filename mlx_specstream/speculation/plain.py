@@ -62,7 +62,7 @@ class PlainDecoder(Decoder):
 
     def finish(self, step: Step, cache: KVCache) -> StepResult:
         """Wait for a pass and commit its token."""
-        return committed(step, step.report.read()[0], cache, self)
+        return committed(step, step.read(), cache, self)
 
     def _pass(self, tree: DraftTree, cache: KVCache, pending: int = 0) -> Step:
         """Return the pass of a tree's root, as a graph.
@@ -75,10 +75,8 @@ class PlainDecoder(Decoder):
             hidden = self.backbone.forward(tree.tokens, cache)
         finally:  # Ctrl-C may fall in here, and the cache outlives this loop
             cache.advance(-pending, generated)
-        normed = self.backbone.norm(hidden)
-        logits = self.backbone.head(normed).squeeze(0)
+        logits = self.backbone.logits(hidden)
         drawn, finite = self.token_sampler(logits, tree, ahead=pending > 0)
-        finite = finite & ~mx.any(mx.isnan(normed))
         report = StepReport.of(accepted=mx.array(0), finite=finite, tokens=drawn)
         return Step(tree, report, logits, root_only(drawn))
 

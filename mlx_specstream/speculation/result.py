@@ -92,7 +92,7 @@ class StepReport:
     how many numbers each field has:
 
         accepted      1, how many drafts were accepted
-        finite        1, whether no logit is NaN
+        finite        1 or more, whether no logit is NaN
         tokens        drawn at the path's nodes; the first `accepted` + 1 count
         nodes         (trees) the path's nodes, as many as tokens
         lower_rows    (pruned trees) where these nodes' rows are in the lower layers
@@ -129,7 +129,7 @@ class StepReport:
         nodes = values.get("nodes", list(range(kept)))[:kept]
         with_streams = values.get("stream_nodes")
         return Verdict(
-            finite=bool(values["finite"][0]),
+            finite=all(values["finite"]),
             tokens=values["tokens"][:kept],
             nodes=nodes,
             lower_rows=values.get("lower_rows", nodes)[:kept],

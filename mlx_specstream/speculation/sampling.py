@@ -108,14 +108,15 @@ class TokenSampler:
     def __call__(
         self, logits: mx.array, tree: DraftTree, ahead: bool = False
     ) -> tuple[mx.array, mx.array]:
-        """Return tokens (T,) int32 for logits (T, V), and a () bool: no logit is NaN.
+        """Return tokens (T,) int32 for logits (T, V), and for each row whether no logit is NaN.
 
         Nodes that cannot be on the accepted path may hold -1 in place of a token. `ahead` says
         that the root is not in `history` yet.
         """
-        # One damaged head row makes one NaN, which argmax and samplers may step over.
+        # One damaged head row makes one NaN, which argmax and samplers may step over; max does not,
+        # on any device. Of a row of hidden states that is NaN every logit is.
         highest = mx.max(logits, axis=-1)
-        finite = mx.all(highest == highest)
+        finite = highest == highest
         if self.sampler is None and not self.processors and self.typical is None:
             return self.draw(logits), finite
         past = len(self.history) - (0 if ahead else 1)
@@ -125,7 +126,7 @@ class TokenSampler:
     def draw(self, logits: mx.array) -> mx.array:
         """Return a token for every row of processed logits (n, V), (n,) int32, in one call."""
         if self.sampler is None:
-            return mx.argmax(logits, axis=-1).astype(mx.int32)
+            return mx.argmax(logits, axis=-1).view(mx.int32)
         logits = logits.astype(mx.float32)
         log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return self.sampler(log_probs).astype(mx.int32)

@@ -19,9 +19,18 @@ from ..model.cache import KVCache
 from .accept import accept
 from .drafters import Drafter
 from .drafters.lookup import Continuations, looked_up_tree, merged_tree
-from .result import StepReport
+from .result import StepReport, Verdict
 from .sampling import TokenSampler
 from .tree import DraftTree, Proposer, build, root_only
+
+REWRITTEN_AT_ONCE = 32 << 20
+"""Bytes of keys and values up to which drafting may rewrite buffers that are still being read.
+
+A GPU's command buffer holds what it reads until it has run, and what is held is copied when it is
+updated: keys and values of whole layers, if streams are put behind them before the verifying pass
+is over. So from here on drafting begins when that pass has been read. Below, copying takes less time
+than the device would stand idle until the host has come round to it.
+"""
 
 
 @dataclass
@@ -31,6 +40,7 @@ class Step:
     tree: what it verifies. logits: (depth + 1, V), the target's at the path's nodes. next_tree:
     what the next step verifies. expected: see `StepResult`. proposer: the candidates that
     `next_tree` was built of, None without any. before: () int32, the token before its root.
+    drafts_late: begin to draft when the report has been read, not before.
     """
 
     tree: DraftTree
@@ -40,6 +50,7 @@ class Step:
     expected: mx.array | None = None
     proposer: Proposer | None = None
     before: mx.array | None = None
+    drafts_late: bool = False
 
     def schedule(self) -> None:
         """Start computing the step, then what the next one builds on.
@@ -48,6 +59,18 @@ class Step:
         while the device is still running the streams and drafting the next tree.
         """
         mx.async_eval(self.report.packed, self.logits)
+        if not self.drafts_late:
+            self._draft()
+
+    def read(self) -> Verdict:
+        """Wait for the device, the loop's one synchronisation, and return what the step decided."""
+        verdict = self.report.read()[0]
+        if self.drafts_late:
+            self._draft()
+        return verdict
+
+    def _draft(self) -> None:
+        """Start computing what the next step builds on."""
         expected = [] if self.expected is None else [self.expected]
         mx.async_eval(*self.next_tree.arrays, *expected)
 
@@ -73,7 +96,6 @@ class Stepper:
         logits = self.drafter.backbone.head(verified.last).squeeze(0)
         drawn, finite = self.token_sampler(logits, tree)
         path = accept(tree, verified.seen, drawn)
-        finite = finite & ~mx.any(mx.isnan(verified.last))
 
         proposer = self.drafter.propose(verified, path, cache, self.tree)
         last = mx.take(tree.tokens, path.node)
@@ -91,8 +113,10 @@ class Stepper:
             stream_nodes=verified.drafting_nodes,
             looked_up=None if tree.looked_up is None else mx.take(tree.looked_up, path.nodes),
         )
-        logits = mx.take(logits, path.nodes, axis=0)
-        return Step(tree, report, logits, next_tree, next_tree.expected(), proposer, last)
+        if not tree.is_chain:
+            logits = mx.take(logits, path.nodes, axis=0)
+        late = self.drafter.rewritten_bytes(verified, cache) > REWRITTEN_AT_ONCE
+        return Step(tree, report, logits, next_tree, next_tree.expected(), proposer, last, late)
 
     def with_look_up(self, step: Step, root: int, found: Continuations) -> DraftTree:
         """Return the tree after `step`, whose last token is `root`, with continuations in it."""

@@ -172,7 +172,7 @@ def grow(
         if width < above * k:
             best = _best(paths, width)
             paths, ids = mx.take(paths, best), mx.take(ids, best)
-            place = (best // k).astype(mx.int32) if above > 1 else None
+            place = (best // k).view(mx.int32) if above > 1 else None
         if place is None:
             fixed = tuple(i // k if above > 1 else 0 for i in range(width))
             parents.append(tuple(first + i for i in fixed))
@@ -242,7 +242,7 @@ def likely_ends(tree: DraftTree, count: int) -> mx.array:
 
 def best_nodes(scores: mx.array, count: int) -> mx.array:
     """Return the indices of the `count` highest of `scores` (T,), ascending, (count,) int32."""
-    return mx.sort(_best(scores, count)).astype(mx.int32)
+    return mx.sort(_best(scores, count)).view(mx.int32)
 
 
 def _best(scores: mx.array, count: int) -> mx.array:

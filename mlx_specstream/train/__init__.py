@@ -10,6 +10,7 @@ PyTorch trainer in `convert/pytorch/` uses the same.
 
 | file | the idea it holds |
 |---|---|
+| `awake.py` | how long this process has been awake: the clock of whoever has minutes to spend |
 | `base.py` | the frozen model's part of a lossless step: run once per batch, without gradient |
 | `batches.py` | which texts and which of their positions a step trains on: a function of seed and step alone |
 | `builtin_prompts.py` | two hundred built-in prompts, to try distillation and training without any data of one's own |

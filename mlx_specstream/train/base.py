@@ -20,7 +20,7 @@ from ..model.backbone import Backbone
 from ..model.cache import KVCache, LayerKV
 from ..model.masks import causal_mask
 
-PAD_TO = 32
+PAD_TO = 8
 """Texts of a batch are padded to a multiple of this, so that few shapes occur."""
 
 

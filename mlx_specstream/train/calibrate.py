@@ -24,7 +24,6 @@ from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
 from ..speculation.tree import DraftTree
-from .data import Example
 from .loss import Tensors
 from .task import Task
 
@@ -48,15 +47,14 @@ def accepted_scores(
     backbone: Backbone,
     config: StreamConfig,
     tensors: Tensors,
-    prompts: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
     max_tokens: int,
     stop: Collection[int],
 ) -> list[float]:
     """Return, for each accepted node of decoding, its path's lowest early-exit log-probability."""
     streams = Streams(backbone, config, tensors)
     found: list[float] = []
-    for example in prompts:
-        prompt = example.tokens[: example.prompt_length]
+    for prompt in prompts:
         plan = DecodeConfig(tree=TreeSpec("best", rows=ROWS), prune=PruneSpec(keep=ROWS))
         decoder = StreamDecoder(streams, plan, TokenSampler(), keep_drafts=True)
         pruner = NotingPruner(tensors["pruner.lora_a"], tensors["pruner.lora_b"])
@@ -96,7 +94,7 @@ def threshold_of(scores: Sequence[float], share: float = KEPT_SHARE) -> tuple[fl
 def calibration(task: Task, tensors: Tensors) -> dict[str, str]:
     """Return the pruner's threshold for the adapter's metadata, if there is a pruner."""
     options = task.options
-    prompts = list(task.valid or task.train)[: options.verdict_prompts]
+    prompts = task.prompts[: options.verdict_prompts]
     if not task.config.pruner_rank or not prompts:
         return {}
     limits = (prompts, options.verdict_tokens, task.stop)

@@ -14,7 +14,6 @@ from ..speculation.drafting import StreamDecoder
 from ..speculation.result import MaxTokens
 from ..speculation.sampling import TokenSampler
 from ..speculation.streams import Streams
-from .data import Example
 from .loss import Tensors
 
 TREES = {"chain": TreeSpec("chain", branching=1), "16 rows": TreeSpec("best", rows=16)}
@@ -24,7 +23,7 @@ def decoded_tokens_per_step(
     backbone: Backbone,
     config: StreamConfig,
     tensors: Tensors,
-    prompts: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
     max_tokens: int,
     stop: Collection[int],
 ) -> dict[str, float]:
@@ -33,8 +32,8 @@ def decoded_tokens_per_step(
     figures = {}
     for name, tree in TREES.items():
         steps = tokens = 0
-        for example in prompts:
-            counts = _decode(streams, tree, example, max_tokens, stop)
+        for prompt in prompts:
+            counts = _decode(streams, tree, prompt, max_tokens, stop)
             steps, tokens = steps + len(counts), tokens + sum(counts)
         if steps:
             figures[name] = round(tokens / steps, 3)
@@ -42,10 +41,9 @@ def decoded_tokens_per_step(
 
 
 def _decode(
-    streams: Streams, tree: TreeSpec, example: Example, max_tokens: int, stop: Collection[int]
+    streams: Streams, tree: TreeSpec, prompt: Sequence[int], max_tokens: int, stop: Collection[int]
 ) -> list[int]:
     """Return how many tokens each step of one answer emitted, up to its end."""
-    prompt = example.tokens[: example.prompt_length]
     decoder = StreamDecoder(streams, DecodeConfig(tree=tree), TokenSampler())
     cache = KVCache(streams.backbone.num_layers)
     decoder.prefill(prompt[:-1], cache)

@@ -8,11 +8,11 @@ It knows no framework: `trainer.py` trains with MLX, `convert/pytorch/trainer.py
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 
 from tqdm import tqdm
 
+from .awake import awake_s
 from .progress import Budget, Progress
 from .record import Log
 
@@ -62,7 +62,7 @@ class TrainingLoop(ABC):
 
     def now(self) -> float:
         """Return seconds of a clock that all processes of the run agree about."""
-        return time.monotonic()
+        return awake_s()
 
     def count_time(self) -> float:
         """Add the time since the last call to the run's; return the seconds of all sittings."""

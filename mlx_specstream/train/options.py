@@ -175,13 +175,13 @@ class TrainOptions:
         """Return N_s for a model of so many layers.
 
         Raises:
-            OptionError: as many MSA layers as layers.
+            OptionError: more MSA layers than layers.
         """
         num_msa = self.num_msa_layers or max(1, round(0.4 * num_layers))
-        if num_msa >= num_layers:
+        if num_msa > num_layers:
             raise OptionError(
-                f"--num-msa-layers {num_msa} leaves no layer below the streams; the model has "
-                f"{num_layers} layers, so name at most {num_layers - 1}."
+                f"--num-msa-layers {num_msa} is more than the model's {num_layers} layers; name at "
+                "most as many."
             )
         return num_msa
 
@@ -192,7 +192,7 @@ class TrainOptions:
         gradient, and a stream row that goes to other experts than its main row makes them be read.
 
         Raises:
-            OptionError: as many MSA layers as layers, a module that not all those layers have, or
+            OptionError: more MSA layers than layers, a module that not all those layers have, or
                 no module that they do.
         """
         num_msa = self.msa_layers(num_layers)

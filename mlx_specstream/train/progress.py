@@ -63,7 +63,7 @@ class Budget:
         return self.updates - progress.update
 
     def __str__(self) -> str:
-        return f"{self.minutes:g} minutes" if self.minutes else f"{self.updates} updates"
+        return f"{self.minutes:.3g} minutes" if self.minutes else f"{self.updates} updates"
 
 
 def rate_factor(
@@ -101,7 +101,5 @@ def described(
 ) -> str:
     """Say what will be trained on how much."""
     positions = sum(len(example.positions) for example in train)
-    return (
-        f"{len(train)} texts with {positions:,} positions, {len(valid)} held out; {shape}, "
-        f"{num_parameters:,} parameters."
-    )
+    held = f", {len(valid)} held out" if valid else ""
+    return f"{len(train)} texts with {positions:,} positions{held}; {shape}, {num_parameters:,} parameters."

@@ -32,3 +32,8 @@ class Task:
     start: Tensors
     rms: float
     say: Callable[[str], None] = print
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Return prompts to decode for a judgement: of held-out texts, if there are any."""
+        return [example.prompt for example in self.valid or self.train]

@@ -213,6 +213,9 @@ class Trainer(TrainingLoop):
             for i, e in enumerate(by_length)
         ]
         check_memory(memory_bytes(task.backbone, task.config, self.tensors, options, longest))
+        if self.budget.minutes:  # known without a trial
+            self.say(f"It takes {self.budget}.")
+            return
         average = sum(len(e.positions) for e in task.train) / len(task.train) * options.batch_size
         share = average / max(1, sum(len(e.positions) for e in by_length))
         weights = self.objective.weights([longest])
@@ -228,7 +231,7 @@ class Trainer(TrainingLoop):
 
     def _decode_eval(self) -> dict[str, float]:
         options, task = self.options, self.task
-        prompts = list(task.valid or task.train)[: options.verdict_prompts]
+        prompts = task.prompts[: options.verdict_prompts]
         if not self.writes or not prompts:
             return {}
         tensors = self.best or self.tensors

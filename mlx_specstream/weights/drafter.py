@@ -81,7 +81,7 @@ def save_drafter(
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     if odd := difference(shapes, drafter_shapes(config)):
         raise StreamsError(f"this drafter: {odd}.")
-    _check_table(config, tensors.get("d2t"), Path(folder))
+    _check_table(config, tensors.get("d2t"), "this drafter")
     base = BaseFingerprint(base_model, fingerprint)
     FILES.save(folder, config.to_dict(), tensors, base, metadata, "this drafter")
 
@@ -150,7 +150,7 @@ def _linear(name: str, outputs: int, inputs: int, *, bias: bool) -> dict[str, Sh
     return {**weight, f"{name}.bias": (outputs,)} if bias else weight
 
 
-def _check_table(config: DrafterConfig, table: mx.array | None, path: Path) -> None:
+def _check_table(config: DrafterConfig, table: mx.array | None, path: Path | str) -> None:
     """Make sure that a draft vocabulary's ids are ids of the base, each once."""
     if table is None:
         return

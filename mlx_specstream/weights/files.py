@@ -17,8 +17,10 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +31,33 @@ IfExists = Literal["error", "replace", "keep"]
 the old one if it has appeared by then (two processes making the same thing)."""
 
 _PARTIAL = ".partial"
+_READ_WHOLE = 64 << 20
+_BLOCK, _BLOCKS = 4096, 256  # of a larger file
 
 
 def without_folders(name: str) -> str:
     """Return what a model or streams are called: of a path its last part, a hub's id as it is."""
     path = Path(name).expanduser()
     return path.name if path.is_absolute() or name.startswith(".") or path.exists() else name
+
+
+def sketch(folder: Path, patterns: Sequence[str]) -> bytes:
+    """Return 32 bytes that tell whether two folders hold the same files: names, sizes, samples.
+
+    Small files are read whole, of large ones blocks from end to end.
+    """
+    found = sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        found.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= _READ_WHOLE:
+                found.update(file.read())
+                continue
+            for number in range(_BLOCKS):
+                file.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
+                found.update(file.read(_BLOCK))
+    return found.digest()
 
 
 @contextmanager
@@ -94,15 +117,37 @@ def refuse_existing(target: str | Path, *, files_only: bool = False) -> None:
     """Refuse to write a folder where something is, before any work is done for it.
 
     Raises:
-        OutputError: `target` is a file, or (unless `files_only`) a folder that is not empty.
+        OutputError: `target` is a file or below one, has a name that is too long, or is (unless
+            `files_only`) a folder that is not empty.
     """
     final = _final_path(target)
-    if final.exists() and not final.is_dir():
+    with _plain_sentences(final):
+        if final.exists() and not final.is_dir():
+            raise OutputError(
+                f"{final} is a file where a folder is to be written; move it or name another folder."
+            )
+        if not next(each for each in final.parents if each.exists()).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not files_only and _occupied(final):
+            raise _exists_already(final)
+
+
+def writable_parent(target: str | Path) -> None:
+    """Make sure that something can be written beside `target`, before any work is done for it.
+
+    Raises:
+        OutputError: why not.
+    """
+    final = _final_path(target)
+    try:
+        with _plain_sentences(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=final.parent):
+                pass
+    except OSError as error:
         raise OutputError(
-            f"{final} is a file where a folder is to be written; move it or name another folder."
-        )
-    if not files_only and _occupied(final):
-        raise _exists_already(final)
+            f"{final} cannot be written ({error.strerror}); name another place."
+        ) from error
 
 
 def remove_leftovers(target: str | Path) -> None:
@@ -240,11 +285,14 @@ def _reason(error: Exception, partial: Path | None) -> str | None:
     """Say why writing failed, or None if `error` is about something else (an input file, a bug)."""
     if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         return "the disk is full; free some space or name another place"  # safetensors gives the words, no errno
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):
+        return "the disk is probably full; free some space or name another place"  # MLX's words, no errno
     if not isinstance(error, OSError):
         return None
     if error.filename and partial and not str(error.filename).startswith(str(partial)):
         return None
     reasons = {
+        errno.ENOENT: "no folder can be made there; name another place",
         errno.EACCES: "permission is missing; name a place you may write to",
         errno.EPERM: "permission is missing; name a place you may write to",
         errno.EROFS: "the file system is read-only; name another place",

@@ -16,8 +16,10 @@ import mlx.nn as nn
 
 from ..config import AUTO
 from ..errors import StreamsError
+from ..machine import ranks
 from .adopted import find_adopted, place_of
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, StreamWeights, load_streams
+from .files import sketch
 from .fingerprint import fingerprint, same_base
 from .hub import fetch, refuse_revision
 
@@ -57,6 +59,11 @@ def find_streams(
         folder = _automatic(model, model_folder, adapter_path)
     else:
         folder = _named(streams, revision)
+    ranks.check_same(
+        lambda: b"" if folder is None else sketch(folder, STREAM_FILES),
+        "{odd} has other streams than process 0, or none; put the same ones on every machine and "
+        "name them with --streams.",
+    )
     if folder is None:
         return None
     weights = load_streams(folder)

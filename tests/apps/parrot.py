@@ -105,7 +105,7 @@ def save_parrot(
     (folder / "config.json").write_text(json.dumps(model_config, indent=1))
     tokenizer = _tokenizer(pieces)
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
-    assert len(tokenizer) == vocab
+    assert len(tokenizer.get_vocab()) == vocab
     tokenizer.chat_template = template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
 

@@ -124,6 +124,16 @@ def test_thinking_off_is_told_to_the_template(chat: Chat) -> None:
     assert chat.session.encode(messages) != usual
     commands.run(chat, "/set thinking on")
     assert chat.session.encode(messages) == usual
+    assert "(set, but" not in written(chat)
+
+
+def test_a_template_that_knows_no_thinking_off_says_so(chat: Chat) -> None:
+    template = chat.session.tokenizer.chat_template
+    chat.session.tokenizer.chat_template = template.removeprefix(OFF)
+    commands.run(chat, "/set thinking on")
+    assert "(set, but" not in written(chat)
+    commands.run(chat, "/set thinking off")
+    assert "no way to ask for no thoughts" in written(chat)
 
 
 def test_cut_inside_a_thought(chat: Chat) -> None:

@@ -263,6 +263,23 @@ def test_settings_are_read_and_shown() -> None:
         assert settings.changed(name, value) == settings, "what is shown can be typed"
 
 
+def test_a_setting_that_changes_nothing_yet_says_so(chat: Chat) -> None:
+    for lines, remark in (
+        (["/set top-p 0.9"], "at temperature 0"),
+        (["/set seed 3"], "at temperature 0"),
+        (["/set temperature 0.7", "/set top-p 0.8"], ""),
+        (["/set mode plain", "/set prune 8"], "/set mode speculative"),
+        (["/set mode speculative", "/set prune none"], ""),
+        (["/set max-tokens 9"], ""),
+    ):
+        before = written(chat)
+        for line in lines:
+            commands.run(chat, line)
+        said = written(chat).removeprefix(before)
+        assert ("(set, but" in said) == bool(remark), lines
+        assert remark in said
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nonsense_is_refused(name: str) -> None:
     for text in ("-5", "what", "", "nan" if name != "mode" else "x"):

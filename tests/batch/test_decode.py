@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_specstream.batch import BatchDecoder
+from mlx_specstream.batch.chains import Chains
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.loading.load import StreamModel
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.model.cache import KVCache
+from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
 from tests.batch.engine import (
     CHAIN,
@@ -63,6 +65,24 @@ def test_requests_decode_as_alone(tiny_family: object, schedule: str) -> None:
     assert model.streams is not None
     for request in requests:
         assert_as_alone(request, model.streams)
+
+
+def test_a_report_does_not_wait_for_the_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is evaluated together is ready together: the report and logits are, before the drafts."""
+    decoder = batch_decoder(streamed(small_model(layers=3)), "deferred")
+    for seed in range(2):
+        decoder.add(prompt_of(5, seed))
+    tokens = mx.zeros((2, 3), dtype=mx.int32)
+    samplers = [TokenSampler(), TokenSampler()]
+    decoder.step()  # the prompts are read
+    made = decoder.stepper.step(Chains(tokens, [3, 3]), samplers, decoder.cache)
+    evaluated: list[tuple[mx.array, ...]] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: evaluated.append(arrays))
+    made.schedule()
+    assert [[id(array) for array in arrays] for arrays in evaluated] == [
+        [id(made.report.packed), id(made.logits)],
+        [id(made.next_tokens)],
+    ]
 
 
 @pytest.mark.parametrize("conditioned", [True, False])

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_specstream import batch_generate, stream_generate
 from mlx_specstream.batch.generation import BatchAnswer
 from mlx_specstream.errors import OptionError
+from mlx_specstream.loading.load import StreamModel
 from tests.batch.engine import assert_fresh
 from tests.support.scripted import with_streams
 
@@ -80,6 +81,65 @@ def test_a_bare_model_and_ids(
         logits = tiny_llama(mx.array([[*prompt, *answer.token_ids]]))[0, len(prompt) - 1 : -1]
         assert mx.argmax(logits, axis=-1).tolist() == answer.token_ids
     assert batch_generate(tiny_llama, byte_tokenizer, []).texts == []
+
+
+def test_a_batch_that_is_over_keeps_what_was_written(
+    tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper
+) -> None:
+    model = with_streams(tiny_llama)
+    whole = batch_generate(
+        model, byte_tokenizer, PROMPTS, 20, speculative=False, return_prompt_caches=True
+    )
+    assert whole.caches is not None
+    asked: list[int] = []
+    ended: list[int] = []
+
+    def is_over(tokens: int) -> bool:
+        asked.append(tokens)
+        return tokens >= 9
+
+    cut = batch_generate(
+        model,
+        byte_tokenizer,
+        PROMPTS,
+        20,
+        speculative=False,
+        completion_batch_size=3,
+        return_prompt_caches=True,
+        on_answer=lambda index, _: ended.append(index),
+        is_over=is_over,
+    )
+    assert sorted(ended) == [0, 1, 2]  # the fourth had not begun
+    assert asked == sorted(asked)
+    assert asked[-1] == cut.stats.generation_tokens >= 9 > asked[-2]
+    assert cut.answers[3].token_ids == []
+    assert cut.caches is not None
+    for index in ended:
+        answer, full = cut.answers[index], whole.answers[index]
+        assert 0 < len(answer.token_ids) < 20
+        assert answer.token_ids == full.token_ids[: len(answer.token_ids)]
+        assert answer.finish_reason == "length"
+        assert answer.text == byte_tokenizer.decode(answer.token_ids)
+        length = len(PROMPTS[index]) + len(answer.token_ids) - 1
+        assert cut.caches[index].length == length
+
+
+def test_finished_answers_leave_no_caches_behind(
+    tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper
+) -> None:
+    """Distilling asks thousands of prompts in one call."""
+    model = StreamModel.plain(tiny_llama)
+    bytes_at: list[int] = []
+
+    def note(*_: object) -> None:
+        mx.synchronize()
+        bytes_at.append(mx.get_active_memory())
+
+    batch_generate(
+        model, byte_tokenizer, ["prompt"] * 40, 4, completion_batch_size=2, on_answer=note
+    )
+    # A finished answer's cache is two columns' worth of this model's; none of them may pile up.
+    assert bytes_at[-1] <= bytes_at[len(bytes_at) // 2]
 
 
 def test_what_cannot_be_used_is_refused(

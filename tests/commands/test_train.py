@@ -10,6 +10,7 @@ import pytest
 from mlx_specstream import cli
 from mlx_specstream.train.state import load_state
 from mlx_specstream.weights.checkpoint import load_streams
+from tests.support.together import launch
 
 QUICK = ["--iters", "4", "--batch-size", "3", "--num-layers", "2", "--lora-rank", "2"]
 QUICK += ["--conditioner-rank", "2", "--conditioner-hidden", "4", "--warmup", "1"]
@@ -51,10 +52,22 @@ def test_a_run_and_what_follows_it(tiny_folder, data, tmp_path, capsys) -> None:
     assert load_streams(more).config == load_streams(out).config
 
 
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_streams_may_run_in_every_layer(tiny_folder, data, tmp_path, mode) -> None:
+    out = tmp_path / "out"
+    words = ["--model", tiny_folder, "--data", data, "--adapter-path", out, *QUICK]
+    assert run(*words, "--num-layers", "4", "--mode", mode) == 0
+    streams = load_streams(out)
+    assert streams.config.num_msa_layers == 4
+    assert all(
+        mx.any(streams.tensors[f"layers.{i}.self_attn.q_proj.lora_b"] != 0) for i in range(4)
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--num-msa-layers", "4"], "leaves no layer below the streams; the model has 4 layers"),
+        (["--num-msa-layers", "5"], "is more than the model's 4 layers"),
         (["--target-modules", "self_attn.x"], "names 'self_attn.x', which not all of the model"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--iters", "0"], "--iters must be at least 1, got 0"),
@@ -136,3 +149,23 @@ def test_data_that_gives_nothing_is_named(tiny_folder, tmp_path, capsys, text, s
     assert said in error
     assert str(path) in error
     assert not out.exists()
+
+
+def test_two_processes_share_the_texts(tiny_folder, data, tmp_path) -> None:
+    words = ["-m", "mlx_specstream", "train", "--model", str(tiny_folder), "--data", data, *QUICK]
+    leader, follower = launch(2, [*words, "--adapter-path", str(tmp_path / "two")], timeout=600)
+    assert (leader[0], follower[0]) == (0, 0), leader[2]
+    assert "tokens per step on held-out prompts" in leader[1]
+    assert follower[1] == ""
+    run("--model", tiny_folder, "--data", data, *QUICK, "--adapter-path", tmp_path / "one")
+    one, two = (load_streams(tmp_path / name).tensors for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(mx.abs(one[name] - two[name]).max().item() < 2e-3 for name in one)
+
+
+def test_another_drafter_is_trained_by_one_process(tiny_folder, data, tmp_path) -> None:
+    words = ["-m", "mlx_specstream", "train", "--model", str(tiny_folder), "--data", data]
+    words += ["--drafter", "medusa", "--adapter-path", str(tmp_path / "out")]
+    ended = launch(2, words, timeout=600)
+    assert [status for status, _, _ in ended] == [2, 2]
+    assert "--drafter is trained by one process" in ended[0][2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_specstream import cli
+from mlx_specstream.commands.verify import conditions
 from mlx_specstream.config import DecodeConfig, PruneSpec, TreeSpec
 from mlx_specstream.errors import DataError
 from mlx_specstream.loading.load import StreamModel
+from mlx_specstream.machine import Machine
 from mlx_specstream.prompts import built_in_prompts, encode_prompt, read_prompts
 from mlx_specstream.verify import (
     Replayed,
@@ -28,6 +31,7 @@ from mlx_specstream.verify import (
 )
 from tests.support import tiny
 from tests.support.scripted import accept_one_draft, with_streams
+from tests.support.tiny_models import tiny_random_model
 
 WORDS = ["--num-prompts", "3", "--max-tokens", "12"]
 
@@ -79,12 +83,12 @@ def test_an_interrupt_keeps_what_was_found(
     """The key comes in the second prompt's speculative answer: one prompt is known by then."""
     calls: list[DecodeConfig] = []
 
-    def interrupted(*arguments: Any) -> Replayed:
+    def interrupted(*arguments: Any, **named: Any) -> Replayed:
         if arguments[4] is not None:
             calls.append(arguments[4])
             if len(calls) == 2:
                 raise KeyboardInterrupt
-        return replay(*arguments)
+        return replay(*arguments, **named)
 
     monkeypatch.setattr("mlx_specstream.verify.replay", interrupted)
     words = ["--model", folder, *WORDS, "--tree", "chain"]
@@ -92,10 +96,66 @@ def test_an_interrupt_keeps_what_was_found(
     assert "[1/3]" in out
     assert "[2/3]" not in out
     assert "1 identical, 0 near-tie, 0 mismatch" in out
+    assert "1 of 3 prompts, answers of up to 12 tokens" in out
     calls.clear()
     record = json.loads(verified(capsys, *words, "--json", status=130))
     assert record["prompts_asked"] == 3
     assert len(record["runs"][0]["prompts"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("token_s", "prompts", "tokens"),
+    [
+        (0.01, 12, 20),  # a fast machine: everything
+        (0.5, 3, 18),  # a slow one: a quarter of 105 s for each prompt, a third of that per answer
+        (5.0, 1, 16),  # a very slow one: as much as tells anything
+    ],
+)
+def test_a_quick_comparison_keeps_its_time(
+    token_s: float,
+    prompts: int,
+    tokens: int,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_specstream import verify
+
+    now = [0.0]
+    original = verify.stream_generate
+
+    def slow(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for response in original(*arguments, **named):
+            now[0] += token_s
+            yield response
+
+    def clock() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    monkeypatch.setattr(verify, "stream_generate", slow)
+    monkeypatch.setattr("time.perf_counter", clock)
+    words = ["--model", folder, "--quick", "--max-tokens", "20", "--tree", "chain", "--tree", "6"]
+    out = verified(capsys, *words)
+    count, why = ("all", "\n") if prompts == 12 else (f"{prompts} of", ": the time was up\n")
+    assert f"{count} 12 prompts, answers of up to {tokens} tokens{why}" in out
+    assert out.count(f"{prompts} identical, 0 near-tie, 0 mismatch") == 2
+    assert now[0] < 120 or prompts == 1
+    if prompts != 3:
+        return
+    now[0] = 0.0
+    record = json.loads(verified(capsys, *words, "--json"))
+    assert record["prompts_asked"] == 12
+    assert len(record["runs"][0]["prompts"]) == prompts
+
+
+def test_what_the_comparison_rests_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that keep a state: that Metal computes drafts with other kernels than one row."""
+    hybrid, other = (StreamModel.plain(tiny_random_model(name)) for name in ("qwen3_5", "llama"))
+    assert not any("keep a state" in line for line in conditions(hybrid))
+    monkeypatch.setattr(Machine, "read", lambda: Machine(backend="metal"))
+    assert any("keep a state" in line for line in conditions(hybrid))
+    assert not any("keep a state" in line for line in conditions(other))
 
 
 def test_the_gap_is_the_references(tiny_llama: nn.Module, byte_tokenizer: TokenizerWrapper) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from mlx_specstream.config import StreamConfig  # noqa: E402
 from mlx_specstream.convert.pytorch.adapters import StreamAdapters  # noqa: E402
-from mlx_specstream.convert.pytorch.backbone import Backbone  # noqa: E402
+from mlx_specstream.convert.pytorch.backbone import TorchBackbone  # noqa: E402
 from mlx_specstream.convert.pytorch.checkpoint import checkpoint_name, save_checkpoint  # noqa: E402
 
 QKV = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -75,7 +75,7 @@ def stream_config(**changes: Any) -> StreamConfig:
 def random_adapters(base: Path, config: StreamConfig, seed: int = 1) -> StreamAdapters:
     """Return adapters of the PyTorch reference with nothing left at zero."""
     torch.manual_seed(seed)
-    adapters = StreamAdapters(config, Backbone.load(base))
+    adapters = StreamAdapters(config, TorchBackbone.load(base))
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

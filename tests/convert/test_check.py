@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from mlx_specstream.convert import check, cli  # noqa: E402
+from mlx_specstream.convert import check_runs, cli  # noqa: E402
 from mlx_specstream.convert.check import Proof  # noqa: E402
 from mlx_specstream.convert.dequantise import dequantised  # noqa: E402
 from mlx_specstream.convert.plan import Options, make_plan  # noqa: E402
@@ -71,8 +71,8 @@ def proved(tmp_path: Path, base: Path, quantised: Path | None = None, **changes:
 
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "NUM_TOKENS", 12)
-    monkeypatch.setattr(check, "PROMPTS", check.PROMPTS[:2])
+    monkeypatch.setattr(check_runs, "NUM_TOKENS", 12)
+    monkeypatch.setattr(check_runs, "PROMPTS", check_runs.PROMPTS[:2])
 
 
 @pytest.mark.usefixtures("short_answers")

@@ -216,3 +216,44 @@ def test_a_table_must_name_tokens_of_the_base(tmp_path, base):
                 base_model=None, fingerprint=None,
             )  # fmt: skip
     assert not (tmp_path / "bad").exists()
+
+
+LIES = {
+    "offsets beyond any integer": ({"d2t": np.full(40, 1 << 40)}, {}, "d2t"),
+    "offsets below them": ({"d2t": np.full(40, -(1 << 63))}, {}, "d2t"),
+    "ids for offsets": ({"d2t": np.arange(40) + 21}, {}, "d2t"),
+    "a scalar": ({"d2t": np.array(3)}, {}, r"d2t is I64 \(\), expected integers"),
+    "a table of another draft vocabulary": ({"d2t": np.arange(40) // 2}, {}, "name different tokens"),
+    "a head without its table": (
+        {"lm_head.weight": np.ones((made.V + 3, made.H)), "d2t": None}, {}, "draft_vocab_size must be",
+    ),
+    "a head that is no matrix": ({"lm_head.weight": np.ones(())}, {}, "lacks the matrix lm_head.weight"),
+    "features that are no matrix": ({"fc.weight": np.ones(96)}, {}, "lacks the matrix fc.weight"),
+    "layers that the base lacks": (
+        {}, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "of layers up to 4, and the base has 3",
+    ),
+    "tokens that the base lacks": ({}, {"vocab_size": made.V + 1}, f"of tokens {made.V + 1}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_mask", [True, False], ids=["t2d", "no t2d"])
+@pytest.mark.parametrize("name", LIES)
+def test_an_eagle_that_lies_is_refused_before_anything_is_written(tmp_path, base, name, with_mask):
+    tensors, fields, told = LIES[name]
+    state = made.eagle3(tmp_path / "published")
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    for key, value in tensors.items():
+        state[key] = (
+            None if value is None else value.astype(np.int64 if key == "d2t" else np.float32)
+        )
+    if not with_mask:
+        state.pop("t2d")
+        if "another draft" in name:  # a table like any other, where nothing says which tokens
+            return
+    made.write(
+        tmp_path / "lies", {k: v for k, v in state.items() if v is not None}, {**config, **fields}
+    )
+    with pytest.raises((CheckpointError, StreamsError), match=told) as caught:
+        convert(tmp_path / "lies", tmp_path / "out", "--base", str(base))
+    assert "partial" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from mlx_specstream.errors import SpecStreamError
 from mlx_specstream.weights.checkpoint import load_streams
 from mlx_specstream.weights.tensorfile import TensorSpec, TensorWriter
 from tests.convert import torch_files
+from tests.convert.gguf.made import write_tiny_gguf
 from tests.convert.torch_files import Call
 
 SLOWEST_S = 5.0
@@ -108,6 +109,12 @@ def read_weights(path):
         tensor.read()
 
 
+def read_gguf(path):
+    for tensor in open_checkpoint(path).tensors.values():
+        assert tensor.nbytes < 1 << 24
+        tensor.read()
+
+
 def read_configs(path):
     fields = read_json(path)
     for use in (
@@ -156,6 +163,7 @@ def fuzz(folder, cases, seed):
         ("x.safetensors", safetensors_seed_cached(folder), read_weights),
         ("x.bin", torch_seed(folder, legacy=False), read_weights),
         ("x.pt", torch_seed(folder, legacy=True), read_weights),
+        ("x.gguf", write_tiny_gguf(folder / "seed.gguf").read_bytes(), read_gguf),
         ("x.json", json_seed(), read_configs),
         ("i.json", json_seed(), read_index),
         ("s.json", json_seed(), read_streams),

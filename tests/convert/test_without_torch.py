@@ -162,6 +162,68 @@ def test_what_is_refused_says_why(tmp_path, value, message):
         make_plan(Options(str(write_base(tmp_path / "in", value))))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"params": {"w": np.ones(2)}}, "no tensors by name but inside 'params'"),
+        ({0: np.ones(2)}, "name is 'int', which is not text"),
+        ({"a": np.ones(2), "b": Call("torch._utils._rebuild_tensor_v3", (1,))}, "8-bit floats"),
+        ({"a": np.ones(2), "b": Call("torch._utils._rebuild_qtensor", (1,))}, "dequantize"),
+        ({"a": np.ones(2), "b": Call("torch.ComplexFloatStorage")}, "complex numbers"),
+    ],
+)
+def test_what_to_save_instead_is_said(tmp_path, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(Options(str(write_base(tmp_path / "in", value))))
+
+
+def test_a_tar_of_the_first_torch_is_named(tmp_path):
+    import tarfile
+
+    write_base(tmp_path / "in", weights())
+    with tarfile.open(tmp_path / "in" / "pytorch_model.bin", "w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
+    with pytest.raises(CheckpointError, match="a tar file"):
+        make_plan(Options(str(tmp_path / "in")))
+
+
+def test_8_bit_floats_are_not_called_damage(tmp_path):
+    folder = write_base(tmp_path / "in", weights())
+    (folder / "pytorch_model.bin").unlink()
+    header = {"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
+    with pytest.raises(CheckpointError, match="holds 'a' in the number format F8_E4M3"):
+        make_plan(Options(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "beside", ["sampler.bin", "random_states_0.bin", "consolidated.safetensors", "rng_state_1.pth"]
+)
+def test_what_trainers_put_beside_weights_is_no_weights(tmp_path, beside):
+    folder = write_base(tmp_path / "in", weights())
+    (folder / beside).write_bytes(b"of another program")
+    assert make_plan(Options(str(folder))).base
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("__0_0.distcp", "dcp_to_torch"),
+        ("weights/__0_0.distcp", "dcp_to_torch"),
+        ("global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_to_fp32.py"),
+        ("flax_model.msgpack", "Flax's"),
+    ],
+)
+def test_weights_in_a_form_that_is_not_read_are_named(tmp_path, file, message):
+    folder = write_base(tmp_path / "in", weights())
+    (folder / "pytorch_model.bin").unlink()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(Options(str(folder)))
+
+
 # ---- values ------------------------------------------------------------------------------------
 
 
@@ -242,6 +304,123 @@ def test_stream_embeddings_that_peft_trained_whole(tmp_path, raw):
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="merge the adapter"):
         make_plan(Options(str(tmp_path / "in")))
+
+
+# ---- what does not fit ------------------------------------------------------------------------
+
+
+def write_adapter(folder, base, tensors, **fields):
+    folder.mkdir()
+    torch_files.save(
+        {f"base_model.model.{name}": value.astype(np.float32) for name, value in tensors.items()},
+        folder / "adapter_model.bin",
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields}
+    fields["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def pair(module, inputs=32, outputs=32, rank=2):
+    return {
+        f"{module}.lora_A.weight": np.ones((rank, inputs)),
+        f"{module}.lora_B.weight": np.ones((outputs, rank)),
+    }
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "message"),
+    [
+        (pair(Q, inputs=16), {}, r"by \(32, 16\), and the base's is \(32, 32\)"),
+        (pair(Q, outputs=64), {}, r"by \(64, 32\)"),
+        (pair(Q, rank=3), {}, "not of rank 2, as its config says"),
+        ({**pair(Q), f"{Q}.lora_B.weight": np.ones((32, 3))}, {}, "not of rank 2"),
+        (pair("model.layers.7.self_attn.q_proj"), {}, "which the base lacks"),
+        ({**pair(Q), **pair("lm_head", outputs=61)}, {}, "lm_head.lora_A.weight' is not the LoRA of a layer"),
+        ({**pair(Q), "model.embed_tokens.lora_embedding_A": np.ones((2, 61))}, {}, "is not the LoRA of a layer"),
+        ({**pair(Q), "model.embed_tokens.weight": np.ones((61, 32))}, {}, "is not the LoRA of a layer"),
+        (pair(Q), {"lora_alpha": float("nan")}, "are no LoRA"),
+        (pair(Q), {"r": 10**400}, "are no LoRA"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_one_sentence(tmp_path, tensors, fields, message):
+    base = write_base(tmp_path / "base", weights())
+    folder = write_adapter(tmp_path / "in", base, tensors, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(Options(str(folder)))
+
+
+def test_lora_of_weights_that_mlx_lm_stacks_is_not_lost(tmp_path):
+    """Each expert's LoRA would have to be added before mlx-lm makes one tensor of all experts."""
+    sizes = {**SIZES, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    state = {name: value for name, value in weights().items() if ".mlp." not in name}
+    for i in range(2):
+        layer = f"model.layers.{i}.block_sparse_moe"
+        state[f"{layer}.gate.weight"] = np.ones((2, 32), np.float32)
+        for expert in range(2):
+            for name, shape in (("w1", (48, 32)), ("w2", (32, 48)), ("w3", (48, 32))):
+                state[f"{layer}.experts.{expert}.{name}.weight"] = np.ones(shape, np.float32)
+    base = write_base(tmp_path / "base", state)
+    (base / "config.json").write_text(json.dumps({**sizes, "rope_parameters": ROPE}))
+    expert = pair("model.layers.0.block_sparse_moe.experts.1.w1", outputs=48)
+    assert make_plan(Options(str(write_adapter(tmp_path / "q", base, pair(Q))))).base
+    with pytest.raises(CheckpointError, match=r"experts\.1\.w1\.weight', which mlx-lm keeps"):
+        make_plan(Options(str(write_adapter(tmp_path / "in", base, expert))))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_whole_numbers_do_not_pass_for_floats(tmp_path, dtype):
+    state = weights()
+    state["model.norm.weight"] = state["model.norm.weight"].astype(dtype)
+    folder = write_base(tmp_path / "in", state)
+    if dtype is np.float32:
+        assert make_plan(Options(str(folder))).base
+        return
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight' is I64, expected floats"):
+        make_plan(Options(str(folder)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_tied_head_is_left_out_and_another_one_is_not_lost(tmp_path, family, copy):
+    state = weights()
+    sizes = {**SIZES, "model_type": family, "tie_word_embeddings": True, "head_dim": 8}
+    sizes["sliding_window_pattern"] = 2
+    for i in range(2 if "gemma" in family else 0):
+        layer = f"model.layers.{i}"
+        state |= {
+            f"{layer}.{n}_feedforward_layernorm.weight": np.ones(32, np.float32)
+            for n in ("pre", "post")
+        }
+        if family == "gemma3_text":
+            state |= {f"{layer}.self_attn.{n}_norm.weight": np.ones(8, np.float32) for n in "qk"}
+    if copy:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    folder = write_base(tmp_path / "in", state)
+    (folder / "config.json").write_text(json.dumps({**sizes, "rope_parameters": ROPE}))
+    if copy:
+        out = convert(folder, tmp_path / "out")
+        assert "lm_head.weight" not in mx.load(str(out / "model.safetensors"))
+        assert np.isfinite(logits(out)).all()
+        return
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds other values"):
+        make_plan(Options(str(folder)))
+
+
+def test_a_full_disk_is_not_called_a_source_that_cannot_be_read(tmp_path, monkeypatch):
+    from mlx_specstream.errors import OutputError
+    from mlx_specstream.weights.tensorfile import TensorWriter
+
+    def full(*_):
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(TensorWriter, "copy", full)
+    with pytest.raises(OutputError, match="larger than this file system allows"):
+        convert(write_base(tmp_path / "in", weights()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- messages ----------------------------------------------------------------------------------

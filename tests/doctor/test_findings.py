@@ -17,6 +17,9 @@ M4_PRO = Machine(
 )  # fmt: skip
 M1 = replace(M4_PRO, chip="Apple M1", gpu="applegpu_g13g", memory_bytes=16 << 30)
 M5 = replace(M4_PRO, chip="Apple M5", gpu="applegpu_g17g")
+NEO = replace(M4_PRO, chip="Apple A18 Pro", gpu="applegpu_g17p", memory_bytes=8 << 30)
+# What MLX says of itself on a hosted machine for workflows.
+VIRTUAL = replace(M4_PRO, chip="Apple M1 (Virtual)", gpu="air64_v27", memory_bytes=7 << 30)
 LINUX = Machine(
     system="Linux", os_version="6.8", arch="x86_64", cores=2, memory_bytes=24 << 30, backend="cpu",
     blas="OpenBLAS", python="3.11.7", mlx="0.32.4", mlx_lm="0.32.2",
@@ -28,7 +31,7 @@ def said(machine: Machine, level: str = "") -> str:
     return "\n".join(f.what for f in findings(machine) if level in ("", f.level))
 
 
-@pytest.mark.parametrize("machine", [M4_PRO, M1, M5, LINUX, CUDA])
+@pytest.mark.parametrize("machine", [M4_PRO, M1, M5, NEO, VIRTUAL, LINUX, CUDA])
 def test_a_good_machine_has_no_problem(machine: Machine) -> None:
     assert said(machine, "problem") == ""
 
@@ -76,15 +79,19 @@ def test_facts_follow_the_chip() -> None:
     assert "(affine) gain little" in said(M1, "fact")
     assert "gain little" not in said(M4_PRO)
     assert "16-bit models gain most" in said(M4_PRO, "fact")
-    assert "two thirds of the memory" in said(M1)
+    assert "cannot be paged out, up to two thirds" in said(M1)
     assert "two thirds" not in said(M4_PRO)
+    assert "as in a virtual machine" in said(VIRTUAL, "fact")
+    assert "16-bit models gain most" not in said(VIRTUAL)
+    assert "virtual" not in said(M4_PRO)
     assert "Ultra" in said(replace(M4_PRO, gpu="applegpu_g15d"))
     assert "Ultra" not in said(M4_PRO)
     assert "from 8 rows on" in said(CUDA)
 
 
 def test_what_mlx_makes_of_float32_is_said() -> None:
-    for machine, rounds in ((M5, True), (CUDA, True), (M4_PRO, False), (LINUX, False)):
+    machines = ((M5, True), (CUDA, True), (M4_PRO, False), (NEO, False), (LINUX, False))
+    for machine, rounds in machines:
         assert ("float32 is not quite float32" in said(machine, "fact")) is rounds
     assert "float32 is not quite" not in said(replace(M5, tf32=False))
     assert "float32 is not quite" not in said(replace(M5, os_version="26.1"))
@@ -103,6 +110,13 @@ def test_nothing_is_said_that_mlx_sources_contradict() -> None:
     # More than eight rows are not refused, but go to another kernel.
     assert "at most 8 rows at once" not in why(M4_PRO)
     assert "heads of 256" in why(M4_PRO)
+    assert "each of up to 6 rows" in why(replace(M1, gpu="applegpu_g13s"))
+    # The A18 Pro is of M5's generation by number alone: nothing of neural accelerators is said of it.
+    assert "16-bit models gain most" in why(NEO)
+    for release in ("15.6", "26.1", "26.3"):
+        assert "neural accelerators" not in why(replace(NEO, os_version=release))
+    # A limit on what is wired wires nothing by itself: only what MLX has allocated.
+    assert "however small the model" not in why(M1)
 
 
 def test_every_finding_says_what_to_do() -> None:

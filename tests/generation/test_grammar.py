@@ -32,6 +32,7 @@ from tests.support.engine import (
     table_decoder,
 )
 from tests.support.scripted import right_drafts, with_streams
+from tests.support.tokenizers import KINDS
 
 pytest.importorskip("llguidance")
 
@@ -77,6 +78,40 @@ def fits(kind: str, text: str) -> bool:
 def until_end(tokens: Sequence[int]) -> list[int]:
     tokens = list(tokens)
     return tokens[: tokens.index(tiny.EOS)] if tiny.EOS in tokens else tokens
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"propertyNames": {"type": "string"}, "additionalProperties": {"const": 1}}, '{"a": 1}'),
+        ({"properties": {"propertyNames": {"const": 1}}}, '{"propertyNames": 1}'),
+        ({"properties": {"a": {"propertyNames": True, "type": "object"}}}, '{"a": {"b": 2}}'),
+        ({"properties": {"a": {"enum": [{"propertyNames": {}}]}}}, '{"a": {"propertyNames": {}}}'),
+    ],
+)
+def test_that_names_are_texts_need_not_be_said(
+    tokenizer: TokenizerWrapper, schema: dict[str, object], text: str
+) -> None:
+    """zod says so of its records; a property may have any name, and values are no schemas."""
+    made = Grammar.json_schema(tokenizer, {"type": "object", **schema}, 256).matcher()
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert made.try_consume_tokens(tokens) == len(tokens)
+    assert made.is_accepting()
+
+
+def test_names_that_must_fit_a_pattern_are_refused(tokenizer: TokenizerWrapper) -> None:
+    with pytest.raises(DataError, match="propertyNames"):
+        Grammar.json_schema(tokenizer, {"propertyNames": {"pattern": "^a"}}, 256)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blanks_are_blanks_in_every_kind_of_vocabulary(kind: str) -> None:
+    fast = KINDS[kind][0]()
+    fast.add_special_tokens({"eos_token": "<eos>"})
+    made = Grammar.regex(wrapped := TokenizerWrapper(fast), r" ?l est 👍", len(fast)).matcher()
+    tokens = wrapped.encode("l est 👍", add_special_tokens=False)
+    assert made.try_consume_tokens(tokens) == len(tokens)
+    assert made.is_accepting()
 
 
 @pytest.mark.parametrize("kind", ["schema", "lark", "regex"])
@@ -245,7 +280,7 @@ def test_mistakes_are_one_sentence(
 def test_json_has_no_choice_of_blanks_unless_asked(tokenizer: TokenizerWrapper) -> None:
     def allows(text: str, **guidance: object) -> bool:
         schema = {"type": "object", **({"x-guidance": guidance} if guidance else {})}
-        matcher = Grammar.json_schema(tokenizer, schema, len(tokenizer)).matcher()
+        matcher = Grammar.json_schema(tokenizer, schema, len(tokenizer.get_vocab())).matcher()
         tokens = tokenizer.encode(text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mlx_specstream.cli import VERBS, main
+from mlx_specstream.commands.words import EACH, TOGETHER
 from mlx_specstream.model.stages import Stages
 from tests.support.tiny import save_tiny_model
 from tests.support.together import launch
 
 PROGRAM = ["-m", "tests.support.together"]
 GENERATE = ["-m", "mlx_specstream", "generate", "-p", "abc", "--streams", "none", "--model"]
-
-DYING = """
-import os, signal, sys
-from mlx_specstream import load, stream_generate
-from mlx_specstream.exit_status import exit_status
-from mlx_specstream.machine import ranks
-
-def work():
-    model, tokenizer = load(sys.argv[1], streams=None)
-    for number, _ in enumerate(stream_generate(model, tokenizer, "abc", max_tokens=400)):
-        if number == 5 and ranks.is_follower():
-            os.kill(os.getpid(), signal.SIGKILL)
-    return 0
-
-sys.exit(exit_status(work))
-"""
 
 
 def one_process(*words: str) -> str:
@@ -65,20 +50,16 @@ def test_layers_are_divided_evenly_and_each_has_one_owner() -> None:
     assert list(Stages.alone(4).split(range(1, 4))) == [(range(1, 4), 0)]
 
 
-def test_the_loss_of_a_process_ends_the_others_with_a_sentence(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "model", eos_token_id=None)
-    leader, follower = launch(2, ["-c", DYING, str(folder)], timeout=120)
-    assert follower[0] == -signal.SIGKILL
-    assert leader[0] == 2
-    assert "another process was lost" in leader[2]
-    assert "Traceback" not in leader[2]
-
-
-def test_verbs_for_one_process_refuse_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_specstream.cli import main
-
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {*TOGETHER, *EACH}))
+def test_verbs_for_one_process_refuse_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
     monkeypatch.setenv("MLX_RANK", "0")
-    assert main(["plan", "--help"]) == 2
+    assert main([verb, "--help"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert f"specstream {verb} runs in one process" in said.err
 
 
 def test_too_many_processes_for_the_layers_is_one_sentence(tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_specstream import load
 from mlx_specstream.errors import ModelError
-from mlx_specstream.loading.tokenizer import is_byte_level
+from mlx_specstream.loading.tokenizer import decode_by_vocabulary, spelling_in
 from tests.support import tiny
+from tests.support.tokenizers import KINDS
+from tests.support.tokenizers import TEXT as INDENTED
 
 SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -51,9 +55,37 @@ def test_bytes_are_decoded_as_bytes_whatever_the_decoder(tmp_path: Path, decoder
 
 
 def test_a_vocabulary_is_judged_by_how_most_tokens_begin() -> None:
-    assert is_byte_level({"Ġ": 0, "Ġa": 1, "b": 2})
-    assert not is_byte_level({"▁": 0, "▁a": 1, "Ġ": 2, "b": 3})
-    assert not is_byte_level({"a": 0, "b": 1})
+    assert spelling_in({"Ġ": 0, "Ġa": 1, "b": 2}) == "bytes"
+    assert spelling_in({"▁": 0, "▁a": 1, "Ġ": 2, "b": 3}) == "sentencepiece"
+    assert spelling_in({"a": 0, "b": 1}) == "other"
+    assert spelling_in({"a": 0, "##b": 1, "▁": 2}) == "other"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "WordPiece"])
+def test_text_in_pieces_is_the_text_at_once(kind: str) -> None:
+    """Behind a line break too, where a line's indent is not a text's first blank."""
+    made, text = (
+        (word_pieces, "hello old world") if kind == "WordPiece" else (KINDS[kind][0], INDENTED)
+    )
+    tokenizer = decode_by_vocabulary(TokenizerWrapper(made()))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert streamed(tokenizer, text) == tokenizer.decode(ids) == text
+    detokenizer, seen = tokenizer.detokenizer, ""
+    for token in ids:
+        detokenizer.add_token(token)
+        seen += detokenizer.last_segment
+        assert text.startswith(seen)
+    detokenizer.finalize()
+    assert seen + detokenizer.last_segment == text
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "hello", "wo", "##r", "##ld", "old"]
+    model = models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
 
 
 def refused(folder: Path | str, *words: str, adapter_path: str | None = None) -> None:

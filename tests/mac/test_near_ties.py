@@ -1,6 +1,6 @@
 """Speculation on the GPU: answers are plain decoding's, or part where two tokens are nearly as likely.
 
-    python -m pytest -m mac        # on a Mac; a divergence's message says how far apart the tokens are
+    python -m pytest tests/mac -m mac      # on a Mac; a divergence's message says how far apart the tokens are
 
 A GPU takes other kernels for one row than for several, so tokens may differ at near-ties, which
 `verify.py` judges by plain decoding's own logits. Heads have 64 channels, which Metal's fused

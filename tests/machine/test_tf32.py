@@ -36,6 +36,10 @@ def rounding_model() -> nn.Module:
         (Machine(backend="metal", gpu="applegpu_g18g", os_version="27.0"), True),
         (Machine(backend="metal", gpu="applegpu_g16s", os_version="26.3"), False),
         (Machine(backend="metal", gpu="applegpu_g17s", os_version="26.3", tf32=False), False),
+        # The phones' chips have neural accelerators one generation later: A18 Pro none, A19 Pro does.
+        (Machine(backend="metal", gpu="applegpu_g17p", os_version="26.3"), False),
+        (Machine(backend="metal", gpu="applegpu_g18p", os_version="26.3"), True),
+        (Machine(backend="metal", gpu="air64_v27", os_version="26.3"), False),  # a virtual one
         (Machine(backend="cuda", gpu="NVIDIA H100", os_version="6.8"), True),
         (Machine(backend="cuda", gpu="NVIDIA H100", os_version="6.8", tf32=False), False),
         (Machine(backend="cpu", os_version="26.3"), False),

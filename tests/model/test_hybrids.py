@@ -49,7 +49,8 @@ def arrays_of(model: nn.Module, tokens: list[int]) -> list[np.ndarray]:
     model(mx.array(tokens)[None], cache=caches)
     found = []
     for cache in caches:
-        pair = cache.cache if hasattr(cache, "cache") else cache.keys_and_values()
+        rows = getattr(cache, "keys_and_values", lambda cache=cache: cache.state)  # mlx-lm 0.31
+        pair = cache.cache if hasattr(cache, "cache") else rows()
         found += [np.array(array) for array in pair]
     return found
 

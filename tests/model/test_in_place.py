@@ -10,13 +10,25 @@ import numpy as np
 import pytest
 
 from mlx_specstream.batch import BatchDecoder
+from mlx_specstream.batch import step as batch_step
 from mlx_specstream.batch.cache import BatchKVCache
+from mlx_specstream.batch.step import BatchStep
 from mlx_specstream.config import CacheConfig, DecodeConfig, PruneSpec, TreeSpec
-from mlx_specstream.model.cache import KVCache, QuantizedLayer, RotatingLayer
-from mlx_specstream.speculation.result import MaxTokens
+from mlx_specstream.model import attention
+from mlx_specstream.model.cache import GROWTH, KVCache, QuantizedLayer, RotatingLayer
+from mlx_specstream.speculation import step as step_module
+from mlx_specstream.speculation.drafting import DraftDecoder
+from mlx_specstream.speculation.result import MaxTokens, StepReport, Verdict
+from mlx_specstream.speculation.step import Step
 from mlx_specstream.speculation.streams import Streams
 from tests.batch.engine import as_model, with_table
-from tests.support.engine import random_streams, small_model, stream_config, table_decoder
+from tests.support.engine import (
+    random_streams,
+    small_model,
+    stream_config,
+    stream_decoder,
+    table_decoder,
+)
 
 SETTINGS = {
     "chain": DecodeConfig(TreeSpec(kind="chain", branching=1)),
@@ -55,6 +67,41 @@ def streams_for(kind: str, mode: str = "lossless") -> Streams:
     return random_streams(model, stream_config(mode=mode, num_streams=4), scale=0.05)
 
 
+def copied(seen: list[list[tuple[int, int]]]) -> list[int]:
+    """Return the steps after which a buffer is elsewhere, and not because it has grown."""
+    return [
+        step
+        for step, (before, after) in enumerate(itertools.pairwise(seen[1:]))
+        if any(a != b and a[1] == b[1] for a, b in zip(before, after, strict=True))
+    ]
+
+
+def decoded(
+    streams: Streams, config: DecodeConfig, cache: KVCache, tokens: int
+) -> tuple[list[list[tuple[int, int]]], int]:
+    """Return where the buffers were after each step, and how many paths lay apart.
+
+    Looked at when a step has been read and drafts: to look is to wait, and would hurry later ones.
+    """
+    apart, seen, read = 0, [], Step.read
+
+    def looking(step: Step) -> Verdict:
+        verdict = read(step)
+        seen.append(addresses(cache))
+        return verdict
+
+    decoder = table_decoder(streams, config, keep_drafts=True)
+    prompt = [int(t) for t in np.random.default_rng(0).integers(0, 64, 50)]
+    decoder.token_sampler.history[:] = prompt
+    decoder.prefill(prompt[:-1], cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "read", looking)
+        for result in decoder.steps(prompt[-1], cache, MaxTokens(tokens)):
+            assert result.draft is not None
+            apart += result.draft.accepted != list(range(len(result.tokens)))
+    return seen, apart
+
+
 @pytest.mark.parametrize("kind", list(CACHES))
 @pytest.mark.parametrize("setting", [*SETTINGS, "shared"])
 def test_buffers_stay_where_they_are(kind: str, setting: str) -> None:
@@ -63,42 +110,76 @@ def test_buffers_stay_where_they_are(kind: str, setting: str) -> None:
     streams = streams_for(kind, "shared" if shared else "lossless")
     config = SETTINGS["inline" if shared else setting]
     cache = streams.backbone.new_cache(CACHES[kind], drop=1000)
-    apart, seen = 0, []
-
-    decoder = table_decoder(streams, config, keep_drafts=True)
-    prompt = [int(t) for t in np.random.default_rng(0).integers(0, 64, 50)]
-    decoder.token_sampler.history[:] = prompt
-    decoder.prefill(prompt[:-1], cache)
-    for result in decoder.steps(prompt[-1], cache, MaxTokens(120)):
-        seen.append(addresses(cache))
-        assert result.draft is not None
-        apart += result.draft.accepted != list(range(len(result.tokens)))
+    seen, apart = decoded(streams, config, cache, 120)
     if setting != "chain":
         assert apart > 3
     if kind == "rotating":
         assert any(isinstance(layer, RotatingLayer) for layer in cache.layers)
-    moved = [
-        step
-        for step, (before, after) in enumerate(itertools.pairwise(seen[1:]))
-        if any(a != b and a[1] == b[1] for a, b in zip(before, after, strict=True))
-    ]
-    assert moved == []
+    assert copied(seen) == []
 
 
-def peak_over_base(streams: Streams, tree: TreeSpec, schedule: str) -> tuple[int, int]:
-    """Return the bytes that steps behind 4,096 tokens take for a while, and the paths apart."""
-    config = DecodeConfig(tree, schedule=schedule)  # type: ignore[arg-type]
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold what attention reads until the report has been read, as a GPU's command buffers do.
+
+    They run behind the host, about ten of them or half of a model; a buffer that is held cannot be
+    updated in place. What a pass reads after the report is not held here.
+    """
+    held: list[object] = []
+    attend, read = attention._attention, StepReport.read
+
+    def holding(queries: mx.array, keys: object, values: object, **named: object) -> mx.array:
+        held.append((keys, values))
+        return attend(queries, keys, values, **named)
+
+    def freeing(report: StepReport) -> list[Verdict]:
+        verdicts = read(report)
+        held.clear()
+        return verdicts
+
+    monkeypatch.setattr(attention, "_attention", holding)
+    monkeypatch.setattr(StepReport, "read", freeing)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("kind", list(CACHES))
+@pytest.mark.parametrize("setting", ["chain", "deferred", "pruned"])
+def test_deferred_streams_copy_no_large_buffers_on_a_gpu(
+    kind: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = streams_for(kind)
+    small = streams.backbone.new_cache(CACHES[kind], drop=1000)
+    assert len(copied(decoded(streams, SETTINGS[setting], small, 60)[0])) > 10
+    monkeypatch.setattr(step_module, "REWRITTEN_AT_ONCE", 1000)
+    large = streams.backbone.new_cache(CACHES[kind], drop=1000)
+    assert copied(decoded(streams, SETTINGS[setting], large, 60)[0]) == []
+
+
+@pytest.mark.parametrize("setting", ["chain", "deferred", "pruned"])
+def test_deferred_streams_never_make_a_buffer_grow_once_more(setting: str) -> None:
+    """They stand behind the text for a moment: it grows as often as without, and never holds them."""
+    streams = streams_for("plain")
     cache = streams.backbone.new_cache()
+    seen, _ = decoded(streams, SETTINGS[setting], cache, 700)
+    sizes = [[rows for _, rows in buffers] for buffers in seen]
+    grown = [
+        sum(a != b for a, b in itertools.pairwise(of_one)) for of_one in zip(*sizes, strict=True)
+    ]
+    assert set(grown) == {cache.length // GROWTH}
+    assert {rows for of_step in sizes for rows in of_step} == {256, 512, 768}
+
+
+def peak_over_base(decoder: DraftDecoder, context: int = 4096) -> tuple[int, int]:
+    """Return the bytes that steps behind a context take for a while, and the paths apart."""
+    cache, decoder.keep_drafts = decoder.stepper.drafter.backbone.new_cache(), True
     for layer in cache.layers:  # a text that says nothing, so that the table is often right
-        layer.write(0, *[mx.zeros((1, 4, 4096, 8))] * 2)
-    cache.advance(4096)
-    decoder = table_decoder(streams, config, keep_drafts=True)
+        layer.write(0, *[mx.zeros((1, 4, context, 8))] * 2)
+    cache.advance(context)
     apart = base = 0
     for step, result in enumerate(decoder.steps(5, cache, MaxTokens(36))):
         assert result.draft is not None
         apart += result.draft.accepted != list(range(len(result.tokens)))
         if step == 1:
-            assert len(result.draft.tokens) == 16
             mx.eval(cache.arrays)
             mx.reset_peak_memory()
             base = mx.get_active_memory()
@@ -109,24 +190,64 @@ def peak_over_base(streams: Streams, tree: TreeSpec, schedule: str) -> tuple[int
 def test_a_tree_takes_no_more_memory_than_a_chain_of_as_many_rows(schedule: str) -> None:
     model = small_model(layers=6, vocab=64, attention=0.1, seed=3, num_key_value_heads=4)
     streams = random_streams(model, stream_config(num_streams=15), scale=0.05)
-    chain, _ = peak_over_base(streams, TreeSpec(kind="chain", branching=1), schedule)
-    tree, apart = peak_over_base(streams, TreeSpec(rows=16), schedule)
+    trees = (TreeSpec(kind="chain", branching=1), TreeSpec(rows=16))
+    configs = [DecodeConfig(tree, schedule=schedule) for tree in trees]  # type: ignore[arg-type]
+    (chain, _), (tree, apart) = (peak_over_base(table_decoder(streams, c)) for c in configs)
     assert apart > 2
     assert tree <= 1.5 * chain
 
 
-@pytest.mark.parametrize("mode", ["lossless", "shared"])
-def test_a_batch_is_updated_in_place(mode: str) -> None:
-    model = as_model(streams_for("plain", mode))
-    decoder = with_table(BatchDecoder(model))
+def without_scores(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
+    """Stand in for fused attention, which keeps no scores in memory; on the CPU there is none."""
+    return q + 0 * (k[:, :1, :1] + v[:, :1, :1])
+
+
+@pytest.mark.parametrize("context", [4096, 16384])
+def test_a_row_takes_its_logits_and_its_keys_and_values(
+    context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So much more do 16 rows take than a chain's 5, and a few bytes for each key in masks."""
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", without_scores)
+    layers, vocab = 6, 8192
+    model = small_model(layers=layers, vocab=vocab, seed=3, num_key_value_heads=4)
+    streams = random_streams(model, stream_config(num_streams=4), scale=0.05)
+    trees = (TreeSpec(kind="chain", branching=1), TreeSpec(rows=16))
+    configs = [DecodeConfig(tree, schedule="deferred") for tree in trees]
+    chain, tree = (peak_over_base(stream_decoder(streams, c), context)[0] for c in configs)
+    row = 4 * vocab + layers * 2 * 4 * 4 * 8
+    assert tree - chain <= 11 * (1.1 * row + 3 * context)
+    assert tree >= 16 * 4 * vocab
+
+
+def decoded_together(mode: str) -> list[list[tuple[int, int]]]:
+    """Return where the buffers of a batch of three were after each step."""
+    decoder = with_table(BatchDecoder(as_model(streams_for("plain", mode))))
     for seed in range(3):
         decoder.add([int(t) for t in np.random.default_rng(seed).integers(0, 64, 10 + seed)])
-    seen, accepted = [], 0
-    for _ in range(40):
-        for _, result, _ in decoder.step():
-            assert result is not None
-            accepted += result.accepted
+    seen, accepted, read = [], 0, BatchStep.read
+
+    def looking(step: BatchStep) -> list[Verdict]:
+        verdicts = read(step)
         seen.append(addresses(decoder.cache))
+        return verdicts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchStep, "read", looking)
+        for _ in range(40):
+            for _, result, _ in decoder.step():
+                assert result is not None
+                accepted += result.accepted
     assert accepted > 20
-    for before, after in itertools.pairwise(seen[2:]):
-        assert all(a == b or a[1] != b[1] for a, b in zip(before, after, strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_a_batch_is_updated_in_place(mode: str) -> None:
+    assert copied(decoded_together(mode)) == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_large_batch_copies_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(copied(decoded_together("lossless"))) > 20
+    monkeypatch.setattr(batch_step, "REWRITTEN_AT_ONCE", 1000)
+    assert copied(decoded_together("lossless")) == []

@@ -79,9 +79,12 @@ def test_conditioned_candidates_against_the_formula(seed: int, num_tokens: int, 
     def unit(x: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x * x).mean() + 1e-6)
 
-    for level in range(3):
-        parents, before = [5, 0, 29, 5], [8, 8, 3, 9]
-        ids, log_probs = proposer(level, mx.array(parents), mx.array(before), mx.array([0] * 4))
+    levels = [([8], [11], [0]), ([5, 0, 29, 5], [8] * 4, [0] * 4)]
+    levels.append(([3, 5, 5, 7], [29, 5, 0, 5], [2, 3, 1, 0]))
+    levels += levels  # a tree may be grown twice
+    for index, (parents, before, places) in enumerate(levels):
+        level = index % 3
+        ids, log_probs = proposer(level, *(mx.array(a) for a in (parents, before, places)))
         base = dict(
             zip(marginal.ids[level].tolist(), marginal.log_probs[level].tolist(), strict=True)
         )
@@ -97,8 +100,8 @@ def test_conditioned_candidates_against_the_formula(seed: int, num_tokens: int, 
             assert set(found) == set(base)
             for c, value in found.items():
                 assert abs(value - (scores[c] - total + mass)) < 2e-3
-        # Rows 0 and 3 have the same parent, and another token before it.
-        assert mx.array_equal(log_probs[0], log_probs[3]) == (num_tokens == 1)
+        if level == 2:  # rows 1 and 2 have the same parent, and another token before it
+            assert mx.array_equal(log_probs[1], log_probs[2]) == (num_tokens == 1)
 
 
 def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
@@ -109,15 +112,19 @@ def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
     hidden = mx.random.normal((4, 32), key=mx.random.key(1))
     marginal = top_candidates(backbone.head(hidden[None])[0], hidden, 8)
     proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
-    rows, parents, before = [3, 0, 1, 3, 0], [7, 7, 11, 29, 1], [2, 28, 2, 5, 5]
+    rows, first, before = [2, 0, 1, 2, 0], [7, 7, 11, 29, 1], [2, 28, 2, 5, 5]
+    second = [4, 9, 9, 9, 21]
     wanted = []
-    for row, parent, earlier in zip(rows, parents, before, strict=True):
-        ids, log_probs = proposer(row, mx.array([parent]), mx.array([earlier]), mx.array([0]))
+    for row, token, parent, earlier in zip(rows, second, first, before, strict=True):
+        proposer(0, mx.array([parent]), mx.array([earlier]), mx.array([0]))
+        ids, log_probs = proposer(row + 1, mx.array([token]), mx.array([parent]), mx.array([0]))
         wanted.append(ids[0, mx.argmax(log_probs[0])].item())
-    best = proposer.best(mx.array(rows), mx.array(parents), mx.array(before))
+    proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
+    proposer.best(0, mx.array(rows), mx.array(first), mx.array(before))
+    best = proposer.best(1, mx.array(rows) + 1, mx.array(second), mx.array(first))
     assert best.tolist() == wanted
     assert len(set(wanted)) > 2
-    assert wanted != [marginal.ids[row, 0].item() for row in rows]
+    assert wanted != [marginal.ids[row + 1, 0].item() for row in rows]
 
 
 def test_marginal_candidates_do_not_know_their_parent() -> None:

@@ -93,20 +93,22 @@ def _linear_shape(linear: nn.Module) -> tuple[int, int]:
 class TableDrafter(StreamDrafter):
     """Proposes, after any token, what the model says after that token alone.
 
-    ids (V, branching) int32 and log_probs, best first.
+    ids (V, branching) int32 and log_probs, best first. The streams are computed all the same.
     """
 
     ids: mx.array
     log_probs: mx.array
 
     def candidates(self, stream_states: mx.array, branching: int) -> Proposer:
-        del stream_states, branching
+        del branching
+        nothing = 0.0 * mx.isnan(mx.sum(stream_states))
 
         def propose(
             level: int, parents: mx.array, grandparents: mx.array, places: mx.array
         ) -> tuple[mx.array, mx.array]:
             del level, grandparents, places
-            return mx.take(self.ids, parents, axis=0), mx.take(self.log_probs, parents, axis=0)
+            log_probs = mx.take(self.log_probs, parents, axis=0) + nothing
+            return mx.take(self.ids, parents, axis=0), log_probs
 
         return propose
 

@@ -154,6 +154,7 @@ def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (RuntimeError("[write] Unable to write 1564 bytes to file."), "disk is probably full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), "permission is missing"),
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),

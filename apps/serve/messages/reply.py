@@ -62,11 +62,13 @@ class MessageReply(Reply):
         """Return the tokens; what a cache held is no input to Anthropic."""
         usage = self.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
+        details = usage["completion_tokens_details"]
         return {
             "input_tokens": usage["prompt_tokens"] - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"thinking_tokens": details["reasoning_tokens"]},
         }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..errors import ApiError, invalid
+from ..errors import NO_THREADS, ApiError, invalid
 from ..limits import MAX_MESSAGES, MAX_TOOLS
 from ..messages_schema import Count, Strict, Text, as_text
 from ..parts import output_of, text_of, type_of, unreadable, wrong
@@ -106,7 +106,7 @@ _OWN = set(MessageRequest.model_fields) - {
     *("model", "max_tokens", "stream", "temperature", "top_p", "top_k", "chat_template_kwargs"),
 }
 _NO_CHAT = {"n", "stream_options", "logprobs", "top_logprobs", "response_format", "stop"}
-_UNSUPPORTED = ("mcp_servers", "container")
+_UNSUPPORTED = ("mcp_servers", "container", "compaction")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _TEXT = frozenset({"text"})
 # What chats call a field, and what it is called here.
@@ -128,6 +128,13 @@ def parsed_message(values: Json, *, counting: bool = False) -> ChatRequest:
     for name in _UNSUPPORTED:
         if values.get(name):
             raise invalid(f"{name} is not supported by this server; leave it out.", name)
+    if values.get("thread"):
+        raise invalid(
+            "thread is not supported by this server, which keeps no conversations; leave it out and "
+            "send the whole conversation.",
+            "thread",
+            NO_THREADS,
+        )
     fields = parsed(MessageRequest, values)
     if fields.max_tokens is None and not counting:
         raise invalid(

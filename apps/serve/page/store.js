@@ -21,13 +21,32 @@ function write(storage, name, value) {
 
 const tab = () => sessionStorage, browser = () => localStorage;
 
-// A tab keeps its own conversation; a new tab begins with the newest one.
+// A tab keeps its own conversation; a new tab begins with the newest one. What another version of
+// the page kept, or another page, is taken as far as it can be read.
 export function loadChat() {
   const turns = read(tab, CHAT, null) ?? read(browser, CHAT, []);
-  const known = (turn) => turn && ["user", "assistant"].includes(turn.role)
-    && typeof turn.text === "string";
-  return Array.isArray(turns) && turns.every(known) ? turns : [];
+  return Array.isArray(turns) && turns.every(isTurn) ? turns.map(whole) : [];
 }
+
+const isTurn = (turn) => turn && ["user", "assistant"].includes(turn.role)
+  && typeof turn.text === "string";
+
+function whole(turn) {
+  const { role, text, thought, runs, end, figures } = turn;
+  if (role === "user") return { role, text };
+  const known = Array.isArray(runs)
+    && runs.every((run) => Array.isArray(run) && run.length === 2 && run.every(Number.isFinite));
+  return {
+    role,
+    text,
+    thought: typeof thought === "string" ? thought : "",
+    runs: known ? runs : [],
+    end: typeof end === "string" ? end : "stop",
+    figures: NUMBERS.every((name) => Number.isFinite(figures?.[name])) ? figures : null,
+  };
+}
+
+const NUMBERS = ["tokens", "passes", "tokens_per_pass", "tokens_per_s"];
 
 export function saveChat(turns) {
   write(browser, CHAT, turns);

@@ -172,23 +172,22 @@ def _tools(fields: ResponseRequest) -> Json:
         function = parsed(FunctionTool, tool, ("tools", place))
         tools.append(function.model_dump(exclude_none=True, exclude={"type"}))
     choice: Any = fields.tool_choice
-    if isinstance(choice, dict):
-        choice, tools = _chosen(choice, tools)
     return {
         "tools": [{"type": "function", "function": tool} for tool in tools] or None,
-        "tool_choice": choice,
+        "tool_choice": _chosen(choice) if isinstance(choice, dict) else choice,
     }
 
 
-def _chosen(choice: Mapping[str, Any], tools: list[Json]) -> tuple[Any, list[Json]]:
-    """Return a chat's choice, and the tools it leaves."""
+def _chosen(choice: Mapping[str, Any]) -> Json:
+    """Return a chat's choice, which nests its parts."""
     if choice.get("type") == "function" and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}, tools
+        return {"type": "function", "function": {"name": choice["name"]}}
     allowed, mode = choice.get("tools"), choice.get("mode", "auto")
     chosen = choice.get("type") == "allowed_tools" and mode in ("auto", "required")
     if chosen and isinstance(allowed, list):
         names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
-        return mode, [tool for tool in tools if tool["name"] in names]
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
     raise invalid(
         "tool_choice must be 'none', 'auto', 'required', a function by its name, or allowed_tools "
         "with a list of tools and the mode 'auto' or 'required'.",

@@ -6,7 +6,6 @@ Prompts are the held-out ones. Each measure asks as many as its seconds allow, o
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -28,6 +27,7 @@ from ...planner.acceptance import ACCEPTANCE_FILE, AcceptanceProfile
 from ...planner.record import record_answer
 from ...speculation.statistics import SpeculationStats
 from ...speculation.streams import Streams
+from ...train.awake import awake_s
 from ...train.decode_eval import TREES
 from ...verify import compare, replay
 from ...weights.checkpoint import load_streams
@@ -54,14 +54,14 @@ def record_acceptance(adoption: Adoption) -> None:
     state = adoption.state
     if ACCEPTANCE in state.done:
         return
-    model, (_, valid) = joined(adoption), adoption.texts()
+    model, prompts = joined(adoption), adoption.held_out()
     streams = model.streams
     assert streams is not None
     stop = adoption.tokenizer.eos_token_ids
     with state.stage(ACCEPTANCE):
         answers = [
-            record_answer(streams, example.prompt, TOKENS, stop)
-            for example in _while_time(adoption, ACCEPTANCE, valid)
+            record_answer(streams, prompt, TOKENS, stop)
+            for prompt in _while_time(adoption, ACCEPTANCE, prompts)
         ]
         profile = AcceptanceProfile(
             streams.num_streams,
@@ -82,12 +82,11 @@ def verify(adoption: Adoption) -> None:
     state = adoption.state
     if VERIFICATION in state.done:
         return
-    model, (_, valid) = joined(adoption), adoption.texts()
+    model, prompts = joined(adoption), adoption.held_out()
     totals = {name: SpeculationStats() for name in TREES}
     verdicts: list[str] = []
     with state.stage(VERIFICATION):
-        for example in _while_time(adoption, VERIFICATION, valid):
-            prompt = list(example.prompt)
+        for prompt in _while_time(adoption, VERIFICATION, prompts):
             plain = replay(model, adoption.tokenizer, prompt, TOKENS, None)
             for name, tree in TREES.items():
                 run = replay(model, adoption.tokenizer, prompt, TOKENS, DecodeConfig(tree=tree))
@@ -159,13 +158,13 @@ def benchmark(adoption: Adoption) -> None:
         }
 
 
-def _while_time(adoption: Adoption, stage: str, examples: Sequence[T]) -> Iterator[T]:
-    """Yield examples until the stage's share of the time for measuring is spent, one at least."""
+def _while_time(adoption: Adoption, stage: str, prompts: Sequence[T]) -> Iterator[T]:
+    """Yield prompts until the stage's share of the time for measuring is spent, one at least."""
     limit_s = SHARES[stage] * adoption.plan.measure_s
-    since = time.monotonic()
-    with tqdm(total=len(examples), desc=stage, unit="", disable=None) as bar:
-        for number, example in enumerate(examples):
-            if number and time.monotonic() - since > limit_s:
+    since = awake_s()
+    with tqdm(total=len(prompts), desc=stage, unit="", disable=None) as bar:
+        for number, prompt in enumerate(prompts):
+            if number and awake_s() - since > limit_s:
                 return
-            yield example
+            yield prompt
             bar.update()

@@ -3,13 +3,13 @@
     | plan: a trial | answers |            training            | measuring |
 
 Answers and training share what measuring leaves so that training meets every answered position
-about once. Both end by the clock, so a machine that slows down gives fewer answers, not a longer run.
+about once: answers end when there are as many tokens as the rest of the time can train on. Training
+ends by the clock. So a machine that slows down learns less, it does not take longer.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ...batch.generation import batch_generate
+from ...doctor.sizes import usable_bytes
 from ...errors import DataError, OutputError
 from ...loading.load import StreamModel
+from ...machine import Machine
+from ...model.cache import GROWTH, KVCache
+from ...train.awake import awake_s
 from ...train.batches import select
 from ...train.data import Example
 from ...train.distilled import PromptToAnswer
@@ -30,31 +34,40 @@ from ..train import make_objective, make_task
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-ANSWER_TOKENS = 128
+    from ...weights.checkpoint import StreamWeights
+
+LONGEST_PROMPT, ANSWER_TOKENS = 512, 128
+USUAL_ANSWER = 96  # tokens, as many answers end before their room is used up
+ENOUGH = 24  # answers, below which there is nothing to train on
 MEASURE_SHARE, MEASURE_S = 0.15, 300.0
-ANSWER_SHARES = (0.1, 0.5)  # of what measuring leaves
+MOST_ANSWERING = 0.5  # of what measuring leaves
 UPDATES = 150  # that a run should have at least, if need be with smaller batches
-BATCH_SIZES = (2, 8)
-ANSWER_BATCHES = (8, 32)
-TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 16, 24, 4
+BATCH_SIZES = (1, 8)
+ANSWER_BATCHES = (8, 64)
+MEMORY_SHARE = 0.8  # of what a model may take, for it and the answers side by side
+TRIAL_PROMPTS, TRIAL_TOKENS, TRIAL_BATCH = 16, 24, 2
 CHECKPOINT_S = 20.0
+WARMUP_SHARE, WARMUP = 0.08, 20  # of the updates, and at most so many
 NEXT_TOKEN_RANK, PRUNER_RANK = 64, 8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a trial found: answer tokens and trained positions a second, memory, parameters."""
+    """What a trial found: answer tokens and trained positions a second, memory, parameters.
+
+    side_by_side: how many answers the memory has room for at a time.
+    """
 
     answers_s: float
     positions_s: float
-    peak_bytes: int
     needed_bytes: int
     parameters: int
+    side_by_side: int
 
 
 @dataclass(frozen=True)
 class AdoptionPlan:
-    """How the time is used. Seconds of each part, tokens of an answer, texts side by side."""
+    """How the time is used. Seconds of each part, texts side by side, updates of the rate's warm-up."""
 
     answer_s: float
     train_s: float
@@ -62,6 +75,7 @@ class AdoptionPlan:
     answer_batch: int
     train_batch: int
     save_every: int
+    warmup: int
     rates: Rates
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,11 +85,12 @@ class AdoptionPlan:
     def from_dict(cls, fields: dict[str, Any]) -> AdoptionPlan:
         return cls(**{**fields, "rates": Rates(**fields["rates"])})
 
-    def lines(self, minutes: float) -> list[str]:
+    def lines(self) -> list[str]:
         """Return what a person is told before it begins."""
-        answers = self.rates.answers_s * self.answer_s / ANSWER_TOKENS
+        answers = self.rates.answers_s * self.answer_s / USUAL_ANSWER
+        total_s = self.answer_s + self.train_s + self.measure_s
         return [
-            f"It takes {minutes:g} minutes here: about {_minutes(self.answer_s)} for some "
+            f"It takes {_minutes(total_s)} here: about {_minutes(self.answer_s)} for some "
             f"{max(1, round(answers)):,} answers of the model itself, {_minutes(self.train_s)} to "
             f"train {self.rates.parameters:,} parameters on them, {_minutes(self.measure_s)} to measure.",
             f"It needs about {self.rates.needed_bytes / 1e9:.1f} GB of memory and "
@@ -105,9 +120,8 @@ def train_options(
         next_token_rank=rank if lossless else 0,
         pruner_rank=PRUNER_RANK if lossless else 0,
         learning_rate=1e-3 if further else 2e-3,
-        held_out=32,
-        steps_per_eval=0,
-        verdict_prompts=0,  # what was gained is measured afterwards, once
+        position_fraction=1.0,  # the base runs over a whole text for any share of its positions
+        verdict_prompts=0,
         **fields,
     )
 
@@ -118,19 +132,22 @@ def try_out(
     prompts: Sequence[PromptToAnswer],
     mode: str,
     folder: Path,
+    given: StreamWeights | None = None,
 ) -> Rates:
     """Answer a few prompts and train on the answers once, without effect, and say how fast it went.
+
+    given: streams that are to be trained further.
 
     Raises:
         DataError: no prompt fits into the model's context.
         ModelError: streams cannot be trained for this model.
-        OptionError: the training does not fit into memory.
+        OptionError: the training does not fit into memory, or what is given cannot be trained so.
     """
     chosen = sorted(prompts[:TRIAL_PROMPTS], key=lambda p: len(p.tokens))
     if not chosen:
         raise DataError("none of the prompts fits into the model's context; give shorter ones.")
     mx.reset_peak_memory()
-    started = time.perf_counter()
+    started = awake_s()
     response = batch_generate(
         model,
         tokenizer,
@@ -139,7 +156,7 @@ def try_out(
         speculative=False,
         completion_batch_size=len(chosen),
     )
-    answered_s = time.perf_counter() - started
+    answered_s = awake_s() - started
     answers_s = max(1, response.stats.generation_tokens) / answered_s
     texts = [
         Example((*p.tokens, *answer), max(2, len(p.tokens)))
@@ -149,22 +166,34 @@ def try_out(
     if not texts:
         raise DataError("the model ends every answer at once; there is nothing to learn from it.")
     options = train_options(model, mode, batch_size=len(texts))
-    task = make_task(model, tokenizer, options, texts, [], folder=folder, base_name=None)
+    task = make_task(
+        model, tokenizer, options, texts, [], folder=folder, base_name=None, given=given
+    )
     objective = make_objective(task)
-    batch = [select(text, options.position_fraction, (0, i)) for i, text in enumerate(texts)]
-    longest = [select(_as_long(text), options.position_fraction, (0,)) for text in texts]
+    usual = [select(_as_long(text, USUAL_ANSWER), 1.0, (0,)) for text in texts]
+    longest = [select(_as_long(text, ANSWER_TOKENS), 1.0, (0,)) for text in texts]
     needed = memory_bytes(model.backbone, task.config, task.start, options, longest)
     check_memory(needed)
-    weights, head = objective.weights([batch]), objective.head(batch, 0)
-    taken = []
-    for _ in range(2):  # the first pays for what is done once
-        started = time.perf_counter()
+    for batch in ([select(texts[0], 1.0, (0,))], usual):  # the first pays for what is done once
+        weights, head = objective.weights([batch]), objective.head(batch, 0)
+        started = awake_s()
         objective.gradients(task.start, batch, weights, head)
-        taken.append(time.perf_counter() - started)
-    positions = sum(len(selection.positions) for selection in batch)
-    peak = mx.get_peak_memory()
+        taken = awake_s() - started
+    positions = sum(len(selection.positions) for selection in usual)
     parameters = sum(tensor.size for tensor in task.start.values())
-    return Rates(answers_s, positions / min(taken), peak, max(peak, needed), parameters)
+    needed = max(mx.get_peak_memory(), needed)
+    return Rates(answers_s, positions / taken, needed, parameters, _side_by_side(model, needed))
+
+
+def _side_by_side(model: StreamModel, used: int) -> int:
+    """Return how many answers fit into the memory beside what else takes `used` bytes of it."""
+    cache = KVCache(model.backbone.num_layers)
+    mx.eval(model.backbone.forward(mx.array([0]), cache), cache.arrays)
+    columns = -(-(LONGEST_PROMPT + ANSWER_TOKENS) // GROWTH)
+    # Twice, because buffers that grow are copied.
+    each = 2 * columns * cache.nbytes
+    have = MEMORY_SHARE * usable_bytes(Machine.read())
+    return max(1, int((have - used) // each)) if have else ANSWER_BATCHES[0]
 
 
 def share_out(rates: Rates, seconds: float, known_tokens: int = 0) -> AdoptionPlan:
@@ -176,21 +205,25 @@ def share_out(rates: Rates, seconds: float, known_tokens: int = 0) -> AdoptionPl
     work_s = seconds - measure_s
     # answers_s * answer_s + known = positions_s * train_s
     both = rates.answers_s + rates.positions_s
-    wanted = (rates.positions_s * work_s - known_tokens) / both / work_s
-    low, high = ANSWER_SHARES if not known_tokens else (0.0, ANSWER_SHARES[1])
-    answer_s = work_s * min(max(wanted, low), high)
+    wanted = (rates.positions_s * work_s - known_tokens) / both
+    answer_s = min(max(wanted, 0.0), MOST_ANSWERING * work_s)
     train_s = work_s - answer_s
-    side_by_side = int(rates.answers_s * answer_s / (3 * ANSWER_TOKENS))
-    texts = rates.positions_s * train_s / UPDATES / (ANSWER_TOKENS / 2)
+    if not known_tokens:  # however few the minutes are
+        answer_s = max(answer_s, ENOUGH * USUAL_ANSWER / rates.answers_s)
+    low, high = ANSWER_BATCHES
+    # Three answers after each other at least, or those cut short at the end were most of them.
+    side_by_side = max(low, int(rates.answers_s * answer_s / (3 * ANSWER_TOKENS)))
+    texts = rates.positions_s * train_s / UPDATES / USUAL_ANSWER
     batch = int(min(max(texts, BATCH_SIZES[0]), BATCH_SIZES[1]))
-    update_s = batch * ANSWER_TOKENS / 2 / rates.positions_s
+    update_s = batch * USUAL_ANSWER / rates.positions_s
     return AdoptionPlan(
         answer_s,
         train_s,
         measure_s,
-        min(max(side_by_side, ANSWER_BATCHES[0]), ANSWER_BATCHES[1]),
+        min(side_by_side, high, rates.side_by_side),
         batch,
         max(1, round(CHECKPOINT_S / update_s)),
+        round(min(max(WARMUP_SHARE * train_s / update_s, 1), WARMUP)),
         rates,
     )
 
@@ -209,9 +242,9 @@ def check_disk(plan: AdoptionPlan, folder: Path) -> None:
         )
 
 
-def _as_long(text: Example) -> Example:
-    """Return a text as long as a whole answer makes it."""
-    more = ANSWER_TOKENS - len(text.answer)
+def _as_long(text: Example, num_tokens: int) -> Example:
+    """Return a text as long as an answer of so many tokens makes it."""
+    more = num_tokens - len(text.answer)
     return Example((*text.tokens, *text.tokens[-1:] * more), text.prompt_length)
 
 

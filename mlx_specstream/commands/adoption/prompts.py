@@ -42,7 +42,7 @@ def records_for(prompts: str | None, documents: Sequence[str]) -> list[Record]:
 def _document(path: Path) -> Iterator[Record]:
     """Yield a prompt for every part of a document."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"the document {path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ...apps.learning import whole_lines
-from ...bench.cases import BUILT_IN
 from ...config import StreamConfig
-from ...errors import StreamsError
+from ...errors import DataError, StreamsError
 from ...loading.load import StreamModel
 from ...prompts.lines import json_lines
+from ...train.awake import awake_s
 from ...train.calibrate import accepted_scores, threshold_of
 from ...train.data import Example
 from ...train.decode_eval import decoded_tokens_per_step
@@ -33,15 +34,24 @@ from ...weights.files import atomic_file
 from ...weights.fingerprint import fingerprint
 from ..distill import answer_prompts, read_prompts
 from ..train import make_objective, make_task, read_data
-from .plan import ANSWER_TOKENS, AdoptionPlan, check_disk, share_out, train_options, try_out
+from .plan import (
+    ANSWER_TOKENS,
+    ENOUGH,
+    LONGEST_PROMPT,
+    MOST_ANSWERING,
+    AdoptionPlan,
+    check_disk,
+    share_out,
+    train_options,
+    try_out,
+)
 from .prompts import records_for
-from .state import ANSWERS_FILE, AdoptionState, clear
+from .state import ANSWERS_FILE, HELD_OUT_FILE, LEARNED_FILE, AdoptionState, clear
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-ENOUGH = 24  # answers, below which there is nothing to train on
-LONGEST_PROMPT = 512
+HELD_OUT, HELD_OUT_EVERY = 32, 9  # of the prompts every so many is kept to judge by, up to so many
 ANSWERS, TRAINING = "answers", "training"
 WORSE = 0.97
 JUDGED_PROMPTS, JUDGED_TOKENS = 6, 48
@@ -62,7 +72,6 @@ class Adoption:
     given: StreamWeights | None = None
     learned: Path | None = None
     say: Callable[[str], None] = lambda line: print(line, flush=True)
-    _texts: tuple[list[Example], list[Example]] | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -78,82 +87,106 @@ class Adoption:
         """Return the folder of the streams as they will be installed."""
         return self.folder / "made"
 
-    def prompts(self) -> list[PromptToAnswer]:
-        """Return what the model can be asked."""
+    @cached_property
+    def prompts(self) -> tuple[list[PromptToAnswer], list[PromptToAnswer]]:
+        """Return what the model can be asked, and what it is not asked but judged by afterwards.
+
+        Raises:
+            DataError: no prompt fits into the model's context.
+        """
         settings, context = self.state.settings, self.model.context_length
         longest = LONGEST_PROMPT if context is None else min(LONGEST_PROMPT, context // 2)
         records = records_for(settings.prompts, settings.documents)
-        return read_prompts(records, self.tokenizer, longest)[0]
+        found, too_long = read_prompts(records, self.tokenizer, longest)
+        if too_long:
+            self.say(f"{too_long} prompts of more than {longest} tokens are left out.")
+        if len(found) < 2:
+            raise DataError("none of the prompts fits into the model's context; give shorter ones.")
+        every = min(HELD_OUT_EVERY, len(found))
+        kept = set(range(every - 1, len(found), every)[:HELD_OUT])
+        return [p for i, p in enumerate(found) if i not in kept], [found[i] for i in sorted(kept)]
+
+    def held_out(self) -> list[list[int]]:
+        """Return the prompts to judge by, as token ids: kept answers' and built-in ones in turn."""
+        learned = (list(example.prompt) for example in self.texts[1])
+        others = (prompt.tokens for prompt in self.prompts[1])
+        return [p for pair in zip_longest(learned, others) for p in pair if p is not None]
 
     def make_plan(self) -> AdoptionPlan:
         """Try out what it takes here and share out the minutes; nothing is kept but the time."""
-        state, started = self.state, time.monotonic()
-        rates = try_out(
-            self.model, self.tokenizer, self.prompts(), state.settings.mode, self.folder
-        )
-        known = 0
-        for path in (self.folder / ANSWERS_FILE, self.learned):
-            if path is not None and path.exists():
-                known += sum(len(json.loads(line)["answer_ids"]) for line in whole_lines(path))
-        left_s = max(1.0, state.left_s - (time.monotonic() - started))
+        state, started = self.state, awake_s()
+        mode = state.settings.mode
+        rates = try_out(self.model, self.tokenizer, self.prompts[0], mode, self.folder, self.given)
+        files = (self.folder / ANSWERS_FILE, self.learned)
+        known = sum(len(record["answer_ids"]) for path in files for record in _records(path))
+        left_s = max(1.0, state.left_s - (awake_s() - started))
         plan = share_out(rates, left_s, known)
         check_disk(plan, self.folder)
         return plan
 
     def answers(self) -> None:
-        """Write the model's own answers, a round of them at a time, while the time for it lasts."""
+        """Write the model's own answers until there is enough to train on for the rest of the time.
+
+        The last ones are cut short.
+        """
         if ANSWERS in self.state.done:
             return
         path, plan = self.folder / ANSWERS_FILE, self.plan
-        done = {index for _, index in answered(path)}
-        left = [prompt for prompt in self.prompts() if prompt.index not in done]
-        known = len(done) + (sum(1 for _ in whole_lines(self.learned)) if self.learned else 0)
+        answered(path)  # cuts off what a kill left unfinished
+        done = {tuple(record["prompt_ids"]) for record in _records(path)}
+        left = [prompt for prompt in self.prompts[0] if tuple(prompt.tokens) not in done]
+        files = (path, self.learned)
+        lengths = [len(record["answer_ids"]) for each in files for record in _records(each)]
+        known, known_tokens = len(lengths), sum(lengths)
+        most_s = MOST_ANSWERING * (plan.answer_s + plan.train_s)
         with (
             self.state.stage(ANSWERS) as clock,
             tqdm(desc="answers", initial=len(done), unit="", disable=None) as bar,
         ):
 
             def on_record(_: dict[str, Any]) -> None:
+                nonlocal known
+                known += 1
                 bar.update()
-                clock.tick()
 
-            round_s, spent = 0.0, clock.tick()
-            for first in range(0, len(left), plan.answer_batch):
-                # A round is begun if half of it fits: what it has begun, it finishes.
-                if known >= ENOUGH and spent + round_s / 2 > plan.answer_s:
-                    break
-                chosen = left[first : first + plan.answer_batch]
-                answer_prompts(
-                    self.model,
-                    self.tokenizer,
-                    chosen,
-                    path,
-                    max_tokens=ANSWER_TOKENS,
-                    batch_size=plan.answer_batch,
-                    on_record=on_record,
-                )
-                known += len(chosen)
-                before, spent = spent, clock.tick(save=True)
-                round_s = spent - before
+            def is_over(tokens: int) -> bool:
+                spent_s, left_s = clock.tick(), self.state.left_s - plan.measure_s
+                enough = known_tokens + tokens > plan.rates.positions_s * left_s
+                return known >= ENOUGH and (enough or spent_s > most_s)
+
+            answer_prompts(
+                self.model,
+                self.tokenizer,
+                left,
+                path,
+                max_tokens=ANSWER_TOKENS,
+                batch_size=plan.answer_batch,
+                on_record=on_record,
+                is_over=is_over,
+            )
         mx.clear_cache()
         self.say(f"{len(answered(path)):,} answers are there.")
 
+    @cached_property
     def texts(self) -> tuple[list[Example], list[Example]]:
-        """Return the texts to train on and those held out; the same at every call.
+        """Return the texts to train on and those held out, which are of what chat and serve kept.
 
-        What chat and serve kept is copied once, so that more of it changes nothing of a run begun.
+        That is copied once, so that more of it changes nothing of a run begun.
         """
-        if self._texts is None:
-            data = self.folder / "data.jsonl"
-            if not data.exists():
-                with atomic_file(data, if_exists="replace") as partial, partial.open("wb") as file:
-                    partial.chmod(0o600)
-                    for path in (self.folder / ANSWERS_FILE, self.learned):
-                        if path is not None and path.exists():
-                            file.writelines(whole_lines(path))
-            options = train_options(self.model, self.state.settings.mode)
-            self._texts = read_data(str(data), self.tokenizer, self.model, options, talk=False)
-        return self._texts
+        copy = self.folder / LEARNED_FILE
+        if self.learned is not None and not copy.exists():
+            with atomic_file(copy, if_exists="replace") as partial, partial.open("wb") as file:
+                partial.chmod(0o600)
+                file.writelines(whole_lines(self.learned))
+        train: list[Example] = []
+        held: list[Example] = []
+        for path, held_out in ((self.folder / ANSWERS_FILE, 0), (copy, HELD_OUT)):
+            if path.exists() and path.stat().st_size:
+                options = train_options(self.model, self.state.settings.mode, held_out=held_out)
+                found = read_data(str(path), self.tokenizer, self.model, options, talk=False)
+                train, held = train + found[0], held + found[1]
+        judged_by = {tuple(prompt.tokens) for prompt in self.prompts[1]}
+        return [example for example in train if example.prompt not in judged_by], held
 
     def training(self) -> None:
         """Train until the time for it is up, and make the folder of finished streams."""
@@ -167,7 +200,11 @@ class Adoption:
             left = state.left_s - self.plan.measure_s
             state.figures["train_minutes"] = max(left, 0.25 * self.plan.train_s) / 60
             state.save()
-        train, valid = self.texts()
+        train, _ = self.texts
+        if not train:
+            raise DataError(
+                "the model ends every answer at once; there is nothing to learn from it."
+            )
         if not _is_over(run):
             saved = resumable(run, resume=True)
             options = train_options(
@@ -177,14 +214,14 @@ class Adoption:
                 max_minutes=state.figures["train_minutes"],
                 batch_size=self.plan.train_batch,
                 save_every=self.plan.save_every,
-                val_batches=8,
+                warmup=self.plan.warmup,
             )
             task = make_task(
                 self.model,
                 self.tokenizer,
                 options,
                 train,
-                valid,
+                [],  # what was gained is measured afterwards, once
                 folder=run,
                 base_name=self.base_name,
                 given=self.given,
@@ -236,9 +273,8 @@ class Adoption:
         )
         return found.get("chain", 1.0)
 
-    def _few(self) -> list[Example]:
-        train, valid = self.texts()
-        return (valid or train)[:JUDGED_PROMPTS]
+    def _few(self) -> list[list[int]]:
+        return self.held_out()[:JUDGED_PROMPTS]
 
     def _make(self, weights: StreamWeights, tensors: Tensors) -> None:
         """Calibrate the pruner and write the finished streams into a folder that appears whole."""
@@ -261,30 +297,20 @@ class Adoption:
         )
 
 
-def held_out_prompts(adoption: Adoption) -> list[dict[str, Any]]:
-    """Return the messages that asked for the held-out answers; none that a chat or a client wrote."""
-    path = adoption.folder / ANSWERS_FILE
-    by_tokens = {}
-    for line in whole_lines(path) if path.exists() else ():
-        record = json.loads(line)
-        by_tokens[tuple(record["prompt_ids"])] = record["messages"][:-1]
-    _, valid = adoption.texts()
-    return [
-        {"messages": by_tokens[example.prompt], "category": "held out"}
-        for example in valid
-        if example.prompt in by_tokens
-    ]
-
-
 def prompt_source(adoption: Adoption) -> str:
-    """Return what a benchmark asks: a file of the held-out prompts, the built-in ones if there are none."""
-    path = adoption.folder / "heldout.jsonl"
-    lines = [json.dumps(record, ensure_ascii=False) for record in held_out_prompts(adoption)]
-    if not lines:
-        return BUILT_IN
+    """Return what a benchmark asks: a file of the held-out prompts; none that a chat or client wrote."""
+    path = adoption.folder / HELD_OUT_FILE
+    records = [{"messages": p.messages, "category": "held out"} for p in adoption.prompts[1]]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with atomic_file(path, if_exists="replace") as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.write_text("".join(lines), encoding="utf-8")
     return str(path)
+
+
+def _records(path: Path | None) -> Iterator[dict[str, Any]]:
+    """Yield what a file of answers holds, if there is one."""
+    if path is not None and path.exists():
+        yield from map(json.loads, whole_lines(path))
 
 
 def _log_of(run: Path) -> list[dict[str, Any]]:

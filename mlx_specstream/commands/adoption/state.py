@@ -3,6 +3,8 @@
 CACHE/adopt/NAME-PLACE/
   state.json        whole or old: replaced after every stage, and every few seconds inside one
   answers.jsonl     the model's own answers, a line as soon as one is finished; kept afterwards
+  learned.jsonl     with --continue: what chat and serve kept, as it was when training began
+  heldout.jsonl     the prompts that the benchmark asks
   training/         the run of the trainer, with a state of its own
   made/             the streams as they will be installed, once training is over
   bench/            the benchmark's result
@@ -16,7 +18,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OptionError, OutputError
+from ...train.awake import awake_s
 from ...weights.files import atomic_file, remove_leftovers
 
 STATE_FILE = "state.json"
-ANSWERS_FILE = "answers.jsonl"
+ANSWERS_FILE, LEARNED_FILE, HELD_OUT_FILE = "answers.jsonl", "learned.jsonl", "heldout.jsonl"
 SAVE_S = 5.0
 
 
@@ -46,7 +48,9 @@ class AdoptSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= 100_000:
-            raise OptionError(f"--minutes must be above 0, got {self.minutes:g}.")
+            raise OptionError(
+                f"--minutes must be above 0 and at most 100,000, got {self.minutes:g}."
+            )
         object.__setattr__(self, "documents", tuple(self.documents))
 
     def changed(self, before: dict[str, Any]) -> str | None:
@@ -66,7 +70,7 @@ class AdoptionState:
     """Where an adoption stands.
 
     plan: what was agreed to (`plan.py`), None before. spent: seconds by stage, over all sittings.
-    done: stages that are over. figures: what was measured.
+    done: stages that are over. model: the digest of its weights. figures: what was measured.
     """
 
     folder: Path
@@ -74,6 +78,7 @@ class AdoptionState:
     plan: dict[str, Any] | None = None
     spent: dict[str, float] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    model: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -104,6 +109,19 @@ class AdoptionState:
             )
         return state
 
+    def check_model(self, digest: str) -> None:
+        """Make sure that an adoption goes on with the model it began with.
+
+        Raises:
+            OptionError: its weights have changed.
+        """
+        if self.model and self.model != digest:
+            raise OptionError(
+                f"{self.settings.model} has changed since its adoption began, and what was learnt belongs "
+                "to what it was; add --restart to begin anew."
+            )
+        self.model = digest
+
     def save(self) -> None:
         """Replace the file.
 
@@ -115,6 +133,7 @@ class AdoptionState:
             "plan": self.plan,
             "spent": self.spent,
             "done": self.done,
+            "model": self.model,
             "figures": self.figures,
         }
         with atomic_file(self.folder / STATE_FILE, if_exists="replace") as path:
@@ -147,12 +166,12 @@ class StageClock:
 
     state: AdoptionState
     name: str
-    since: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=awake_s)
+    saved: float = field(default_factory=awake_s)
 
     def tick(self, *, save: bool = False) -> float:
         """Take in the time since the last tick; return the stage's seconds over all sittings."""
-        now, spent = time.monotonic(), self.state.spent
+        now, spent = awake_s(), self.state.spent
         spent[self.name] = spent.get(self.name, 0.0) + now - self.since
         self.since = now
         if save or now - self.saved > SAVE_S:
@@ -166,7 +185,7 @@ def clear(folder: Path, *, everything: bool = False) -> None:
     for name in ("training", "made", "bench"):
         shutil.rmtree(folder / name, ignore_errors=True)
         remove_leftovers(folder / name)
-    files = [STATE_FILE, "heldout.jsonl", "data.jsonl"]
+    files = [STATE_FILE, HELD_OUT_FILE, LEARNED_FILE]
     files += [ANSWERS_FILE] if everything else []
     for name in files:
         (folder / name).unlink(missing_ok=True)

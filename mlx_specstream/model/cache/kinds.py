@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ...config import CacheConfig
 from ...errors import OptionError
+from ...machine import ranks
 from .kv import KVCache
 from .quantized import Quantization
 from .rotating import SLACK, RotatingLayer
@@ -83,6 +84,8 @@ def check_quantised(
     try:
         mx.eval(forward(mx.array([0]), cache))
     except Exception as error:  # whatever mlx and mlx-lm raise
+        if ranks.is_loss(error):
+            raise
         raise OptionError(
             f"this model cannot use a cache of {config.kv_bits} bits in groups of "
             f"{config.kv_group_size}: its heads do not divide into such groups, or its attention "

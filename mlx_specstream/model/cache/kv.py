@@ -236,6 +236,12 @@ class KVCache:
         """Return the bytes of all buffers, scratch rows included."""
         return sum(array.nbytes for array in self.arrays)
 
+    def bytes_of(self, layers: range) -> int:
+        """Return the bytes of these layers' keys and values, scratch rows included."""
+        held = (self.layers[index] for index in layers)
+        rows = (layer.arrays for layer in held if not isinstance(layer, StateLayer))
+        return sum(array.nbytes for arrays in rows for array in arrays)
+
     def _set_length(self, length: int) -> None:
         self.length = length
         for layer in self.layers:

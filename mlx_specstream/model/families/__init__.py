@@ -22,6 +22,7 @@ from importlib.util import find_spec
 import mlx.nn as nn
 
 from ...errors import ModelError
+from ...machine import ranks
 from .calls import LayerCall, layer_calls, uniform
 from .embed_and_head import EmbedAndHead
 from .record import record
@@ -86,6 +87,8 @@ def take_apart(model: nn.Module) -> Parts:
             raise ModelError(STATES_ALONE)
         return Parts(name, recording.layers, calls, EmbedAndHead(recording, calls))
     except Exception as error:
+        if ranks.is_loss(error):
+            raise
         raise refusal(name, error) from error
 
 

@@ -109,6 +109,11 @@ class Drafter(ABC):
         hidden, taps = self._tapped(self.backbone.embed(tree.tokens), cache, positions, mask)
         return Verified(tree, seen, positions, self.backbone.norm(hidden), taps)
 
+    def rewritten_bytes(self, verified: Verified, cache: KVCache) -> int:
+        """Return how many bytes of buffers that the verifying pass reads drafting writes into."""
+        del verified, cache
+        return 0
+
     def commit(self, verdict: Verdict, cache: KVCache) -> None:
         """Bring the accepted path's rows to the end of the committed text, before it is advanced.
 

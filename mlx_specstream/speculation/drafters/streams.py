@@ -82,6 +82,11 @@ class StreamDrafter(Drafter):
         cache.commit(verdict.lower_rows, self.streams.lower)
         cache.commit(verdict.nodes, self.streams.upper)
 
+    def rewritten_bytes(self, verified: Verified, cache: KVCache) -> int:
+        """Return the bytes of the upper layers' buffers, which deferred streams are put into."""
+        assert isinstance(verified, StreamRows)
+        return 0 if verified.streams is not None else cache.bytes_of(self.streams.upper)
+
     def propose(
         self, verified: Verified, path: AcceptedPath, cache: KVCache, spec: TreeSpec
     ) -> Proposer:
@@ -192,7 +197,9 @@ class StreamDrafter(Drafter):
         count = branching
         if self.conditioner is not None:
             count = max(count, NUM_CANDIDATES)
-        marginal = top_candidates(backbone.head(normed).squeeze(0), normed.squeeze(0), count)
+        marginal = top_candidates(
+            backbone.head(normed).squeeze(0), normed.squeeze(0), count, in_order=False
+        )
         if self.conditioner is None:
             return MarginalProposer(marginal)
         return ConditionedProposer(self.conditioner, backbone, marginal)

@@ -22,6 +22,13 @@ from .bounded import open_file, parse_json
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_DIMENSIONS = 8
+_FOREIGN = (
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "C64",
+)  # fmt: skip
+
+
+class _ForeignError(ValueError):
+    """A tensor of a type that safetensors has and this reader has not."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,10 @@ def open_tensors(path: Path, error: type[SpecStreamError]) -> TensorFile:
         metadata = _metadata(header.pop("__metadata__", None) or {})  # MLX writes null
         entries = [_entry(name, value, 8 + length) for name, value in header.items()]
         _check_layout(entries, 8 + length, size)
+    except _ForeignError as failure:
+        raise error(
+            f"{path} holds {failure}, which is not read here; take the model's release in 16 or 32 bits."
+        ) from None
     except ValueError as failure:
         raise error(
             f"{path} has a damaged safetensors header: {brief(failure, 500)}; get the file again."
@@ -112,6 +123,8 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} must have dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype in _FOREIGN:
+        raise _ForeignError(f"{what} in the number format {dtype}")
     if not isinstance(dtype, str) or dtype not in NUMPY_TYPES:
         raise ValueError(
             f"{what} has the dtype {shown(dtype)}, which is not one of {', '.join(NUMPY_TYPES)}"

@@ -177,8 +177,59 @@ def test_logprobs(client: TestClient) -> None:
         assert tops[0]["logprob"] >= tops[1]["logprob"] >= tops[2]["logprob"]
         assert sum(2.718281828 ** one["logprob"] for one in tops) < 1.0001
     text = reply["choices"][0]["message"]["content"]
-    if all(token["bytes"] for token in content):
-        assert bytes(b for token in content for b in token["bytes"]).decode() == text
+    data = bytes(b for token in content for b in token["bytes"])
+    assert data.decode(errors="replace") == text
+
+
+def test_parts_of_characters_have_their_bytes(make_service: MakeService, talker: Any) -> None:
+    """The parrot's pieces fall inside of characters."""
+    client = client_of(make_service(talker, max_tokens=500))
+    (choice,) = client.post(CHAT, json=ask(logprobs=True)).json()["choices"]
+    content = choice["logprobs"]["content"][:-1]  # the last one ends the turn
+    assert bytes(b for token in content for b in token["bytes"]).decode() == ANSWER
+    parts = [one for one in content if "\\x" in one["token"]]
+    assert parts
+    for one in parts:
+        assert bytes(one["bytes"]).decode(errors="backslashreplace") == one["token"]
+    body = {"prompt": "<assistant>", "logprobs": 2}
+    (choice,) = client.post(COMPLETIONS, json=body).json()["choices"]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert [token.removeprefix("bytes:") for token in tokens] == [one["token"] for one in content]
+    assert sum(token.startswith("bytes:") for token in tokens) == len(parts)
+    before = len("<assistant>")
+    for token, place in zip(tokens, offsets, strict=True):
+        if not token.startswith("bytes:"):
+            assert ANSWER[place - before :].startswith(token)
+    assert all(len(one) == 2 for one in choice["logprobs"]["top_logprobs"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_do_not_depend_on_what_a_stop_string_holds_back(
+    make_service: MakeService, talker: Any, stream: bool
+) -> None:
+    client = client_of(make_service(talker, max_tokens=500))
+    body = {"prompt": "<assistant>", "logprobs": 0, "stream": stream, "stop": [ANSWER[3:40] + "?"]}
+    response = client.post(COMPLETIONS, json=body)
+    choices = [c["choices"][0] for c in events(response)] if stream else response.json()["choices"]
+    found = [
+        pair
+        for one in choices
+        for pair in zip(one["logprobs"]["tokens"], one["logprobs"]["text_offset"], strict=True)
+    ]
+    places = [place for _, place in found]
+    assert places == sorted(places)
+    for token, place in found:
+        if not token.startswith("bytes:"):
+            assert ANSWER[place - len("<assistant>") :].startswith(token)
+
+
+def test_tokens_that_end_a_text_are_not_listed(make_service: MakeService, talker: Any) -> None:
+    client = client_of(make_service(talker, max_tokens=500))
+    body = {"prompt": "<assistant>", "logprobs": 0, "stop_token_ids": [262]}
+    (choice,) = client.post(COMPLETIONS, json=body).json()["choices"]
+    assert choice["text"]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["logprobs"]["tokens"]) == 6  # pieces 256 to 261
 
 
 def test_completion_logprobs(client: TestClient) -> None:

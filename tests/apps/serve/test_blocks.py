@@ -68,7 +68,9 @@ def test_blocks_open_grow_and_close_in_turn(
 
 
 def test_tokens_stand_with_the_text_that_they_complete() -> None:
-    pieces = [Piece(n, text, 0, Alternative(n, text, -1.0)) for n, text in enumerate("abcd")]
+    pieces = [
+        Piece(n, text, 0, Alternative(n, text.encode(), -1.0)) for n, text in enumerate("abcd")
+    ]
     growing = Blocks()
     passes = [delta(pieces=pieces[:1]), delta("ab", pieces=pieces[1:2])]
     # Tokens of a call, whose text is held back until it is complete, are not the text's.

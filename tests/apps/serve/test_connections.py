@@ -23,6 +23,7 @@ from mlx_specstream.apps.serve.connections import (
     log_loop_errors,
     room_for_connections,
 )
+from mlx_specstream.apps.serve.limits import Access
 from mlx_specstream.apps.serve.run import DrainingServer
 from mlx_specstream.errors import OptionError
 from tests.apps.serve.conftest import Gate, Live, MakeService, ask
@@ -247,6 +248,32 @@ def test_pipelined_requests_are_answered_in_order(
         while data.count(b"HTTP/1.1 ") < 3 or not data.endswith(b"}"):
             data += client.recv(65536)
     assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/chat/completions", "/nowhere"])
+def test_a_body_nobody_waits_for_is_not_mixed_up_with_the_next_request(
+    make_service: MakeService, go_live: GoLive, path: str
+) -> None:
+    """Who asks whether to send a body, and is refused, may go on without it."""
+    live = go_live(make_service(), Access("a-test-key"))
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    asking = f"{head}Expect: 100-continue\r\nContent-Length: 50\r\n\r\n"
+    with connect(live) as client:
+        client.sendall(asking.encode())
+        answer = all_of(client)
+    assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 405 "))
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_body_that_is_asked_for_is_read(make_service: MakeService, go_live: GoLive) -> None:
+    live = go_live(make_service())
+    head, _, body = chat(max_tokens=2).partition(b"\r\n\r\n")
+    with connect(live) as client:
+        client.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+        for data in (body, GET):
+            client.sendall(data)
+            assert one_answer(client).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])

@@ -54,7 +54,7 @@ def encoder_with(template: str, tokenizer: TokenizerWrapper | None = None) -> Pr
     if tokenizer is None:
         tokenizer = TokenizerWrapper(copy.deepcopy(tiny.hf_byte_tokenizer()))
     tokenizer._tokenizer.chat_template = template
-    return PromptEncoder(tokenizer, len(tokenizer), None)
+    return PromptEncoder(tokenizer, len(tokenizer.get_vocab()), None)
 
 
 def turns(arguments: Any, **fields: Any) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def test_answers_keep_their_own_marks_and_no_others() -> None:
 
 def test_the_server_may_allow_control_tokens() -> None:
     tokenizer = tiny.byte_tokenizer()
-    encoder = PromptEncoder(tokenizer, len(tokenizer), None, control_tokens=True)
+    encoder = PromptEncoder(tokenizer, len(tokenizer.get_vocab()), None, control_tokens=True)
     ids = encoder.chat(parsed_chat({"messages": [{"role": "user", "content": "a<eos>"}]}))
     assert ids == [tiny.USER, ord("a"), tiny.EOS, tiny.EOS, tiny.ASSISTANT]
 

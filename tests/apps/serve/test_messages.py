@@ -191,6 +191,21 @@ def test_what_makes_no_sense_is_refused(
     assert words in error["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}]
+)
+def test_conversations_that_the_server_would_keep_are_refused(
+    client: TestClient, thread: dict[str, str]
+) -> None:
+    """Not ignored: the next request would hold the newest turn alone."""
+    refused = client.post(MESSAGES, json=ask(thread=thread))
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
+    assert "whole conversation" in error["message"]
+    assert client.post(MESSAGES, json=ask(thread=None)).status_code == 200
+
+
 def test_all_errors_have_anthropics_form(make_service: MakeService) -> None:
     service = make_service(max_body_bytes=2000)
     client = client_of(service, Access("the-key"))

@@ -133,6 +133,121 @@ def test_logprobs(connect: Connect) -> None:
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
 
 
+def test_the_bytes_of_tokens_are_the_text(connect: Connect, talker: Any) -> None:
+    """The parrot's tokens fall inside of characters."""
+    client = connect(talker, max_tokens=500)
+    chunks = client.chat.completions.create(
+        model="parrot", messages=HELLO, stream=True, logprobs=True
+    )
+    told = [
+        token
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert bytes(byte for token in told[:-1] for byte in token.bytes).decode() == ANSWER
+    made = client.responses.create(
+        model="parrot", input="hello", include=["message.output_text.logprobs"]
+    )
+    (part,) = made.output[0].content
+    assert [token.bytes for token in part.logprobs] == [token.bytes for token in told]
+
+
+def test_one_of_some_allowed_tools(connect: Connect, tiny_caller: Any) -> None:
+    pytest.importorskip("llguidance")
+    client = connect(tiny_caller, max_tokens=200)
+    parameters = {
+        "type": "object",
+        "properties": {"way": {"enum": ["left", "right"]}},
+        "required": ["way"],
+        "additionalProperties": False,
+    }
+    turn: Any = {"type": "function", "function": {"name": "turn", "parameters": parameters}}
+    tools = [{"type": "function", "function": {"name": "turn"}}]
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        tools=[TOOL, turn],
+        tool_choice={
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": tools},
+        },
+        parallel_tool_calls=False,
+    )
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.function.name == "turn"
+    made = client.responses.create(
+        model="tiny",
+        input="hello",
+        tools=[RESPONSE_TOOL, {"type": "function", "strict": True, **turn["function"]}],
+        tool_choice={"type": "allowed_tools", "mode": "required", "tools": tools_of("turn")},
+        parallel_tool_calls=False,
+    )
+    assert [item.name for item in made.output] == ["turn"]
+
+
+def tools_of(*names: str) -> list[dict[str, str]]:
+    return [{"type": "function", "name": name} for name in names]
+
+
+def test_objects_of_pydantics_classes(connect: Connect) -> None:
+    """`parse` sends a class as a schema and reads the answer as an object of it."""
+    pytest.importorskip("llguidance")
+    from typing import Literal
+
+    from pydantic import BaseModel
+
+    class Turn(BaseModel):
+        way: Literal["left", "right"]
+        again: bool | None
+
+    client = connect(max_tokens=200)
+    chat = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Turn)
+    assert isinstance(chat.choices[0].message.parsed, Turn)
+    assert isinstance(
+        client.responses.parse(model="tiny", input="hello", text_format=Turn).output_parsed, Turn
+    )
+
+
+def test_what_clients_send_along_is_taken(connect: Connect) -> None:
+    client = connect()
+    reply = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "developer", "content": "be brief"}, *HELLO],
+        max_completion_tokens=3,
+        metadata={"a": "b"},
+        modalities=["text"],
+        prediction={"type": "content", "content": "x"},
+        prompt_cache_key="k",
+        reasoning_effort="minimal",
+        safety_identifier="s",
+        service_tier="auto",
+        store=True,
+        verbosity="low",
+    )
+    assert reply.usage.completion_tokens == 3
+    made = client.responses.create(
+        model="tiny",
+        input="hello",
+        background=False,
+        include=["reasoning.encrypted_content"],
+        max_output_tokens=3,
+        max_tool_calls=3,
+        reasoning={"effort": "minimal", "summary": "auto"},
+        store=False,
+        text={"verbosity": "low"},
+        truncation="auto",
+    )
+    assert made.status == "incomplete"
+    old = client.completions.create(model="tiny", prompt="a", n=2, best_of=2, max_tokens=2)
+    assert len(old.choices) == 2
+    with pytest.raises(openai.BadRequestError, match="use n"):
+        client.completions.create(model="tiny", prompt="a", n=1, best_of=2)
+    with pytest.raises(openai.BadRequestError, match="not streamed"):
+        stored = client.responses.create(model="tiny", input="hello", max_output_tokens=2)
+        list(client.responses.retrieve(stored.id, stream=True))
+
+
 def test_errors_are_of_the_right_class(connect: Connect) -> None:
     client = connect()
     create = client.chat.completions.create

@@ -76,6 +76,25 @@ def test_anthropic_with_tools(calling: str, anthropic_at: Any) -> None:
     assert counted.input_tokens == again.usage.input_tokens + again.usage.cache_read_input_tokens
 
 
+def test_anthropics_tool_runner(calling: str, anthropic_at: Any) -> None:
+    """It would have the server keep the conversation, and does without."""
+    anthropic = pytest.importorskip("anthropic")
+    if not hasattr(anthropic, "beta_tool"):
+        pytest.skip("needs a newer anthropic")
+    ran = []
+
+    @anthropic.beta_tool(name="add", description="Add.", input_schema=ADD["input_schema"])
+    def run(**arguments: Any) -> str:
+        ran.append(arguments)
+        return "3"
+
+    messages = anthropic_at(calling).beta.messages.tool_runner(
+        model="caller", max_tokens=200, tools=[run], messages=HELLO, max_iterations=3
+    )
+    assert [message.stop_reason for message in messages] == ["tool_use"] * 3
+    assert ran[:2] == [ARGUMENTS] * 2
+
+
 def test_anthropics_errors_are_of_the_right_class(talking: str, anthropic_at: Any) -> None:
     anthropic = pytest.importorskip("anthropic")
     common: Any = {"model": "parrot", "max_tokens": 3}

@@ -297,6 +297,48 @@ def test_the_conversation_survives_a_reload(page: Any) -> None:
     until(page, lambda: at(page, "welcome").is_displayed())
 
 
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [
+        ([{"role": "assistant", "text": "a"}], ["a"]),
+        ([{"role": "assistant", "text": "a", "runs": [["x"]], "thought": 7, "figures": {}}], ["a"]),
+        ([{"role": "assistant", "text": "a", "runs": 5, "end": None, "figures": None}], ["a"]),
+        ([{"role": "assistant", "text": "abc", "runs": [[1, 2]], "end": "stop"}], ["abc"]),
+        ([{"role": "assistant", "text": "abc", "runs": [[9, 2], [1, 0]]}], ["abc"]),
+        ([{"role": "assistant"}], []),
+        ([None], []),
+        ({"role": "user"}, []),
+    ],
+)
+def test_what_another_version_kept_does_not_stop_the_page(
+    page: Any, kept: Any, shown: list[str]
+) -> None:
+    page.execute_script("sessionStorage['specstream.chat'] = arguments[0]", json.dumps(kept))
+    page.refresh()
+    until(page, lambda: at(page, "model").text == "markup")
+    assert answers(page) == shown
+    asked(page, "go", len(shown) + 1)
+    assert answers(page)[-1] == MARKUP
+
+
+def test_words_in_tables_stay_whole_on_a_narrow_screen(page: Any) -> None:
+    wide = "|".join(["wonderfully"] * 9)
+    table = f"|{wide}|\n|{'-|' * 9}\n|{wide}|"
+    script_answer(page, [chunk({"text": table, "origin": 0}, finish="stop")])
+    asked(page, "go", 1)
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 375, "height": 700, "deviceScaleFactor": 1, "mobile": True},
+    )
+    sizes = "return [...document.querySelectorAll('th')].map((cell) => cell.clientHeight)"
+    whole = "return document.documentElement.scrollWidth"
+    heights = page.execute_script(sizes)
+    width = page.execute_script(whole)
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert max(heights) < 50, "one line each"
+    assert width == 375, "the table scrolls, not the page"
+
+
 def test_a_reload_in_the_middle_keeps_what_came(
     browser: Any, make_service: MakeService, go_live: Callable[..., Live], talker: Any, gate: Gate
 ) -> None:

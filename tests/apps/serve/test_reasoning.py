@@ -164,7 +164,7 @@ def test_earlier_thoughts_reach_the_template(thinkers: dict[str, Path]) -> None:
 
     _, tokenizer = load(str(thinkers["own"]))
     tokenizer._tokenizer.chat_template = REMEMBERING
-    encoder = PromptEncoder(tokenizer, len(tokenizer), None)
+    encoder = PromptEncoder(tokenizer, len(tokenizer.get_vocab()), None)
     for name in ("reasoning", "reasoning_content"):
         before = {"role": "assistant", "content": "Yes.", name: "Is it?"}
         request = parsed_chat({"messages": [before, {"role": "user", "content": "Sure?"}]})

@@ -36,8 +36,8 @@ def test_a_thought_comes_before_the_answer(start: str, end: str, special: bool) 
 
     def allows(prompt: str, text: str, marks: ThoughtMarks | None = marks) -> bool:
         ids = tokenizer.encode(f"<user>{prompt}", add_special_tokens=False)
-        rules = behind_thought(ANSWER, tokenizer, marks, ids, len(tokenizer))
-        matcher = Grammar.lark(tokenizer, rules, len(tokenizer)).matcher()
+        rules = behind_thought(ANSWER, tokenizer, marks, ids, len(tokenizer.get_vocab()))
+        matcher = Grammar.lark(tokenizer, rules, len(tokenizer.get_vocab())).matcher()
         tokens = tokenizer.encode(text, add_special_tokens=False)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

@@ -90,6 +90,8 @@ def test_blocks_of_a_thought_a_text_and_a_call(thinker: TestClient) -> None:
     whole = thinker.post(MESSAGES, json=body).json()
     thought, text, use = whole["content"]
     assert thought == {"type": "thinking", "thinking": THOUGHT, "signature": ""}
+    thinking = whole["usage"]["output_tokens_details"]["thinking_tokens"]
+    assert 0 < thinking < whole["usage"]["output_tokens"]
     assert text["text"] == "So:\n"
     result = {"type": "tool_result", "tool_use_id": use["id"], "content": "3"}
     answer = {"role": "user", "content": [result]}

@@ -193,6 +193,24 @@ def test_shared_mode_from_lossless_streams_and_its_yardstick(work):
     assert json.loads((work / "joint_steps.json").read_text())["conditioned chain"]["walking"] >= 1
 
 
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_streams_may_run_in_every_layer(work, mode):
+    options = ["--num-msa-layers", "4", "--mode", mode, "--steps", "2"]
+    log = run(work, f"every-{mode}", *options)
+    assert log[-1]["held_out"]["conditioned_chain"] >= 1
+    adapters = load_checkpoint(work / f"every-{mode}", TorchBackbone.load(work / "model"))
+    assert adapters.first_msa_layer == 0
+    assert adapters.delta(0, "self_attn.q_proj").lora_B.weight.abs().max() > 0
+
+
+def test_states_of_more_layers_than_there_are_are_refused(work, tmp_path):
+    options = ["--states", str(tmp_path / "states"), "--num-msa-layers"]
+    for number in ("0", "5"):
+        with pytest.raises(OptionError, match=f"--num-msa-layers is {number}, and the model has 4"):
+            distill.main([*paths(work, "prompts.jsonl", "x.jsonl"), *options, number])
+    assert not (work / "x.jsonl").exists()
+
+
 def test_a_time_budget_ends_the_run(work):
     log = run(work, "timed", "--max-minutes", "0.02")
     assert log[-2]["lr_factor"] < 1
@@ -287,7 +305,7 @@ def test_a_budget_is_a_number_of_minutes(work):
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--fraction", "2"], "--fraction must be at most 1"),
-        (["--num-msa-layers", "4"], "leaves no layer below the streams"),
+        (["--num-msa-layers", "5"], "is more than the model's 4 layers"),
         (["--held-out", "1000"], "no text to train on"),
     ],
 )

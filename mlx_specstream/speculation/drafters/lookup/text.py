@@ -48,6 +48,7 @@ class TextIndex:
     """A text that grows and shrinks at its end, and where its end occurred before.
 
     start: position of its first token in the conversation; what stands before is not known.
+    An interrupt may tear the links, which outlive the answer; they are made anew then.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -55,6 +56,7 @@ class TextIndex:
         self.tokens: list[int] = []
         self._newest: list[dict[int, int]] = [{} for _ in WIDTHS]
         self._earlier: list[list[int]] = [[] for _ in WIDTHS]
+        self._torn = False  # or being changed
 
     @property
     def end(self) -> int:
@@ -63,7 +65,8 @@ class TextIndex:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append tokens."""
-        text = self.tokens
+        self._mend()
+        text, self._torn = self.tokens, True
         for token in tokens:
             text.append(token)
             at = len(text) - 1
@@ -71,9 +74,12 @@ class TextIndex:
                 key = hash(tuple(text[-width:]))  # of fewer tokens at the text's beginning
                 earlier.append(newest.get(key, -1))
                 newest[key] = at
+        self._torn = False
 
     def truncate(self, end: int) -> None:
         """Forget the tokens from position `end` on."""
+        self._mend()
+        self._torn = True
         while self.tokens and self.end > end:
             for width, newest, earlier in zip(WIDTHS, self._newest, self._earlier, strict=True):
                 key, before = hash(tuple(self.tokens[-width:])), earlier.pop()
@@ -82,8 +88,16 @@ class TextIndex:
                 else:
                     newest[key] = before
             self.tokens.pop()
+        self._torn = False
         if not self.tokens:
             self.start = min(self.start, end)
+
+    def _mend(self) -> None:
+        """Make links for the tokens as they are, if a change was interrupted."""
+        if self._torn:
+            whole = TextIndex(self.start)
+            whole.extend(self.tokens)
+            self._newest, self._earlier, self._torn = whole._newest, whole._earlier, False
 
     def occurrences(self) -> list[Occurrence]:
         """Return the earlier places of the text's end, at most `PLACES`, longest matches first."""
