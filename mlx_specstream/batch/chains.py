@@ -184,7 +184,7 @@ class ChainCandidates:
 
     @cached_property
     def marginal(self) -> Candidates:
-        """Return each stream's best candidates, D rows per sequence."""
+        """Return each stream's best candidates in any order, D rows per sequence."""
         rows = self.logits.shape[0] * self.logits.shape[1]
         logits, hidden = (part.reshape(rows, -1) for part in (self.logits, self.normed))
         return top_candidates(logits, hidden, NUM_CANDIDATES, in_order=False)
@@ -201,9 +201,7 @@ class ChainCandidates:
         """Return the likeliest token (W,) int32 after `parents` of these sequences, all (W,)."""
         if self.conditioned is None:
             return mx.take(self.likeliest[:, level], sequences)
-        if level == 0:
-            self.conditioned.begin()
-        return self.conditioned.best(self._rows(level, sequences), parents, before)
+        return self.conditioned.best(level, self._rows(level, sequences), parents, before)
 
     def ranked(
         self, level: int, sequences: mx.array, parents: mx.array, before: mx.array
@@ -213,9 +211,7 @@ class ChainCandidates:
         if self.conditioned is None:
             ids, log_probs = self.marginal.ids, self.marginal.log_probs
             return mx.take(ids, rows, axis=0), mx.take(log_probs, rows, axis=0)
-        if level == 0:  # chains may be grown twice
-            self.conditioned.begin()
-        return self.conditioned.ranked(rows, parents, before)
+        return self.conditioned.ranked(level, rows, parents, before)
 
     def _rows(self, level: int, sequences: mx.array) -> mx.array:
         return sequences * self.logits.shape[1] + level

@@ -199,7 +199,7 @@ class ConditionedProposer:
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities (W, C), in any order."""
         if level == 0:  # a tree may be grown twice
-            self.begin()
+            self.above = None
         state = self._state(at(self.of_stream, level), parents, grandparents, places)
         gain = state @ at(self.keys, level).T
         scores = _raised(mx.broadcast_to(at(self.marginal.log_probs, level), gain.shape), gain)
@@ -207,14 +207,16 @@ class ConditionedProposer:
         log_probs = _normalised(scores, at(self.mass, level), total)
         return mx.broadcast_to(at(self.marginal.ids, level), scores.shape), log_probs
 
-    def best(self, rows: mx.array, parents: mx.array, grandparents: mx.array) -> mx.array:
+    def best(
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
+    ) -> mx.array:
         """Return the best candidate (W,) int32 of each parent (W,); `rows` as in `ranked`."""
-        ids, scores = self._scores(rows, parents, grandparents)
+        ids, scores = self._scores(level, rows, parents, grandparents)
         best = mx.argmax(scores, axis=-1, keepdims=True)
         return mx.take_along_axis(ids, best, axis=-1)[:, 0]
 
     def ranked(
-        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return candidates (W, C) int32 and log-probabilities of each parent at a stream of its own.
 
@@ -222,17 +224,15 @@ class ConditionedProposer:
         row per sequence and stream. Called level by level: the parents' parents are those of the
         call before, and `grandparents` are looked up in the first.
         """
-        ids, scores = self._scores(rows, parents, grandparents)
+        ids, scores = self._scores(level, rows, parents, grandparents)
         total = mx.logsumexp(scores, axis=-1, keepdims=True)
         return ids, _normalised(scores, mx.take(self.mass, rows)[:, None], total)
 
-    def begin(self) -> None:
-        """Forget the level above: the first level of a tree or chain is next, perhaps again."""
-        self.above = None
-
     def _scores(
-        self, rows: mx.array, parents: mx.array, grandparents: mx.array
+        self, level: int, rows: mx.array, parents: mx.array, grandparents: mx.array
     ) -> tuple[mx.array, mx.array]:
+        if level == 0:  # chains may be drafted twice
+            self.above = None
         state = self._state(mx.take(self.of_stream, rows, axis=0), parents, grandparents, None)
         gain = (mx.take(self.keys, rows, axis=0) @ state[:, :, None]).squeeze(-1)
         scores = _raised(mx.take(self.marginal.log_probs, rows, axis=0), gain)

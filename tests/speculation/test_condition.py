@@ -120,8 +120,8 @@ def test_best_candidates_of_parents_with_streams_of_their_own() -> None:
         ids, log_probs = proposer(row + 1, mx.array([token]), mx.array([parent]), mx.array([0]))
         wanted.append(ids[0, mx.argmax(log_probs[0])].item())
     proposer = ConditionedProposer(Conditioner(*parts), backbone, marginal)
-    proposer.best(mx.array(rows), mx.array(first), mx.array(before))
-    best = proposer.best(mx.array(rows) + 1, mx.array(second), mx.array(first))
+    proposer.best(0, mx.array(rows), mx.array(first), mx.array(before))
+    best = proposer.best(1, mx.array(rows) + 1, mx.array(second), mx.array(first))
     assert best.tolist() == wanted
     assert len(set(wanted)) > 2
     assert wanted != [marginal.ids[row + 1, 0].item() for row in rows]
