@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.rivals_field import TREES, Rival, entered, joined, training
 from benchmarks.rivals_report import table, write_section
-from benchmarks.rivals_results import VERDICTS, Cell, Results
+from benchmarks.rivals_results import Results
 from benchmarks.rivals_timing import clock, costs
 from mlx_specstream.bench.cases import BUILT_IN, Case, chosen_cases
 from mlx_specstream.exit_status import exit_status
@@ -59,21 +59,16 @@ class Counter:
     max_tokens: int
     plain: dict[str, Replayed] = field(default_factory=dict)
 
-    def answer(self, rival: Rival, tree: str, case: Case) -> Cell:
-        """Return what one drafter with one tree gives on a prompt, and `verify`'s verdict of it."""
+    def answer(self, rival: Rival, tree: str, case: Case) -> tuple[int, int, str]:
+        """Return what one drafter with one tree gives on a prompt: tokens, passes, `verify`'s verdict."""
         ids = encode_prompt(self.tokenizer, case.prompt)
         if case.sha256 not in self.plain:
             own = replay(self.base, self.tokenizer, ids, self.max_tokens, None)
             self.plain[case.sha256] = own
         plain = self.plain[case.sha256]
         answer = replay(rival.model, self.tokenizer, ids, self.max_tokens, rival.config(tree))
-        stats, verdict = (
-            answer.stats,
-            compare(self.base, self.tokenizer, ids, plain, answer).verdict,
-        )
-        found = {"prompts": 1, "tokens": stats.tokens, "passes": stats.passes}
-        found |= {name: int(name == verdict) for name in VERDICTS}
-        return found
+        compared = compare(self.base, self.tokenizer, ids, plain, answer)
+        return answer.stats.tokens, answer.stats.passes, compared.verdict
 
     def fill(self, results: Results, rivals: Sequence[Rival], cases: Sequence[Case]) -> None:
         """Count what `results` lacks: every cell's first prompt, then every cell's second ...
@@ -88,12 +83,12 @@ class Counter:
                 rates = []
                 for tree in TREES:
                     where = ("cells", rival.name, tree, task)
-                    cell = results.get(*where) or {}
-                    if cell.get("prompts", 0) == place:
-                        one = self.answer(rival, tree, case)
-                        cell = {name: n + cell.get(name, 0) for name, n in one.items()}
-                        results.keep(*where, value=cell)
-                    rates.append(f"{cell['tokens'] / cell['passes']:.2f}")
+                    answers = results.get(*where) or []
+                    if len(answers) == place:
+                        answers.append(self.answer(rival, tree, case))
+                        results.keep(*where, value=answers)
+                    tokens, passes, _ = answers[place]
+                    rates.append(f"{tokens / passes:.2f}")
                 print(f"{place + 1} {task:<14} {rival.name:<22} {'  '.join(rates)}", flush=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rivals_field import FIELD, OURS, TREES
-from benchmarks.rivals_results import VERDICTS, tokens_per_pass
+from benchmarks.rivals_results import VERDICTS, comparable, tokens_per_pass
 from mlx_specstream.errors import DataError
 
 BEGIN, END = "<!-- rivals: begin -->", "<!-- rivals: end -->"
@@ -21,9 +21,11 @@ def table(known: dict[str, Any]) -> list[str]:
     Raises:
         DataError: nothing has been counted.
     """
-    found = known.get("cells", {})
-    if not found:
-        raise DataError("nothing has been counted yet; run benchmarks.rivals --count first.")
+    found = comparable(known)
+    if not any(tasks for trees in found.values() for tasks in trees.values()):
+        raise DataError(
+            "there is no task that every method has answered; run benchmarks.rivals --count first."
+        )
     # Several processes may have filled the cells, in any order.
     cells = {name: found[name] for name in dict.fromkeys([*FIELD, *found]) if name in found}
     known = {**known, "cells": cells}
@@ -68,10 +70,11 @@ def _conditions(known: dict[str, Any]) -> list[str]:
     counted = [
         c for trees in known["cells"].values() for tasks in trees.values() for c in tasks.values()
     ]
-    prompts = max(cell["prompts"] for cell in counted)
+    a_task = sorted({cell["prompts"] for cell in counted})
+    prompts = " to ".join(str(n) for n in dict.fromkeys((a_task[0], a_task[-1])))
     verdicts = {name: sum(cell[name] for cell in counted) for name in VERDICTS}
     lines = [
-        f"Counted on {prompts} prompts of each task at most. Lossless: of {sum(verdicts.values()):,} "
+        f"Prompts counted of each task: {prompts}. Lossless: of {sum(verdicts.values()):,} "
         f"answers compared with plain decoding as `specstream verify` does, {verdicts['identical']:,} "
         f"were identical, {verdicts['near-tie']} parted at a near-tie and {verdicts['mismatch']} differed."
     ]

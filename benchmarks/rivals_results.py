@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,6 +76,35 @@ def conditions() -> dict[str, str]:
         "machine": f"{machine.summary}, {machine.chip}",
         "versions": machine.versions,
         "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def comparable(known: dict[str, Any]) -> dict[str, dict[str, dict[str, Cell]]]:
+    """Return METHOD: TREE: TASK: sums over the prompts that every method and tree has answered.
+
+    So whoever was counted further than others is not compared by other texts. A task that not all
+    have is left out.
+    """
+    found: dict[str, Any] = known.get("cells", {})
+    every = [tasks for trees in found.values() for tasks in trees.values()]
+    names = list(dict.fromkeys(task for tasks in every for task in tasks))
+    counts = {task: min(len(tasks.get(task, ())) for tasks in every) for task in names}
+    return {
+        name: {
+            tree: {task: _sum(tasks[task][:count]) for task, count in counts.items() if count}
+            for tree, tasks in trees.items()
+        }
+        for name, trees in found.items()
+    }
+
+
+def _sum(answers: Sequence[tuple[int, int, str]]) -> Cell:
+    verdicts = [verdict for _, _, verdict in answers]
+    return {
+        "prompts": len(answers),
+        "tokens": sum(tokens for tokens, _, _ in answers),
+        "passes": sum(passes for _, passes, _ in answers),
+        **{name: verdicts.count(name) for name in VERDICTS},
     }
 
 

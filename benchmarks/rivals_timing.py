@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rivals_field import TREES, Rival
-from benchmarks.rivals_results import Results, conditions, tokens_per_pass
+from benchmarks.rivals_results import Results, comparable, conditions, tokens_per_pass
 from mlx_specstream.bench.cases import Case
 from mlx_specstream.bench.measure import Answered, TimedAnswer, in_turns, mlx_lms, ours
 from mlx_specstream.errors import OptionError
@@ -114,7 +114,7 @@ def best(known: dict[str, Any]) -> list[tuple[str, str, float]]:
         OptionError: tokens per pass or costs are not known yet.
     """
     found = []
-    for name, trees in known.get("cells", {}).items():
+    for name, trees in comparable(known).items():
         prices = known.get("cost", {}).get("steps", {}).get(name, {})
         speeds = [
             (rate / prices[tree], tree)

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from benchmarks import rivals, rivals_report, rivals_timing, rivals_train
 from benchmarks.rivals_draft_model import DraftModelObjective, spread
 from benchmarks.rivals_field import OURS, TREES, entered, joined
-from benchmarks.rivals_results import Results, tokens_per_pass
+from benchmarks.rivals_results import Results, comparable, tokens_per_pass
 from benchmarks.rivals_trainee import trainees
 from mlx_specstream import load
 from mlx_specstream.bench.measure import Answered
@@ -163,9 +163,9 @@ def test_every_cell_is_measured_and_every_answer_the_models_own(counted: Path) -
         assert list(trees) == list(TREES)
         for cells in trees.values():
             assert list(cells) == ["maths", "RAG"]
-            for cell in cells.values():
-                assert cell["identical"] == cell["prompts"] == 2
-                assert cell["passes"] <= cell["tokens"] <= 20
+            for answers in cells.values():
+                assert [verdict for _, _, verdict in answers] == ["identical"] * 2
+                assert all(passes <= tokens <= 10 for tokens, passes, _ in answers)
     assert known["training"]["EAGLE-2"]["updates"] == 3
     assert known["parameters"]["look-up"] == 0 < known["parameters"]["Medusa"]
     steps = known["cost"]["steps"]
@@ -186,19 +186,19 @@ def test_counting_goes_on_where_it_was_stopped(
     run(monkeypatch, rivals, *words, "--results", str(path), "--num-prompts", "1", "--count")
     results = Results(path)
     first = results.get("cells", "Medusa", "8", "maths")
-    assert first["prompts"] == 1
+    assert len(first) == 1
     results.change(lambda known: known["cells"]["Medusa"]["8"].pop("maths"))
-    results.keep("cells", "EAGLE-2", "8", "maths", "prompts", value=77)
+    results.keep("cells", "EAGLE-2", "8", "maths", value=[[77, 7, "identical"]] * 2)
     run(monkeypatch, rivals, *words, "--results", str(path), "--num-prompts", "2", "--count")
     again, whole = results.read()["cells"], Results(counted).read()["cells"]
-    assert again["EAGLE-2"]["8"].pop("maths")["prompts"] == 77
+    assert again["EAGLE-2"]["8"].pop("maths")[0][0] == 77
     whole["EAGLE-2"]["8"].pop("maths")
     assert again == whole
 
 
 def cell(tokens: int, passes: int) -> dict[str, int]:
     return {
-        "prompts": 2, "tokens": tokens, "passes": passes, "identical": 2, "near-tie": 0, "mismatch": 0,
+        "prompts": 1, "tokens": tokens, "passes": passes, "identical": 1, "near-tie": 0, "mismatch": 0,
     }  # fmt: skip
 
 
@@ -206,11 +206,25 @@ def known_of(**by_name: dict[str, tuple[int, int]]) -> dict:
     names = {"ours": OURS, "eagle": "EAGLE-3"}
     cells = {
         names[name]: {
-            tree: {task: cell(*counts) for task, counts in tasks.items()} for tree in TREES
+            tree: {task: [[*counts, "identical"]] for task, counts in tasks.items()}
+            for tree in TREES
         }
         for name, tasks in by_name.items()
     }
     return {"cells": cells, "parameters": {OURS: 2_000_000}}
+
+
+def test_rivals_are_compared_on_what_all_have_answered() -> None:
+    known = known_of(ours={"maths": (30, 10)}, eagle={"maths": (20, 10)})
+    known["cells"][OURS]["8"]["maths"].append([100, 10, "identical"])
+    known["cells"]["EAGLE-3"]["16"]["chat"] = [[10, 10, "identical"]]
+    found = comparable(known)
+    assert found[OURS]["8"] == {"maths": cell(30, 10)}
+    assert found["EAGLE-3"]["16"] == {"maths": cell(20, 10)}
+    with pytest.raises(DataError, match="no task that every method"):
+        rivals_report.table(
+            {"cells": {"a": {"8": {}}, "b": {"8": {"chat": [[1, 1, "identical"]]}}}}
+        )
 
 
 def test_the_table_says_where_a_rival_is_ahead(tmp_path) -> None:
