@@ -78,7 +78,11 @@ def _conditions(known: dict[str, Any]) -> list[str]:
         f"answers compared with plain decoding as `specstream verify` does, {verdicts['identical']:,} "
         f"were identical, {verdicts['near-tie']} parted at a near-tie and {verdicts['mismatch']} differed."
     ]
-    if told := {name: of for name, of in known.get("training", {}).items() if of}:
+    if told := {
+        name: of
+        for name, of in known.get("training", {}).items()
+        if of and not name.startswith("streams +")
+    }:
         parts = [
             f"{name} {of['positions']:,} positions, {of['updates']} updates, {of['minutes']:g} minutes"
             + (f" at {of['learning_rate']:g}" if "learning_rate" in of else "")
@@ -126,12 +130,12 @@ def _by_task(cells: dict[str, Any]) -> list[str]:
 
 
 def _beaten(cells: dict[str, Any]) -> list[str]:
-    """Say, for each rival, where it gives more tokens a pass than our streams do."""
+    """Say, for each rival (the paper's streams among them), where it gives more tokens a pass than our streams do."""
     if OURS not in cells:
         return []
     lines = []
     for name, trees in cells.items():
-        if name.startswith("streams"):
+        if name == OURS or name.startswith("streams +"):
             continue
         ahead = []
         for tree in TREES:
