@@ -21,7 +21,8 @@ from mlx_specstream.speculation.drafting import DraftDecoder
 from mlx_specstream.speculation.result import MaxTokens, StepReport, Verdict
 from mlx_specstream.speculation.step import Step
 from mlx_specstream.speculation.streams import Streams
-from tests.batch.engine import as_model, with_table
+from tests.batch.engine import as_model
+from tests.support.batched import with_batch_table
 from tests.support.engine import (
     random_streams,
     small_model,
@@ -221,7 +222,7 @@ def test_a_row_takes_its_logits_and_its_keys_and_values(
 
 def decoded_together(mode: str) -> list[list[tuple[int, int]]]:
     """Return where the buffers of a batch of three were after each step."""
-    decoder = with_table(BatchDecoder(as_model(streams_for("plain", mode))))
+    decoder = with_batch_table(BatchDecoder(as_model(streams_for("plain", mode))))
     for seed in range(3):
         decoder.add([int(t) for t in np.random.default_rng(seed).integers(0, 64, 10 + seed)])
     seen, accepted, read = [], 0, BatchStep.read

@@ -39,7 +39,8 @@ class TableBatchStepper(BatchStepper):
     def candidates(self, states: mx.array) -> ChainCandidates:
         of_streams = super().candidates(states)
         own = {f.name: getattr(of_streams, f.name) for f in dataclasses.fields(of_streams)}
-        return TableCandidates(**own, ids=self.ids, log_probs=self.log_probs)
+        ids = self.ids + 0 * mx.isnan(mx.sum(states))  # the streams' pass is computed all the same
+        return TableCandidates(**own, ids=ids, log_probs=self.log_probs)
 
 
 def with_batch_table(decoder: BatchDecoder) -> BatchDecoder:
