@@ -48,7 +48,9 @@ def is_compiling() -> bool:
     return kernels(lambda: [mx.compile(lambda x: mx.exp(x) + 1)(x)]).total() == 1
 
 
-counted = pytest.mark.skipif(not is_compiling(), reason="no C++ compiler: MLX compiles nothing here")
+counted = pytest.mark.skipif(
+    not is_compiling(), reason="no C++ compiler: MLX compiles nothing here"
+)
 
 
 def test_views_are_none_and_fused_operations_are_one() -> None:
