@@ -7,8 +7,11 @@ machine. Those marked `mac` take the GPU where there is one (`tests/mac/`).
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
+# What is started in the background ignores Ctrl-C, and Python and its children keep to that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX computes anything: it reads this once
 # What this machine's user made with `specstream adopt` is no part of a test.
 os.environ["SPECSTREAM_STATE"] = tempfile.mkdtemp(prefix="specstream-state-")
