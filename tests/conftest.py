@@ -10,8 +10,6 @@ import os
 import signal
 import tempfile
 
-# What is started in the background ignores Ctrl-C, and Python and its children keep to that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX computes anything: it reads this once
 # What this machine's user made with `specstream adopt` is no part of a test.
 os.environ["SPECSTREAM_STATE"] = tempfile.mkdtemp(prefix="specstream-state-")
@@ -32,6 +30,8 @@ from tests.support import tiny
 from tests.support.scripted import save_random_streams
 
 mx.set_default_device(mx.cpu)
+# What is started in the background ignores Ctrl-C, and Python and its children keep to that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
