@@ -15,6 +15,7 @@ from mlx_specstream.speculation import streams as streams_module
 from mlx_specstream.speculation.streams import Streams
 from mlx_specstream.weights.checkpoint import load_streams
 from mlx_specstream.weights.shipped import SHIPPED
+from tests.support.engine import is_compiling
 from tests.support.random_streams import random_tensors
 from tests.support.tiny import tiny_model
 
@@ -38,14 +39,6 @@ def prepared(name: str, merge: bool = True) -> Streams:
         streams.prepare()
     mx.eval(streams.arrays)
     return streams
-
-
-@cache
-def is_compiling() -> bool:
-    """Tell whether `mx.compile` makes one kernel of several: on the CPU it needs a C++ compiler."""
-    x = mx.ones((4,))
-    mx.eval(x)
-    return kernels(lambda: [mx.compile(lambda x: mx.exp(x) + 1)(x)]).total() == 1
 
 
 counted = pytest.mark.skipif(

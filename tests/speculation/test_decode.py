@@ -32,6 +32,7 @@ from tests.support.engine import (
     assert_same_text,
     decode,
     examples,
+    is_compiling,
     mlx_lm_tokens,
     plain,
     random_streams,
@@ -424,6 +425,8 @@ class TestOneSynchronisation:
             step = decoder.stepper.step(DraftTree(tokens, parents, depths, 3), cache)
             return step.report.packed, step.next_tree.tokens
 
+        if not is_compiling():
+            pytest.skip("no C++ compiler: MLX compiles nothing here")
         report, following = mx.compile(build)(mx.arange(6, dtype=mx.int32))
         assert report.shape[1] > 2
         assert following.shape[0] > 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -184,3 +184,13 @@ def assert_same_text(found: Sequence[int], expected: Decoded) -> None:
             gap = float(logits[-1] - logits[-2])
             assert gap < TIE_GAP, f"token {place}: {token}, plain {wanted} (gap {gap:.3g})"
             return
+
+
+@cache
+def is_compiling() -> bool:
+    """Tell whether `mx.compile` traces functions: on the CPU it does where there is a C++ compiler."""
+    try:
+        mx.compile(lambda x: mx.zeros(int(x.item())))(mx.array(1))
+    except ValueError:
+        return True
+    return False

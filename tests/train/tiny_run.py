@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_specstream.commands.train import make_objective
+from mlx_specstream.machine import ranks
 from mlx_specstream.model.backbone import Backbone
 from mlx_specstream.train.data import Example
 from mlx_specstream.train.initialise import hidden_rms, untrained
@@ -93,5 +94,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    ranks.work_apart()  # as `specstream train`: what process 0 decodes to measure, it decodes alone
     whole = {"sampled_vocab": 0} if "--whole" in sys.argv else {}
     run_tiny(Path(sys.argv[1]), "--resume" in sys.argv, **whole)
