@@ -2,8 +2,9 @@
 
 A GPU takes some microseconds to start each kernel, whatever it computes, so a small model's step costs
 about what it starts. The graph of a step is drawn, not computed: the count is the same on every
-machine. Views (slices, transposes, reshapes) start nothing. Norms, rotations and attention are one
-kernel each on a GPU, where MLX draws them as many on the CPU; so one stands for them here.
+machine where MLX compiles (its CPU build needs a C++ compiler for that). Views (slices, transposes,
+reshapes) start nothing. Norms, rotations and attention are one kernel each on a GPU, where MLX draws
+them as many on the CPU; so one stands for them here.
 """
 
 from __future__ import annotations
