@@ -15,7 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...generation.grammar import lark_mark, schema_text
+from ...generation.grammar import lark_mark
+from ...generation.json_schema import schema_text
 from .errors import invalid
 from .messages_schema import FunctionChoice, FunctionDescription, PlainFormat
 from .schema import ChatRequest

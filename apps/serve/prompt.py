@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import OptionError, SpecStreamError, brief
-from ...generation.grammar import Grammar, schema_text
+from ...generation.grammar import Grammar
+from ...generation.json_schema import schema_text
 from ...prompts.control import ControlTokens
 from ..thinking import ThoughtMarks
 from .errors import CONTEXT_EXCEEDED, ApiError, invalid

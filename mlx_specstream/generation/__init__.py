@@ -10,6 +10,7 @@
 | `prompt_progress.py` | how far the prompt is, for a person who waits |
 | `response.py` | what a caller gets for every token |
 | `grammar.py` | answers that fit a JSON schema, a regular expression or a grammar |
+| `json_schema.py` | a JSON schema as a grammar's compiler is to read it |
 | `decode_options.py` | command-line options: which model and streams, how to decode |
 | `sampling_options.py` | command-line options: how tokens are drawn |
 """

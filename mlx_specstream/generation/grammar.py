@@ -30,13 +30,12 @@ from ..loading.tokenizer import spelling_of
 from ..speculation.result import to_ints
 from ..speculation.sampling import NodeProcessor
 from ..speculation.tree import DraftTree
+from .json_schema import schema_text
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _BITS = 32  # of a mask's words
-# JSON as `json.dumps` and chat templates write it: a choice of blanks is one that has no end.
-_ONE_LINE = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 # Making llguidance's view of a tokenizer takes about a second for a large vocabulary.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
@@ -100,53 +99,6 @@ class Grammar:
     def matcher(self) -> Any:
         """Return a fresh matcher of llguidance's, at the grammar's start."""
         return self._matcher.deep_copy()
-
-
-def schema_text(schema: Mapping[str, Any] | bool | str) -> str:
-    """Return a JSON schema as llguidance is to read it, blanks included.
-
-    Raises:
-        DataError: it is no JSON schema.
-    """
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"the JSON schema is no JSON: {brief(error)}.") from None
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    if not isinstance(schema, Mapping):
-        raise DataError(f"a JSON schema must be an object, got {type(schema).__name__}.")
-    own = schema.get("x-guidance")
-    options = own if isinstance(own, Mapping) else {}
-    if not {"whitespace_pattern", "whitespace_flexible"} & set(options):
-        options = {**_ONE_LINE, **options}
-    return json.dumps({**_known(schema), "x-guidance": options})
-
-
-# Keywords whose values are schemas by name, or lists of schemas; the others' objects are schemas.
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("const", "enum", "default", "example", "examples", "required", "x-guidance")
-
-
-def _known(schema: Any) -> Any:
-    """Return a schema without what llguidance does not know and what says nothing.
-
-    Names of properties are texts, which zod's records say all the same.
-    """
-    if isinstance(schema, list):
-        return [_known(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "propertyNames" and value in (True, {}, {"type": "string"}):
-            continue
-        if key in _BY_NAME and isinstance(value, Mapping):
-            found[key] = {name: _known(one) for name, one in value.items()}
-        else:
-            found[key] = value if key in _VALUES else _known(value)
-    return found
 
 
 def lark_mark(tokenizer: TokenizerWrapper, mark: str, vocab_size: int) -> str:

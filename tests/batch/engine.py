@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.sample_utils import make_sampler
 
 from mlx_specstream.batch import BatchDecoder, BatchSequence
 from mlx_specstream.config import DecodeConfig, TreeSpec
@@ -16,6 +18,7 @@ from mlx_specstream.model.cache import KVCache
 from mlx_specstream.speculation.result import StepResult
 from mlx_specstream.speculation.sampling import TokenSampler
 from mlx_specstream.speculation.streams import Streams
+from tests.reference.sampling import chi_square_p
 from tests.support.engine import committed_rows, random_streams, stream_config
 
 CHAIN = TreeSpec(kind="chain", branching=1)
@@ -99,3 +102,25 @@ def assert_fresh(cache: KVCache, streams: Streams, tokens: Sequence[int]) -> Non
         for found, expected in zip(committed_rows(cache), committed_rows(fresh), strict=True):
             for a, b in zip(found, expected, strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def assert_draws_follow(
+    decoder: BatchDecoder, model: StreamModel, prompt: list[int], vocab: int
+) -> None:
+    """Draw two tokens of 400 requests, eight at a time, and compare the pairs with the model's."""
+    sampler = make_sampler(temp=1.0)
+    requests: list[Request] = []
+    for _ in range(50):
+        batch = [
+            Request(decoder, prompt, 2, sampler=sampler, seed=len(requests) + n) for n in range(8)
+        ]
+        finish(decoder, batch)
+        requests += batch
+    found = Counter((request.tokens[0], request.tokens[1]) for request in requests)
+    exact = {}
+    for first in range(vocab):
+        logits = model.model(mx.array([[*prompt, first]]))[0, -2:]
+        before, after = np.array(mx.softmax(logits, axis=-1))
+        exact |= {(first, second): float(before[first] * after[second]) for second in range(vocab)}
+    assert chi_square_p(found, exact) > 1e-3
+    assert sum(result.accepted for r in requests for result in r.results) > 50

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +24,7 @@ from tests.batch.engine import (
     CHAIN,
     Request,
     as_model,
+    assert_draws_follow,
     assert_fresh,
     batch_decoder,
     finish,
@@ -32,7 +32,6 @@ from tests.batch.engine import (
     step,
     streamed,
 )
-from tests.reference.sampling import chi_square_p
 from tests.support import against_mlx_lm, tiny
 from tests.support.batched import with_batch_table
 from tests.support.engine import (
@@ -315,22 +314,7 @@ def test_draws_of_a_batch_follow_the_models_distribution() -> None:
     assert model.streams is not None
     prompt = [3, 1, 4]
     decoder = with_batch_table(batch_decoder(model))
-    sampler = make_sampler(temp=1.0)
-    requests: list[Request] = []
-    for _ in range(50):
-        batch = [
-            Request(decoder, prompt, 2, sampler=sampler, seed=len(requests) + n) for n in range(8)
-        ]
-        finish(decoder, batch)
-        requests += batch
-    found = Counter((request.tokens[0], request.tokens[1]) for request in requests)
-    exact = {}
-    for first in range(vocab):
-        logits = model.model(mx.array([[*prompt, first]]))[0, -2:]
-        before, after = np.array(mx.softmax(logits, axis=-1))
-        exact |= {(first, second): float(before[first] * after[second]) for second in range(vocab)}
-    assert chi_square_p(found, exact) > 1e-3
-    assert sum(result.accepted for r in requests for result in r.results) > 50
+    assert_draws_follow(decoder, model, prompt, vocab)
 
 
 def model_that_never_says_eleven() -> StreamModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from mlx_specstream.speculation.drafters.lookup import Continuations, FileIndex,
 from mlx_specstream.speculation.result import LOOK_UP
 from tests.batch.engine import (
     Request,
+    assert_draws_follow,
     assert_fresh,
     finish,
     prompt_of,
@@ -32,7 +32,6 @@ from tests.batch.engine import (
     streamed,
 )
 from tests.planner.test_lookup import Clock, chain_of
-from tests.reference.sampling import chi_square_p
 from tests.speculation.test_lookup import proposer_of, repetitive
 from tests.support.batched import with_batch_table
 from tests.support.engine import (
@@ -267,22 +266,7 @@ def test_draws_beside_look_up_follow_the_models_distribution() -> None:
     model = StreamModel.plain(small_model(vocab=vocab, seed=3))
     files = FileIndex([*prompt, 0, 2, *prompt, 1, 1, *prompt, 4, 3])
     decoder = BatchDecoder(model, config_of("6", "lookup"), files=files)
-    sampler = make_sampler(temp=1.0)
-    requests: list[Request] = []
-    for _ in range(50):
-        batch = [
-            Request(decoder, prompt, 2, sampler=sampler, seed=len(requests) + n) for n in range(8)
-        ]
-        finish(decoder, batch)
-        requests += batch
-    found = Counter((request.tokens[0], request.tokens[1]) for request in requests)
-    exact = {}
-    for first in range(vocab):
-        logits = model.model(mx.array([[*prompt, first]]))[0, -2:]
-        before, after = np.array(mx.softmax(logits, axis=-1))
-        exact |= {(first, second): float(before[first] * after[second]) for second in range(vocab)}
-    assert chi_square_p(found, exact) > 1e-3
-    assert sum(result.accepted for r in requests for result in r.results) > 50
+    assert_draws_follow(decoder, model, prompt, vocab)
 
 
 @pytest.mark.parametrize("with_streams", [True, False])
