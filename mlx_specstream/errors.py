@@ -62,5 +62,20 @@ def printable(text: str) -> str:
     )
 
 
+def whole_text(text: str, what: str) -> str:
+    """Return a text that is Unicode as it stands; `what` it is, for the message.
+
+    Raises:
+        DataError: it holds half of a surrogate pair. Python makes them of JSON's escapes and of
+            bytes on the command line that are not UTF-8; tokenizers cannot read them.
+    """
+    if half := next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None):
+        raise DataError(
+            f"{what} holds half a character (U+{ord(half):04X}), which is no Unicode text; give "
+            "the whole character, as UTF-8."
+        )
+    return text
+
+
 def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."

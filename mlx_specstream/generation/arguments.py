@@ -14,11 +14,10 @@ import numpy as np
 
 from ..config import MAX_STREAMS, CacheConfig, DecodeConfig, TreeSpec
 from ..config.bounds import whole
-from ..errors import DataError, OptionError, brief, shown
+from ..errors import DataError, OptionError, brief, shown, whole_text
 from ..loading.load import StreamModel
 from ..model.cache import KVCache, from_mlx_lm
 from ..model.cache.kinds import check_quantised, quantization
-from ..prompts.lines import whole_text
 from ..speculation.drafters.lookup import FileIndex
 from ..speculation.sampling import LogitsProcessor, Sampler
 

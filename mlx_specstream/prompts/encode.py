@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, OptionError, brief
+from ..errors import DataError, OptionError, brief, whole_text
 from .control import ControlTokens
-from .lines import whole_text
 from .read import Prompt
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, whole_text
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -50,18 +50,3 @@ def json_lines(path: Path) -> Iterator[tuple[object, str]]:
         if "\\u" in line:  # the file is UTF-8, so that only an escape can be half a character
             whole_text(json.dumps(value, ensure_ascii=False), where)
         yield value, where
-
-
-def whole_text(text: str, what: str) -> str:
-    """Return a text that is Unicode as it stands; `what` it is, for the message.
-
-    Raises:
-        DataError: it holds half of a surrogate pair. Python makes them of JSON's escapes and of
-            bytes on the command line that are not UTF-8; tokenizers cannot read them.
-    """
-    if half := next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None):
-        raise DataError(
-            f"{what} holds half a character (U+{ord(half):04X}), which is no Unicode text; give "
-            "the whole character, as UTF-8."
-        )
-    return text

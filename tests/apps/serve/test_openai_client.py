@@ -19,6 +19,18 @@ from tests.apps.serve.conftest import TOOL, Gate, Live, MakeService
 
 KEY = "a-test-key"
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+TURN: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "turn",
+        "parameters": {
+            "type": "object",
+            "properties": {"way": {"enum": ["left", "right"]}},
+            "required": ["way"],
+            "additionalProperties": False,
+        },
+    },
+}
 Connect = Callable[..., Any]
 
 
@@ -95,18 +107,11 @@ def test_tools(connect: Connect, caller: Any) -> None:
 def test_a_forced_call(connect: Connect, caller: Any) -> None:
     pytest.importorskip("llguidance")
     client = connect(caller, max_tokens=200)
-    parameters = {
-        "type": "object",
-        "properties": {"way": {"enum": ["left", "right"]}},
-        "required": ["way"],
-        "additionalProperties": False,
-    }
-    turn: Any = {"type": "function", "function": {"name": "turn", "parameters": parameters}}
     for choice in ("required", {"type": "function", "function": {"name": "turn"}}):
         reply = client.chat.completions.create(
             model="caller",
             messages=HELLO,
-            tools=[turn] if choice == "required" else [TOOL, turn],
+            tools=[TURN] if choice == "required" else [TOOL, TURN],
             tool_choice=choice,
             parallel_tool_calls=False,
         )
@@ -156,18 +161,11 @@ def test_the_bytes_of_tokens_are_the_text(connect: Connect, talker: Any) -> None
 def test_one_of_some_allowed_tools(connect: Connect, tiny_caller: Any) -> None:
     pytest.importorskip("llguidance")
     client = connect(tiny_caller, max_tokens=200)
-    parameters = {
-        "type": "object",
-        "properties": {"way": {"enum": ["left", "right"]}},
-        "required": ["way"],
-        "additionalProperties": False,
-    }
-    turn: Any = {"type": "function", "function": {"name": "turn", "parameters": parameters}}
     tools = [{"type": "function", "function": {"name": "turn"}}]
     reply = client.chat.completions.create(
         model="tiny",
         messages=HELLO,
-        tools=[TOOL, turn],
+        tools=[TOOL, TURN],
         tool_choice={
             "type": "allowed_tools",
             "allowed_tools": {"mode": "required", "tools": tools},
@@ -179,7 +177,7 @@ def test_one_of_some_allowed_tools(connect: Connect, tiny_caller: Any) -> None:
     made = client.responses.create(
         model="tiny",
         input="hello",
-        tools=[RESPONSE_TOOL, {"type": "function", "strict": True, **turn["function"]}],
+        tools=[RESPONSE_TOOL, {"type": "function", "strict": True, **TURN["function"]}],
         tool_choice={"type": "allowed_tools", "mode": "required", "tools": tools_of("turn")},
         parallel_tool_calls=False,
     )
