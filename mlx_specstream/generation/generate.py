@@ -26,9 +26,10 @@ from ..loading.drafter import drafter_of_model
 from ..loading.load import StreamModel
 from ..model.cache import KVCache
 from ..model.prefill import PREFILL_CHUNK, ChunkSize, PacedChunks
-from ..planner.adaptive import AutoDecoder
+from ..planner.adaptive import AutoDecoder, Governor
 from ..planner.costs import planner_for
 from ..planner.lookup import looks_up, lookup_planner
+from ..planner.trial import drafter_trial
 from ..speculation.decode import Decoder
 from ..speculation.drafters import NoDrafter
 from ..speculation.drafters.lookup import FileIndex, LookUp
@@ -216,7 +217,8 @@ def decoder_for(
 ) -> Decoder:
     """Return the loop over token ids that generates with these settings.
 
-    With the tree `auto` the first call may take some seconds, to measure what steps cost here.
+    With the tree `auto` the first call may take some seconds, to measure what steps cost here; what
+    other drafters than streams cost is found out while they draft.
 
     Args:
         files: what else to look up in. text: what precedes the answer, if more is known of it than
@@ -230,15 +232,22 @@ def decoder_for(
     lookup = None
     if speculative and looks_up(model, config):
         lookup = LookUp.of(backbone, files, text)
+    drafting: DraftDecoder | None = None
+    governor: Governor | None = None
     if model.drafter is not None and speculative and config.uses_streams:
-        return drafter_decoder(model.drafter, config, token_sampler, lookup=lookup)
-    if streams is None and lookup is None:
+        streams = None
+        drafting = drafter_decoder(model.drafter, config, token_sampler, lookup=lookup)
+        governor = drafter_trial(model, drafting.tree, config)
+        if governor is None:
+            return drafting
+    elif streams is not None:
+        governor = planner_for(model, config)
+    elif lookup is None:
         return plain_decoder(backbone, model.streams, token_sampler)
-    planner = None if streams is None else planner_for(model, config)
-    if planner is not None or (streams is None and config.tree.kind == "auto"):
+    if governor is not None or (streams is None and config.tree.kind == "auto"):
         lookups = None if lookup is None else lookup_planner(model)
         return AutoDecoder(
-            streams, config, token_sampler, planner, False, lookup, lookups, backbone
+            streams, config, token_sampler, governor, False, lookup, lookups, backbone, drafting
         )
     if streams is not None:
         return StreamDecoder(streams, config, token_sampler, lookup=lookup)

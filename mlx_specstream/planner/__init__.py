@@ -18,6 +18,7 @@
 | `record.py` | recording it |
 | `correction.py` | what steps really cost, by the clock while decoding |
 | `lookup.py` | whether steps of look-up alone pay, and how many rows of it |
+| `trial.py` | whether a drafter other than streams pays, found out by the clock |
 """
 
 from .acceptance import ACCEPTANCE_FILE, AcceptanceProfile, Rates

@@ -19,7 +19,7 @@ next. Decisions rest on past tokens and times alone, so they cannot bias what is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -75,8 +75,9 @@ class Governor(Protocol):
 class AutoDecoder(Decoder):
     """Decodes as its governor says, step by step plainly or with the tree it asks for.
 
-    `config` supplies what plans leave open. Without `streams` and a governor there are plain steps
-    alone, and those of look-up, if there is a `lookup`; `lookups` says when they pay.
+    `config` supplies what plans leave open. Drafts come from the `streams`, or in their place from
+    `drafting`, whose tree is then the governor's only plan. Without either and a governor there are
+    plain steps alone, and those of look-up, if there is a `lookup`; `lookups` says when they pay.
 
     Raises:
         StreamsError: a tensor of the streams is missing.
@@ -91,9 +92,9 @@ class AutoDecoder(Decoder):
     lookup: LookUp | None = None
     lookups: LookUpPlanner | None = None
     backbone: Backbone | None = None
+    drafting: DraftDecoder | None = None
     plain: PlainDecoder | StreamDecoder = field(init=False)
     _steppers: dict[StepSetting, Stepper] = field(init=False, default_factory=dict)
-    _speculative: StreamDecoder | None = field(init=False, default=None)
     _alone: DraftDecoder | None = field(init=False, default=None)  # look-up alone
     _plan: StepSetting | None = field(init=False, default=None)  # to go on with
     # What made the step under way, and the tree that it verifies: a plan, rows of look-up alone, or
@@ -112,7 +113,7 @@ class AutoDecoder(Decoder):
         self.plain = plain_decoder(backbone, self.streams, self.token_sampler)
         self.token_sampler.typical = self.config.typical
         if self.streams is not None:
-            self._speculative = StreamDecoder(self.streams, self.config, self.token_sampler)
+            self.drafting = StreamDecoder(self.streams, self.config, self.token_sampler)
         if isinstance(self.plain, PlainDecoder):
             self.plain.run_ahead = self._run_ahead
             if self.lookup is not None and self.lookups is not None:
@@ -122,14 +123,22 @@ class AutoDecoder(Decoder):
     @property
     def forward(self) -> Callable[[mx.array, KVCache], mx.array]:
         """Return what runs consecutive tokens of a prompt."""
-        return self.plain.forward
+        return self.plain.forward if self._plan is None else self._maker_of(self._plan).forward
 
-    def first_step(self, root: int, cache: KVCache) -> Step:
-        """Return the step of `root` alone, plain or to draft a tree."""
-        self._plan = self.governor.begin(cache.length) if self.governor is not None else None
+    def begin(self, prompt: Sequence[int], cache: KVCache) -> None:
+        """Let the governor say how an answer to `prompt` begins, behind what `cache` holds."""
+        super().begin(prompt, cache)
+        self._plan = None
+        if self.governor is not None:
+            self._plan = self.governor.begin(cache.length + len(prompt) - 1)
+        if self._plan is not None:
+            self._maker_of(self._plan).stepper.drafter.begin(prompt, cache)
         if self.lookups is not None:
             self.lookups.begin()
         self._found, self._rows = None, 0
+
+    def first_step(self, root: int, cache: KVCache) -> Step:
+        """Return the step of `root` alone, plain or to draft a tree."""
         return self._restart(root, cache)
 
     def step_ahead(self, step: Step, cache: KVCache) -> Step | None:
@@ -223,12 +232,12 @@ class AutoDecoder(Decoder):
         """Return what the next tree should yield: the drafter's own, or that of look-up if it is more."""
         if result.expected is None:
             return None
-        assert self._speculative is not None
+        assert self.drafting is not None
         return mx.maximum(result.expected, found.expected(self._rows_of(plan) - 1))
 
     def _rows_of(self, plan: StepSetting) -> int:
-        assert self.streams is not None
-        return plan.rows(self.streams.num_streams)
+        assert self.drafting is not None
+        return plan.rows(self.drafting.drafter.depth)
 
     def _widened(
         self, plan: StepSetting, found: Continuations
@@ -265,14 +274,16 @@ class AutoDecoder(Decoder):
 
     def _maker_of_drafts(self) -> DraftDecoder:
         if isinstance(self._made_by, StepSetting):
-            assert self._speculative is not None
-            maker: DraftDecoder = self._speculative
-            maker.stepper = self._stepper(self._made_by)
-        else:
-            assert self._alone is not None
-            maker = self._alone
-        maker.keep_drafts = self.keep_drafts
-        return maker
+            return self._maker_of(self._made_by)
+        assert self._alone is not None
+        self._alone.keep_drafts = self.keep_drafts
+        return self._alone
+
+    def _maker_of(self, plan: StepSetting) -> DraftDecoder:
+        assert self.drafting is not None
+        self.drafting.stepper = self._stepper(plan)
+        self.drafting.keep_drafts = self.keep_drafts
+        return self.drafting
 
     def _run_ahead(self) -> bool:
         left = self.governor.plain_tokens_ahead() if self.governor is not None else None
@@ -280,7 +291,11 @@ class AutoDecoder(Decoder):
 
     def _stepper(self, plan: StepSetting) -> Stepper:
         if plan not in self._steppers:
-            assert self.streams is not None
-            decoder = StreamDecoder(self.streams, plan.config(self.config), self.token_sampler)
-            self._steppers[plan] = decoder.stepper
+            if self.streams is not None:
+                config = plan.config(self.config)
+                maker: DraftDecoder = StreamDecoder(self.streams, config, self.token_sampler)
+            else:
+                assert self.drafting is not None
+                maker = DraftDecoder(self.drafting.drafter, plan.tree, self.token_sampler)
+            self._steppers[plan] = maker.stepper
         return self._steppers[plan]

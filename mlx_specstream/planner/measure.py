@@ -82,7 +82,7 @@ class _Session:
 
     def explore(self, plans: Sequence[StepSetting], until: float) -> None:
         """Take a first sample of each plan that could matter."""
-        token = PlainTokens(self.streams, self.clock)
+        token = PlainTokens(self.streams.backbone, self.streams, self.clock)
         token.sample(self.context)  # warms up
         self.token = token
         before = token.sample(self.context)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..config import DecodeConfig
+from ..model.backbone import Backbone
 from ..model.cache import KVCache
 from ..speculation.drafting import StreamDecoder
 from ..speculation.plain import PlainDecoder, plain_decoder
@@ -28,9 +29,11 @@ _TOKEN = 1
 class PlainTokens:
     """Plain decoding at a fixed context, pipelined as it really runs."""
 
-    def __init__(self, streams: Streams, clock: Callable[[], float]) -> None:
-        self.decoder = plain_decoder(streams.backbone, streams, TokenSampler())
-        self.caches = _Caches(streams)
+    def __init__(
+        self, backbone: Backbone, streams: Streams | None, clock: Callable[[], float]
+    ) -> None:
+        self.decoder = plain_decoder(backbone, streams, TokenSampler())
+        self.caches = _Caches(backbone, self.decoder.forward)
         self.clock = clock
         self.tokens = MIN_TOKENS
 
@@ -66,7 +69,7 @@ class Steps:
 
     def __init__(self, streams: Streams, plan: StepSetting, clock: Callable[[], float]) -> None:
         self.decoder = StreamDecoder(streams, plan.config(DecodeConfig()), TokenSampler())
-        self.caches = _Caches(streams)
+        self.caches = _Caches(streams.backbone, self.decoder.forward)
         self.clock = clock
         self.tree: DraftTree | None = None
 
@@ -99,18 +102,25 @@ class Steps:
 
 
 class _Caches:
-    """A KV cache whose committed text is nothing but zeros, rewound for every sample."""
+    """A KV cache whose committed text is nothing but zeros, rewound for every sample.
 
-    def __init__(self, streams: Streams) -> None:
-        self.streams = streams
+    Layers that keep a state have no text to rewind to: there a sample begins an empty one.
+    """
+
+    def __init__(
+        self, backbone: Backbone, forward: Callable[[mx.array, KVCache], mx.array]
+    ) -> None:
+        self.backbone, self.forward = backbone, forward
         self.made: dict[int, KVCache] = {}
 
     def at(self, context: int) -> KVCache:
+        if self.backbone.is_recurrent:
+            return self.backbone.new_cache()
         if context not in self.made:
-            cache = KVCache(self.streams.backbone.num_layers)
+            cache = KVCache(self.backbone.num_layers)
             # A row at the far end makes buffers of zeros before it.
             cache.length = context
-            self.streams.forward(mx.array([_TOKEN]), cache)
+            self.forward(mx.array([_TOKEN]), cache)
             mx.eval(cache.arrays)
             self.made = {context: cache}  # one at a time: long ones are large
         cache = self.made[context]

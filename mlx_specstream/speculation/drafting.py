@@ -107,8 +107,8 @@ def drafter_decoder(
 ) -> DraftDecoder:
     """Return the loop with a drafter other than streams, over one model.
 
-    Where the tree does not say how deep, it is `AUTO_DEPTH` levels at most; a tree `auto` is not
-    planned. Beside layers that keep a state it is a chain.
+    Where the tree does not say how deep, it is `AUTO_DEPTH` levels at most. Beside layers that keep
+    a state it is a chain.
     """
     token_sampler.typical = config.typical
     tree = config.tree

@@ -286,7 +286,7 @@ def test_more_plain_tokens_are_timed_where_they_are_short(
 ) -> None:
     """A host that takes a millisecond before the device begins is seen in the first token alone."""
     now, passes = 0.0, 0
-    sampler = PlainTokens(streams, lambda: now)
+    sampler = PlainTokens(streams.backbone, streams, lambda: now)
     original = sampler.decoder.steps
 
     def steps(*words: Any) -> Iterator[Any]:

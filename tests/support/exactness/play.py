@@ -146,19 +146,33 @@ def _decoder(case: Case, streams: Streams, token_sampler: TokenSampler) -> Decod
         wide = scene.cache == "quantised"
         model = (scene.family, scene.model_seed, scene.precision, wide, scene.mode)
         drafter = _drafter(case.drafts, *model)
-        return drafter_decoder(drafter, decode, token_sampler, lookup=lookup)
+        drafting = drafter_decoder(drafter, decode, token_sampler, lookup=lookup)
+        if decode.tree.kind == "product" or case.number % 2:
+            return drafting
+        whims = Whims(case.number, [None, StepSetting(drafting.tree)])
+        return AutoDecoder(
+            None, decode, token_sampler, whims, False, lookup, _lookups(), backbone, drafting
+        )
     if backbone.is_recurrent:  # a state follows one path
         decode = DecodeConfig(tree=TreeSpec.parse("chain"))
     if case.drafts == "none":
         tree = decode.tree if decode.tree.kind != "product" else TreeSpec("best", rows=7)
         return DraftDecoder(NoDrafter(backbone), tree, token_sampler, lookup=lookup)
     if case.drafts == "auto":
-        whims = Whims(backbone.is_recurrent, case.number)
-        lookups = LookUpPlanner(slope=0.01, clock=lambda: 0.0)
+        words = "chain1 chain chain2" if backbone.is_recurrent else "chain 4 9 5_inline"
+        whims = Whims(case.number, [None, *map(_setting, words.split())])
         auto = replace(decode, schedule="auto", stream_nodes=0, prune=None)
-        return AutoDecoder(streams, auto, token_sampler, whims, lookup=lookup, lookups=lookups)
+        return AutoDecoder(streams, auto, token_sampler, whims, lookup=lookup, lookups=_lookups())
     decoder = StreamDecoder(streams, decode, token_sampler, lookup=lookup)
     return with_table(decoder) if case.drafts == "table" else decoder
+
+
+def _setting(word: str) -> StepSetting:
+    return StepSetting.parse(word.replace("_", " "))
+
+
+def _lookups() -> LookUpPlanner:
+    return LookUpPlanner(slope=0.01, clock=lambda: 0.0)
 
 
 @lru_cache(maxsize=16)
@@ -170,10 +184,8 @@ def _drafter(kind: str, *model: Any) -> Drafter:
 class Whims:
     """A governor that changes its mind at random, between trees and plain decoding."""
 
-    def __init__(self, recurrent: bool, seed: int) -> None:
-        words = ("chain1", "chain", "chain2") if recurrent else ("chain", "4", "9", "5 inline")
-        self.plans = [None, *map(StepSetting.parse, words)]
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, plans: Sequence[StepSetting | None]) -> None:
+        self.plans, self.random = plans, random.Random(seed)
 
     def begin(self, length: int) -> StepSetting | None:
         del length
