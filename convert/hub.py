@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, OptionError, shown
-from ..loading.demo import DEMO_NAME, resolve_demo
-from ..weights.hub import fetch, refuse_revision
+from ..loading.folders import is_built_in, model_folder
+from ..weights.hub import fetch
 
 _REPOSITORY = re.compile(r"[\w.\-]{1,96}(/[\w.\-]{1,96})?")
 _SMALL = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -24,7 +24,7 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
     """Return the local folder or file of a model; fetch it from the hub if it is not local.
 
     Args:
-        name: a path, `demo` for the demo model, or a repository id as `owner/name`.
+        name: a path, `demo`, `gemma3-270m`, or a repository id as `owner/name`.
         revision: branch, tag or commit on the hub.
         beside: a folder that a relative path may also be relative to.
 
@@ -37,9 +37,8 @@ def locate(name: str, revision: str | None = None, beside: Path | None = None) -
             if revision:
                 raise OptionError(f"--revision is for the hub, and {candidate} is a local path.")
             return candidate
-    if name == DEMO_NAME:
-        refuse_revision(name, revision, "the demo model")
-        return resolve_demo()
+    if is_built_in(name):
+        return model_folder(name, revision)
     if not _REPOSITORY.fullmatch(name) or ".." in name:
         raise CheckpointError(
             f"{shown(name)} does not exist; name a folder, a weight file, or a hub repository"

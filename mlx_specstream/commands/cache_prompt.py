@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ..errors import OptionError
 from ..generation.decode_options import add_cache_options, cache_config
 from ..loading.demo import DEMO_NAME
-from ..loading.gemma import GEMMA_NAME
 from .generate import prompt_text
 
 
@@ -56,7 +54,7 @@ def main(argv: list[str]) -> int:
             f"--prompt-cache-file must end in .safetensors, got {arguments.prompt_cache_file}."
         )
 
-    from ..loading.folders import model_folder
+    from ..loading.folders import is_built_in, model_folder
     from ..loading.load import load
     from ..model.cache.files import save_prompt_cache
     from ..model.cache.kinds import check_quantised
@@ -75,7 +73,7 @@ def main(argv: list[str]) -> int:
             print(f"\r{cache.length} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     name = arguments.model
-    if name == DEMO_NAME or (name == GEMMA_NAME and not Path(name).exists()):
+    if is_built_in(name):
         name = str(model_folder(name))  # for mlx-lm, which does not know these names
     save_prompt_cache(arguments.prompt_cache_file, cache, name)
     print(f"{arguments.prompt_cache_file}: {cache.length} tokens, {cache.nbytes / 1e6:.1f} MB")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        help="also look at a model: a folder or a hub id, of which only config.json is read",
+        help="also look at a model: a folder, 'demo', or a hub id, of which only config.json is read",
     )
     parser.add_argument(
         "--machine", metavar="FILE", help="diagnose another machine, from the --json it printed"
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
 
         return write_report(Path(arguments.report).expanduser(), arguments.model)
     machine = read_machine(arguments.machine) if arguments.machine else Machine.read()
-    shape = read_shape(arguments.model) if arguments.model else None
+    shape = _shape(arguments.model) if arguments.model else None
     found = findings(machine)
     if shape is not None:
         found += model_findings(machine, shape)
@@ -114,6 +115,15 @@ def read_machine(path: str) -> Machine:
     if not isinstance(inner, dict):
         raise DataError(f"{path} describes no machine; name what specstream doctor --json printed.")
     return Machine.from_dict(inner)
+
+
+def _shape(name: str) -> Shape:
+    """Return the size of a model that is named on the command line."""
+    from ..loading.folders import is_built_in, model_folder
+
+    if is_built_in(name):
+        return replace(read_shape(str(model_folder(name))), name=name)
+    return read_shape(name)
 
 
 def model_findings(machine: Machine, shape: Shape) -> list[Finding]:

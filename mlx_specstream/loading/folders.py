@@ -15,6 +15,11 @@ MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model", "m
 STREAM_FILES = ("streams.safetensors", "drafter.safetensors")
 
 
+def is_built_in(name: str) -> bool:
+    """Tell whether a name is that of a model made from packages of the index, and of no folder here."""
+    return name == DEMO_NAME or (name == GEMMA_NAME and not Path(name).exists())
+
+
 def model_folder(name: str, revision: str | None = None) -> Path:
     """Return the folder of a model: `demo`, a folder here, `gemma3-270m`, or a hub id, fetched if need be.
 

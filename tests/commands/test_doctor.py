@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mlx_specstream import cli
+from mlx_specstream.convert.hub import locate
 from mlx_specstream.doctor import sizes
 from mlx_specstream.doctor.sizes import TYPICAL, read_shape, shape_of, usable_bytes
-from mlx_specstream.errors import ModelError
+from mlx_specstream.errors import ModelError, OptionError
 from mlx_specstream.machine import Machine
 from tests.support import tiny
 
@@ -114,6 +115,20 @@ def test_only_the_config_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(sizes, "fetch", fetch)
     assert read_shape("someone/8b").num_params == TYPICAL[5].num_params
     assert asked == [("config.json",)]
+
+
+@pytest.mark.parametrize("name", ["demo", "gemma3-270m"])
+def test_models_that_come_with_the_product_are_known_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = Path(model_folder(tmp_path / "8b"))
+    for resolve in ("resolve_demo", "resolve_gemma"):
+        monkeypatch.setattr(f"mlx_specstream.loading.folders.{resolve}", lambda: folder)
+    _, out = doctor(capsys, "--model", name, "--json")
+    assert [model for model in json.loads(out)["models"] if model["name"] == name]
+    assert locate(name) == folder
+    with pytest.raises(OptionError, match="revision"):
+        locate(name, revision="main")
 
 
 def test_sizes_are_those_of_the_real_weights() -> None:
