@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from math import inf
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,8 @@ _KINDS = (("openblas", "OpenBLAS"), ("mkl", "MKL"), ("blis", "BLIS"), ("flexibla
 _SYSTEM = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so.1")
 _OF_CUDA = ("cudaGetDeviceCount", "cublasLtCreate")  # only MLX for CUDA brings them
 _PREFIXES = ("", "scipy_")  # of the names in the wheels for SciPy
+_ROUNDS = 5  # of timing, before threads are thought to be in each other's way
+_PAUSE_S = 0.01  # after the first of them, then twice as long each time
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
@@ -169,7 +172,8 @@ def _set_threads(library: ctypes.CDLL, prefix: str, sgemm: int) -> int:
     It takes a thread for every core of the machine, and they wait for each other by spinning. In a
     container that may use fewer cores, or beside other programs, a product then takes ten times as
     long as with one thread; so the cores that a container may use are counted, and what is twice as
-    slow with all of them as with one gets one. A number in the environment stands.
+    slow with all of them as with one gets one. A moment's delay is not to halve the machine for
+    hours, so that has to be seen again and again. A number in the environment stands.
     """
     set_threads = getattr(library, f"{prefix}openblas_set_num_threads", None)
     get_threads = getattr(library, f"{prefix}openblas_get_num_threads", None)
@@ -179,14 +183,17 @@ def _set_threads(library: ctypes.CDLL, prefix: str, sgemm: int) -> int:
     if threads == 1 or any(map(os.environ.get, _THREADS)):
         return threads
     threads = min(threads, _cores_of_container() or threads)
-    seconds = {}
-    for count in (1, threads):
-        set_threads(count)
-        seconds[count] = _seconds(sgemm)
-    if seconds[threads] > 2 * seconds[1]:
-        threads = 1
-    set_threads(threads)
-    return threads
+    alone = together = inf
+    for turn in range(_ROUNDS):
+        set_threads(1)
+        alone = min(alone, _seconds(sgemm))
+        set_threads(threads)
+        together = min(together, _seconds(sgemm))
+        if together <= 2 * alone:
+            return threads
+        time.sleep(_PAUSE_S * 2**turn)
+    set_threads(1)
+    return 1
 
 
 def _cores_of_container() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -164,15 +165,17 @@ def test_a_library_with_64_bit_sizes_or_wrong_results_is_refused(
     assert blas.load(path) is None
 
 
-@pytest.mark.parametrize(("slowness", "threads"), [(1.5, 4), (3.0, 1)])
+@pytest.mark.parametrize(("slowness", "threads"), [([1.5], 4), ([3.0], 1), ([9.0, 5.0, 1.5], 4)])
 def test_threads_that_stall_each_other_are_given_up(
-    monkeypatch: pytest.MonkeyPatch, slowness: float, threads: int
+    monkeypatch: pytest.MonkeyPatch, slowness: list[float], threads: int
 ) -> None:
+    """Again and again, that is: something that passes is not to cost a long run its other cores."""
     for name in blas._THREADS:
         monkeypatch.delenv(name, raising=False)
     library = _Threaded(4)
     monkeypatch.setattr(blas, "_cores_of_container", lambda: 0)
-    monkeypatch.setattr(blas, "_seconds", lambda _: 1.0 if library.threads == 1 else slowness)
+    together = itertools.cycle(slowness)
+    monkeypatch.setattr(blas, "_seconds", lambda _: 1.0 if library.threads == 1 else next(together))
     assert blas._set_threads(library, "", 0) == threads  # type: ignore[arg-type]
     assert library.threads == threads
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
