@@ -37,7 +37,7 @@ _SYSTEM = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4", "libmkl_rt.so.2
 _OF_CUDA = ("cudaGetDeviceCount", "cublasLtCreate")  # only MLX for CUDA brings them
 _PREFIXES = ("", "scipy_")  # of the names in the wheels for SciPy
 _ROUNDS = 5  # of timing, before threads are thought to be in each other's way
-_PAUSE_S = 0.01  # after the first of them, then twice as long each time
+_PAUSE_S = 0.005  # twice as long between any two of them
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
@@ -185,13 +185,13 @@ def _set_threads(library: ctypes.CDLL, prefix: str, sgemm: int) -> int:
     threads = min(threads, _cores_of_container() or threads)
     alone = together = inf
     for turn in range(_ROUNDS):
+        time.sleep(turn and _PAUSE_S * 2**turn)
         set_threads(1)
         alone = min(alone, _seconds(sgemm))
         set_threads(threads)
         together = min(together, _seconds(sgemm))
         if together <= 2 * alone:
             return threads
-        time.sleep(_PAUSE_S * 2**turn)
     set_threads(1)
     return 1
 
