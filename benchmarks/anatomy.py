@@ -193,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     vocab = model.backbone.vocab_size
     prompt = [(7 * i * i + 3 * i) % min(vocab, 997) for i in range(args.prompt_tokens)]
     read = KVCache(model.backbone.num_layers)
-    prefill(
-        model.streams.forward, prompt[:-1], read, None, PREFILL_CHUNK
-    )  # once: long prompts take minutes
+    # Once for all settings: a long prompt takes minutes.
+    prefill(model.streams.forward, prompt[:-1], read, None, PREFILL_CHUNK)
     if not args.json:
         print(COLUMNS)
     for tree in args.tree or ["chain", "8", "16"]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
-from math import inf
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +35,7 @@ _KINDS = (("openblas", "OpenBLAS"), ("mkl", "MKL"), ("blis", "BLIS"), ("flexibla
 _SYSTEM = ("libopenblas.so.0", "libopenblas.so", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so.1")
 _OF_CUDA = ("cudaGetDeviceCount", "cublasLtCreate")  # only MLX for CUDA brings them
 _PREFIXES = ("", "scipy_")  # of the names in the wheels for SciPy
-_ROUNDS = 5  # of timing, before threads are thought to be in each other's way
+_LOOKS = 5  # where the first finds threads slow; most of them decide
 _PAUSE_S = 0.005  # twice as long between any two of them
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "GOTO_NUM_THREADS")
 
@@ -173,7 +172,7 @@ def _set_threads(library: ctypes.CDLL, prefix: str, sgemm: int) -> int:
     container that may use fewer cores, or beside other programs, a product then takes ten times as
     long as with one thread; so the cores that a container may use are counted, and what is twice as
     slow with all of them as with one gets one. A moment's delay is not to halve the machine for
-    hours, so that has to be seen again and again. A number in the environment stands.
+    hours, so most of several looks decide. A number in the environment stands.
     """
     set_threads = getattr(library, f"{prefix}openblas_set_num_threads", None)
     get_threads = getattr(library, f"{prefix}openblas_get_num_threads", None)
@@ -183,17 +182,20 @@ def _set_threads(library: ctypes.CDLL, prefix: str, sgemm: int) -> int:
     if threads == 1 or any(map(os.environ.get, _THREADS)):
         return threads
     threads = min(threads, _cores_of_container() or threads)
-    alone = together = inf
-    for turn in range(_ROUNDS):
-        time.sleep(turn and _PAUSE_S * 2**turn)
+    slow = 0
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_PAUSE_S * 2**look)
         set_threads(1)
-        alone = min(alone, _seconds(sgemm))
+        alone = _seconds(sgemm)
         set_threads(threads)
-        together = min(together, _seconds(sgemm))
-        if together <= 2 * alone:
+        slow += _seconds(sgemm) > 2 * alone
+        if not slow:
             return threads
-    set_threads(1)
-    return 1
+    if 2 * slow > _LOOKS:
+        threads = 1
+    set_threads(threads)
+    return threads
 
 
 def _cores_of_container() -> int:

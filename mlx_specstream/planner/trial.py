@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 from ..config import DecodeConfig, TreeSpec
 from ..speculation.result import StepResult
 from .costs import is_planned
+from .lookup import LONGEST
 from .measure import LONG_CONTEXT
+from .planner import LONG
 from .settings import StepSetting
 from .timing import PlainTokens
 
@@ -38,8 +40,6 @@ RECENT = 24  # steps that are looked at
 LONGEST_WAIT = 64  # answers decoded plainly between two trials
 SHORT_CONTEXT = 256  # the shortest that a plain token is timed at
 SMOOTHING = 0.1  # weight of the newest plain token
-LONGEST = 3.0  # a plain token that took this much longer than expected was interrupted
-LONG = 0.5  # of a plain token's time, away from decoding, and the step meanwhile is not timed
 
 
 @dataclass

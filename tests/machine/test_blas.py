@@ -165,11 +165,14 @@ def test_a_library_with_64_bit_sizes_or_wrong_results_is_refused(
     assert blas.load(path) is None
 
 
-@pytest.mark.parametrize(("slowness", "threads"), [([1.5], 4), ([3.0], 1), ([9.0, 5.0, 1.5], 4)])
+@pytest.mark.parametrize(
+    ("slowness", "threads"),
+    [([1.5], 4), ([3.0], 1), ([9.0, 5.0, 1.5, 1.5, 1.5], 4), ([9.0, 1.5, 9.0, 1.5, 9.0], 1)],
+)
 def test_threads_that_stall_each_other_are_given_up(
     monkeypatch: pytest.MonkeyPatch, slowness: list[float], threads: int
 ) -> None:
-    """Again and again, that is: something that passes is not to cost a long run its other cores."""
+    """In most looks, that is: something that passes is not to cost a long run its other cores."""
     for name in blas._THREADS:
         monkeypatch.delenv(name, raising=False)
     library = _Threaded(4)

@@ -191,6 +191,31 @@ def test_whenever_it_steps_aside_the_text_is_plain_decodings(kind: str, looks_up
         assert moods.drafted
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_while_it_drafts_it_drafts_as_ever(kind: str) -> None:
+    """The drafter reads prompts and is told of answers as in the loop that always drafts."""
+    backbone = Backbone(small_model("llama", vocab=12))
+    found = []
+    for governed in (False, True):
+        sampler = TokenSampler()
+        decoder: DraftDecoder | AutoDecoder
+        decoder = drafting = drafter_decoder(
+            random_drafter(kind, backbone), DecodeConfig(), sampler
+        )
+        if governed:
+            on = DrafterTrial(StepSetting(drafting.tree), lambda _: 1e9)
+            decoder = AutoDecoder(
+                None, DecodeConfig(), sampler, on, backbone=backbone, drafting=drafting
+            )
+        decoder.keep_drafts = True
+        cache = KVCache(backbone.num_layers)
+        for prompt in ([3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4], [2, 7, 1], [5]):
+            cache.rewind(max(0, cache.length - 2))  # as where an answer is cut short
+            steps = list(decode(decoder, prompt, cache, MaxTokens(20)))
+            found.append([step.draft and step.draft.tokens for step in steps])
+    assert found[:3] == found[3:]
+
+
 def two_answers(decoder: PlainDecoder | AutoDecoder, backbone: Backbone) -> list[int]:
     """Answer a prompt and one behind that; the cache's rows are those of a fresh one each time."""
     cache, text, said = KVCache(backbone.num_layers), [], []
